@@ -1,0 +1,73 @@
+"""The one batch type: what the data pipeline makes, and what training, evaluation, planning and the docs read.
+
+Axes: B batch, T text tokens of a row, M image slots of a row.
+
+A row is two streams. The text stream holds the tokens that ask and are predicted. The visual stream holds images, each
+of which becomes P visual tokens. Every token of either stream has a *position*, its place in the interleaved sequence
+that LLaVA would have built, and a *segment*, the sample of the row that it belongs to (from 1; 0 is padding):
+
+    "<s> <image> What is it ?"  with P = 4
+
+    interleaved    <s>  v0  v1  v2  v3  What  is  it   ?
+    position         0   1   2   3   4     5   6   7   8
+
+    tokens           <s>  What  is  it   ?       positions        [0, 5, 6, 7, 8]     segment_ids        [1, 1, 1, 1, 1]
+    images           [one]                       image_positions  [1]                 image_segment_ids  [1]
+
+Several images, packed samples, text-only rows and padding on either side are other positions and segments, nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+Array = Any  # numpy on the host, jax.Array on the device
+
+
+class Batch(TypedDict):
+    """Arrays of one batch, all of them with a leading axis B.
+
+    `targets[b, t]` is the token that row b should predict at t (the next token of the same segment), and it counts with
+    `loss_weights[b, t]`. The token right after an image has weight 0 under every alignment: under SAISA no text token
+    stands before it that has seen the image.
+    """
+
+    tokens: Array  # [B, T] int32
+    targets: Array  # [B, T] int32
+    loss_weights: Array  # [B, T] float32
+    positions: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32, 0 = padding
+    images: Array  # [B, M, height, width, 3] uint8
+    image_positions: Array  # [B, M] int32, position of an image's first visual token
+    image_segment_ids: Array  # [B, M] int32, 0 = empty slot
+
+
+class HostBatch(NamedTuple):
+    """A batch and the ids of the samples in each of its rows; the ids never travel to the device."""
+
+    batch: Batch
+    sample_ids: tuple[str, ...]
+
+
+def empty_batch(rows: int, text_length: int, max_images: int, image_size: int) -> Batch:
+    """All padding: the shapes and dtypes of a batch, for abstract evaluation and for filling in.
+
+    Args:
+      rows: B.
+      text_length: T.
+      max_images: M.
+      image_size: height and width in pixels.
+    """
+    text, slots = (rows, text_length), (rows, max_images)
+    return Batch(
+        tokens=np.zeros(text, np.int32),
+        targets=np.zeros(text, np.int32),
+        loss_weights=np.zeros(text, np.float32),
+        positions=np.zeros(text, np.int32),
+        segment_ids=np.zeros(text, np.int32),
+        images=np.zeros((*slots, image_size, image_size, 3), np.uint8),
+        image_positions=np.zeros(slots, np.int32),
+        image_segment_ids=np.zeros(slots, np.int32),
+    )

@@ -1,0 +1,131 @@
+"""A layer of a Llama-family decoder, cut where SAISA cuts it: what the image needs, and what the text does.
+
+One block serves every alignment. The text stream goes through `__call__`. The visual stream goes through `visual_kv`
+alone (SAISA), or through `visual_kv` and `update_visual` (NAAViT); under LLaVA there is no visual stream, its tokens
+have joined the text stream. Training's scan and the image cache call the same `visual_kv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from saisa_jax.config import ModelConfig
+from saisa_jax.models.layers import RMSNorm, Rotation, dense, rotate_keys, rotate_queries
+from saisa_jax.models.naavit import KeyBlock, attend
+from saisa_jax.models.projector import Projector
+
+
+def _kinds(c: ModelConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+
+
+class Attention(nn.Module):
+    """The four projections of self-attention."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        kinds = {"use_bias": c.qkv_bias, **_kinds(c)}
+        self.q_proj = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), **kinds)
+        self.k_proj = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **kinds)
+        self.v_proj = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **kinds)
+        self.o_proj = dense(c.embed_dim, ("heads", "head_dim", "embed"), axis=(-2, -1), **_kinds(c))
+
+    def keys_values(self, h: Float[Array, "B S D"]) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys, not yet rotated, and values; head-major, as they are cached."""
+        k, v = self.k_proj(h).swapaxes(1, 2), self.v_proj(h).swapaxes(1, 2)
+        axes = ("activation_batch", "activation_kv_heads", None, None)
+        return nn.with_logical_constraint(k, axes), nn.with_logical_constraint(v, axes)
+
+    def queries(self, h: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        axes = ("activation_batch", "activation_length", "activation_heads", None)
+        return nn.with_logical_constraint(self.q_proj(h), axes)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.gate_proj = dense(c.mlp_dim, ("embed", "mlp"), **_kinds(c))
+        self.up_proj = dense(c.mlp_dim, ("embed", "mlp"), **_kinds(c))
+        self.down_proj = dense(c.embed_dim, ("mlp", "embed"), **_kinds(c))
+
+    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        hidden = nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        hidden = nn.with_logical_constraint(hidden, ("activation_batch", "activation_length", "activation_mlp"))
+        return self.down_proj(hidden)
+
+
+class Block(nn.Module):
+    """One decoder layer; the equations stand at the top of `models/saisa.py`."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.input_norm = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype))
+        self.attn = Attention(c)
+        self.post_attn_norm = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype))
+        self.mlp = MLP(c)
+        if c.per_layer_projectors:
+            self.visual_proj = Projector(c)
+
+    def visual_kv(self, visual: Float[Array, "B V _"]) -> tuple[Float[Array, "B K V H"], Float[Array, "B K V H"]]:
+        """Keys (not rotated) and values of visual tokens: k, v of RMSNorm_in(V_l).
+
+        Args:
+          visual: raw features Z [B, V, C] where each layer has its own projector; else tokens V [B, V, D].
+        """
+        tokens = self.visual_proj(visual) if self.config.per_layer_projectors else visual
+        return self.attn.keys_values(self.input_norm(tokens))
+
+    def update_visual(self, visual: Float[Array, "B V D"]) -> Float[Array, "B V D"]:
+        """NAAViT's visual tokens ask nothing, but go through the MLP and carry their state on."""
+        return visual + self.mlp(self.post_attn_norm(visual))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rotation,
+        mask: Bool[Array, "B T T"],
+        others: Sequence[KeyBlock] = (),
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]], Any]:
+        """The stream that asks, through one layer.
+
+        Args:
+          x: the residual stream.
+          rope: rotation of its rows.
+          mask: what its rows may read of itself.
+          others: what else they may read: the image, the past; keys already rotated.
+
+        Returns:
+          The residual stream after the layer, its own keys (rotated) and values, and the attention weights over
+          [others..., own], float32 [B, N, T, S].
+        """
+        h = self.input_norm(x)
+        q = rotate_queries(self.attn.queries(h), rope)
+        k, v = self.attn.keys_values(h)
+        k = rotate_keys(k, rope)
+        out, weights = attend(q, [*others, KeyBlock(k, v, mask)], self.config.attention_impl)
+        x = x + self.attn.o_proj(out)
+        x = x + self.mlp(self.post_attn_norm(x))
+        x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))
+        return x, (k, v), weights
+
+
+def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
+    """Inputs of the smallest legal shape, from which `Block.init` makes its parameters."""
+    half = config.head_dim // 2
+    zeros = jnp.zeros((1, 1, half))
+    return jnp.zeros((1, 1, config.embed_dim)), Rotation(zeros, zeros), jnp.ones((1, 1, 1), jnp.bool_)
+
+

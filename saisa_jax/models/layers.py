@@ -1,0 +1,156 @@
+"""Layers that decoder, encoder and projector share: norms, projections, rotary positions, stacks of blocks.
+
+Parameters carry logical axis names (`parallel.py` maps them to the mesh); activations are constrained by name as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jaxtyping import Array, Float, Int
+
+Params = Any
+
+
+def _init(initializer: Callable[..., Any], *axes: str | None) -> Callable[..., Any]:
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def dense(
+    features: int | Sequence[int],
+    axes: Sequence[str | None],
+    *,
+    axis: int | Sequence[int] = -1,
+    use_bias: bool = False,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    name: str | None = None,
+    float32_output: bool = False,
+) -> nn.DenseGeneral:
+    """A projection with logical axes `axes`, one name for each dimension of its kernel."""
+    features = (features,) if isinstance(features, int) else tuple(features)
+    # Products of 16-bit inputs may be put out as accumulated, in float32 (the LM head).
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32) if float32_output else None
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=_init(nn.initializers.lecun_normal(), *axes),
+        bias_init=_init(nn.initializers.zeros, *axes[-len(features) :]),
+        dot_general=dot,
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    epsilon: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        scale = self.param("scale", _init(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(epsilon: float, param_dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """The encoders' LayerNorm; float32 inside and out."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        scale_init=_init(nn.initializers.ones, "norm"),
+        bias_init=_init(nn.initializers.zeros, "norm"),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Rotation(NamedTuple):
+    """Rotary position embedding of some rows, half-split as in Hugging Face ("rotate_half")."""
+
+    cos: Float[Array, "B S half"]
+    sin: Float[Array, "B S half"]
+
+
+def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
+    """Angles of `positions`, in float32."""
+    # Computed once on the host: float32 libraries differ in the last bit of these.
+    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate_keys(k: Float[Array, "*L B K S H"], rope: Rotation) -> Float[Array, "*L B K S H"]:
+    """Rotates head-major keys (of one layer, or stacked over layers) to their rows' positions."""
+    return _rotate(k, rope.cos[:, None], rope.sin[:, None])
+
+
+def rotate_queries(q: Float[Array, "B T N H"], rope: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates token-major queries to their rows' positions."""
+    return _rotate(q, rope.cos[:, :, None], rope.sin[:, :, None])
+
+
+def _rotate(x: Any, cos: Any, sin: Any) -> Any:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# --- Stacks of blocks --------------------------------------------------------------------------------------------------
+
+
+def init_stack(block: nn.Module, length: int, *args: Any, method: Any = None) -> Callable[[Any], Params]:
+    """An initializer of `length` copies of a block's parameters, stacked on a leading axis named `layers`."""
+
+    def init(key: Any) -> Params:
+        stacked = jax.vmap(lambda k: block.init(k, *args, method=method)["params"])(jax.random.split(key, length))
+        is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
+        return jax.tree.map(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), stacked, is_leaf=is_box)
+
+    return init
+
+
+_POLICIES = {
+    "full": None,  # keep nothing but the carry
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_stack(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, remat_policy: str, scan: bool
+) -> tuple[Any, Any]:
+    """`lax.scan` of a layer over stacked parameters, with rematerialisation; `scan=False` unrolls it.
+
+    Linen's own `nn.scan` owns the stack that it runs over, so it can run neither a slice of it (`visual_layers`) nor
+    the visual half of a layer alone (the image cache). Blocks are pure functions of their parameters; this is the
+    plain scan over them.
+    """
+    if remat_policy != "none":
+        body = jax.checkpoint(body, policy=_POLICIES[remat_policy], prevent_cse=not scan)
+    length = jax.tree.leaves(xs)[0].shape[0]
+    return jax.lax.scan(body, carry, xs, unroll=1 if scan else length)
+
+
+def take_layers(stack: Params, start: int, stop: int) -> Params:
+    """Layers start..stop of a stack; the stack itself when that is all of it."""
+    return jax.tree.map(lambda x: x if (start, stop) == (0, x.shape[0]) else x[start:stop], stack)

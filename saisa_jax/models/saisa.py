@@ -1,0 +1,374 @@
+"""SAISA (arXiv 2502.02458): visual tokens are keys and values of every layer, and nothing else.
+
+    Z            = vision(images)                                  [B, V, C]   raw features, one tensor for all layers
+    V_l          = fc2_l(gelu(fc1_l(Z)))                           [B, V, D]   projector of layer l
+    h_t, h_v     = RMSNorm_in_l(x_t), RMSNorm_in_l(V_l)            the decoder's own norm serves both
+    q            = rope(W_q h_t, pos_t)                            queries: text only
+    k, v         = rope(W_k [h_v; h_t], [pos_v; pos_t]), W_v [h_v; h_t]
+    x_t          = x_t + W_o attend(q, k, v, mask)
+    x_t          = x_t + mlp(RMSNorm_post_l(x_t))                  the MLP: text only
+
+The mask is one line, in `naavit.py`. An alignment says what the visual tokens do besides being read:
+
+    alignment   V starts as            V asks         V through the MLP   V from layer to layer
+    llava       one projector          yes (causal)   yes                 residual stream
+    naavit      one projector          no             yes                 residual stream
+    saisa       a projector per layer  no             no                  nothing: projected anew for each layer
+
+So there are two streams, never one sequence with holes: the stream that asks (text; under LLaVA the visual tokens have
+joined it) and the visual stream that is read. Nothing here asks where the image is: positions and segments say it.
+
+Axes: B batch, T text, V visual tokens of a row, M image slots, P visual tokens of an image, C vision width, D embed,
+N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the image, W vocabulary (padded).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jaxtyping import Array, Float, Int
+
+from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.config import ModelConfig
+from saisa_jax.models import kv_cache
+from saisa_jax.models.decoder import Block, example_inputs
+from saisa_jax.models.kv_cache import KVCache, VisualKV
+from saisa_jax.models.layers import (
+    Params,
+    RMSNorm,
+    _init,
+    dense,
+    init_stack,
+    rotate_keys,
+    rotation,
+    scan_stack,
+    take_layers,
+)
+from saisa_jax.models.naavit import KeyBlock, may_attend
+from saisa_jax.models.projector import Projector
+from saisa_jax.models.vision import VisionEncoder
+
+CAPTURES = ("hidden", "attention", "features", "final_norm")
+
+
+class Rows(NamedTuple):
+    """A stream's tokens with their places: x [B, S, D], positions and segment_ids [B, S]."""
+
+    x: Any
+    positions: Any
+    segment_ids: Any
+
+    @property
+    def length(self) -> int:
+        return self.positions.shape[1]
+
+
+class Run(NamedTuple):
+    """Layers start..stop that all see the image, or all do not; projectors first_projector.. belong to them."""
+
+    start: int
+    stop: int
+    sees_image: bool
+    first_projector: int
+
+
+def layer_runs(config: ModelConfig, has_image: bool = True) -> Iterator[Run]:
+    """The decoder as a short list of scans: maximal runs of layers of one kind (one run, if all see the image)."""
+    start = projector = 0
+    visible = set(config.visible_layers) if has_image else set()
+    for sees, layers in itertools.groupby(range(config.num_layers), key=visible.__contains__):
+        stop = start + len(list(layers))
+        yield Run(start, stop, sees, projector)
+        projector += stop - start if sees else 0
+        start = stop
+
+
+class Saisa(nn.Module):
+    """The whole model: vision encoder, projectors, decoder, head."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+        self.embed_tokens = nn.Embed(
+            c.padded_vocab_size,
+            c.embed_dim,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=_init(nn.initializers.normal(0.02), "vocab", "embed"),
+        )
+        self.vision = VisionEncoder(c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
+        self.block = Block(c, parent=None)
+        self.layers: Params = self.param("layers", self._init_layers)
+        if not c.per_layer_projectors:
+            self.visual_proj = Projector(c)
+        self.final_norm = RMSNorm(c.norm_eps, param_dtype)
+        if not c.tie_embeddings:
+            self.lm_head = dense(
+                c.padded_vocab_size, ("embed", "vocab"), dtype=dtype, param_dtype=param_dtype, float32_output=True
+            )
+
+    def _init_layers(self, key: Any) -> Params:
+        c = self.config
+        layers_key, projector_key = jax.random.split(key)
+        layers = init_stack(self.block, c.num_layers, *example_inputs(c))(layers_key)
+        if c.per_layer_projectors:
+            example = jnp.zeros((1, 1, c.vision.embed_dim))
+            projector = init_stack(Projector(c, parent=None), len(c.visible_layers), example)
+            layers["visual_proj"] = projector(projector_key)
+        return layers
+
+    # --- Whole sequences: training, scoring, captures ----------------------------------------------------------------
+
+    def __call__(
+        self, batch: Batch, features: Float[Array, "B V C"] | None = None, capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "B T W"], dict[str, Any]]:
+        """Logits of every text token.
+
+        Args:
+          batch: tokens, images and their places (`saisa_jax.batch`).
+          features: raw vision features to use instead of encoding `batch["images"]`.
+          capture: what else to put out, of CAPTURES. With nothing captured the program is the same as without it.
+
+        Returns:
+          float32 logits [B, T, W], -inf beyond the vocabulary, and a dictionary of what was captured:
+            features [B, V, C]; final_norm [B, T, D];
+            hidden [1 + L, B, T, D]: the text's residual stream, before the first and after every layer;
+            visual_hidden [1 + L, B, V, D]: the same of the visual tokens (llava and naavit);
+            attention [L, B, N, T, V + T], float32: columns are visual tokens, then text.
+        """
+        hidden, aux = self.hidden(batch, features, capture)
+        return self.head(hidden), aux
+
+    def hidden(
+        self, batch: Batch, features: Float[Array, "B V C"] | None = None, capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """As `__call__`, but without the head: what the head reads."""
+        unknown = set(capture) - set(CAPTURES)
+        if unknown:
+            raise ValueError(f"capture={sorted(unknown)} is unknown; known: {', '.join(CAPTURES)}")
+        features = self.encode_images(batch["images"]) if features is None else features
+        visual, asking = self._streams(batch, features)
+        x, captured = self._run_layers(asking, visual, capture=capture)
+        x = self.final_norm(x[:, -batch["tokens"].shape[1] :])  # under LLaVA visual tokens stand first
+        aux: dict[str, Any] = self._name_captured(captured, batch["tokens"].shape[1]) if captured else {}
+        aux |= {name: value for name, value in (("features", features), ("final_norm", x)) if name in capture}
+        return x, aux
+
+    def encode_images(self, images: Any) -> Float[Array, "B V C"]:
+        """Raw features Z of uint8 images [B, M, height, width, 3]; V = M * P."""
+        rows, slots = images.shape[:2]
+        if slots == 0:
+            return jnp.zeros((rows, 0, self.config.vision.embed_dim), jnp.dtype(self.config.dtype))
+        features, _ = self.vision(images.reshape(rows * slots, *images.shape[2:]))
+        return features.reshape(rows, -1, features.shape[-1])
+
+    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """float32 logits; the padding of the vocabulary gets -inf."""
+        if self.config.tie_embeddings:
+            embedding = self.embed_tokens.embedding.astype(x.dtype)
+            logits = jnp.einsum("btd,wd->btw", x, embedding, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(x)
+        logits = nn.with_logical_constraint(logits, ("activation_batch", "activation_length", "activation_vocab"))
+        inside = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
+        return jnp.where(inside, logits, -jnp.inf)
+
+    # --- Generation --------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, batch: Batch, extra: int, features: Float[Array, "B V C"] | None = None
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """Reads prompts: logits after each row's last token, and a cache with room for `extra` tokens."""
+        features = self.encode_images(batch["images"]) if features is None else features
+        visual, asking = self._streams(batch, features)
+        image = self.visual_kv(visual) if visual is not None else None
+        x, captured = self._run_layers(asking, image, capture=("kv",))
+        cache = kv_cache.allocate(*captured["kv"], asking.positions, asking.segment_ids, image, extra)
+        # The last token is the one of the highest position, on whichever side the padding is.
+        last = jnp.argmax(jnp.where(asking.segment_ids > 0, asking.positions, -1), axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        return self.head(self.final_norm(x))[:, 0], cache
+
+    def decode(
+        self, tokens: Int[Array, "B"], positions: Int[Array, "B"], cache: KVCache
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """One more token a row: the logits after it, and the cache with it."""
+        segments = jnp.max(cache.segment_ids, axis=1, keepdims=True)  # a row of generation is one sample
+        asking = Rows(self.embed_tokens(tokens[:, None]), positions[:, None], segments)
+        x, captured = self._run_layers(asking, cache.visual, past=cache, capture=("kv",))
+        cache = kv_cache.append(cache, *captured["kv"], asking.positions, segments)
+        return self.head(self.final_norm(x))[:, 0], cache
+
+    def visual_kv(self, visual: Rows) -> VisualKV:
+        """Keys and values of the visual stream for all layers that see it; they do not depend on any text."""
+        x, captured = self._scan_visual(visual)
+        del x
+        k, v = captured
+        rope = rotation(visual.positions, self.config.head_dim, self.config.rope_theta)
+        return VisualKV(rotate_keys(k, rope), v, visual.positions, visual.segment_ids)
+
+    # --- The streams -------------------------------------------------------------------------------------------------
+
+    def _streams(self, batch: Batch, features: Any) -> tuple[Rows | None, Rows]:
+        """The visual stream (None: there is none) and the stream that asks."""
+        segments = batch["segment_ids"]
+        x = self.embed_tokens(batch["tokens"])
+        x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))
+        # Padding is removed before any product, so that nothing in it can reach a result or a gradient.
+        asking = Rows(jnp.where(segments[..., None] > 0, x, 0), batch["positions"], segments)
+        if features.shape[1] == 0:
+            return None, asking
+
+        per_image = features.shape[1] // batch["image_positions"].shape[1]
+        positions = batch["image_positions"][:, :, None] + jnp.arange(per_image, dtype=jnp.int32)
+        image_segments = jnp.repeat(batch["image_segment_ids"], per_image, axis=1)
+        positions = positions.reshape(image_segments.shape)
+        features = jnp.where(image_segments[..., None] > 0, features, 0)
+        features = nn.with_logical_constraint(features, ("activation_batch", "activation_visual", "activation_embed"))
+        visual = Rows(
+            features if self.config.per_layer_projectors else self.visual_proj(features), positions, image_segments
+        )
+        if self.config.alignment != "llava":
+            return visual, asking
+        joined = (jnp.concatenate(pair, axis=1) for pair in zip(visual, asking, strict=True))
+        return None, Rows(*joined)
+
+    # --- The layers --------------------------------------------------------------------------------------------------
+
+    def _bind(self, params: Params, method: Any, *args: Any) -> Any:
+        return self.block.apply({"params": params}, *args, method=method)
+
+    def _take(self, run: Run, with_projectors: bool) -> Params:
+        """The parameters of a run of layers, with or without their projectors."""
+        layers = {name: value for name, value in self.layers.items() if name != "visual_proj"}
+        taken = take_layers(layers, run.start, run.stop)
+        if with_projectors and self.config.per_layer_projectors:
+            first, last = run.first_projector, run.first_projector + run.stop - run.start
+            taken["visual_proj"] = take_layers(self.layers["visual_proj"], first, last)
+        return taken
+
+    def _read_visual(self, params: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
+        """One layer's keys and values of the visual stream, and the stream as the next layer finds it."""
+        kv = self._bind(params, Block.visual_kv, x)
+        return self._bind(params, Block.update_visual, x) if self.config.alignment == "naavit" else x, kv
+
+    def _scan_visual(self, visual: Rows) -> Any:
+        """The visual stream alone through all layers that see it: keys and values [Lv, B, K, V, H]."""
+        outs, x = [], visual.x
+        for run in layer_runs(self.config):
+            if run.sees_image:
+                x, kv = self._scan(lambda x, params: self._read_visual(params, x), x, self._take(run, True))
+                outs.append(kv)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+    def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
+        c = self.config
+        return scan_stack(body, carry, xs, remat_policy=c.remat_policy, scan=c.scan_layers)
+
+    def _run_layers(
+        self,
+        asking: Rows,
+        visual: Rows | VisualKV | None,
+        past: KVCache | None = None,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Any, dict[str, Any]]:
+        """The stream that asks, through all layers.
+
+        `visual` is the visual stream itself (training: every layer reads it as it goes), or its keys and values
+        (generation: computed before), or None.
+        """
+        c = self.config
+        rope = rotation(asking.positions, c.head_dim, c.rope_theta)
+        places = asking.positions, asking.segment_ids
+        own_mask = may_attend(*places, *places, c.sliding_window)
+        past_mask = None if past is None else may_attend(*places, past.positions, past.segment_ids, c.sliding_window)
+        if visual is not None:
+            visual_mask = may_attend(*places, visual.positions, visual.segment_ids, c.sliding_window)
+            visual_rope = rotation(visual.positions, c.head_dim, c.rope_theta)
+        streaming = isinstance(visual, Rows)
+
+        def layer(carry: Any, inputs: Any) -> Any:
+            x, stream = carry
+            params, image, past_kv = inputs
+            others = []
+            if image is not None:  # this run of layers sees the image
+                if streaming:
+                    stream, (k, v) = self._read_visual(params, stream)
+                    k = rotate_keys(k, visual_rope)
+                else:
+                    k, v = image
+                others.append(KeyBlock(k, v, visual_mask))
+            if past_kv is not None:
+                others.append(KeyBlock(*past_kv, past_mask))
+            x, kv, weights = self._bind(params, Block.__call__, x, rope, own_mask, others)
+            available = {"hidden": (x, stream), "attention": weights, "kv": kv}
+            return (x, stream), {name: available[name] for name in capture if name in available}
+
+        carry = (asking.x, visual.x if isinstance(visual, Rows) else None)
+        first, outs = carry, []
+        for run in layer_runs(c, visual is not None):
+            projectors = slice(run.first_projector, run.first_projector + run.stop - run.start)
+            image: Any = None
+            if run.sees_image:
+                # While streaming, `()` only says that this run sees the image.
+                image = (visual.k[projectors], visual.v[projectors]) if isinstance(visual, VisualKV) else ()
+            past_kv = None if past is None else take_layers((past.k, past.v), run.start, run.stop)
+            params = self._take(run, with_projectors=run.sees_image and streaming)
+            carry, out = self._scan(layer, carry, (params, image, past_kv))
+            if "attention" in out and visual is not None and not run.sees_image:
+                out["attention"] = jnp.pad(out["attention"], [(0, 0)] * 4 + [(visual.positions.shape[1], 0)])
+            outs.append(out)
+        captured = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+        if "hidden" in captured:
+            captured["hidden"] = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, captured["hidden"])
+        return carry[0], captured
+
+    def _name_captured(self, captured: dict[str, Any], text_length: int) -> dict[str, Any]:
+        """Captured arrays under their public names and shapes, LLaVA's joined stream taken apart again."""
+        aux: dict[str, Any] = {}
+        if "hidden" in captured:
+            x, stream = captured["hidden"]
+            aux["hidden"] = x[:, :, -text_length:]
+            if self.config.alignment == "llava" and x.shape[2] > text_length:
+                aux["visual_hidden"] = x[:, :, :-text_length]
+            elif self.config.alignment == "naavit" and stream is not None:
+                aux["visual_hidden"] = stream
+        if "attention" in captured:
+            aux["attention"] = captured["attention"][:, :, :, -text_length:]
+        return aux
+
+
+def init_params(config: ModelConfig, key: Any) -> Params:
+    """Random parameters, unboxed (no partitioning metadata), on the default device."""
+    return meta.unbox(Saisa(config).init(key, _tiny_batch(config))["params"])
+
+
+def abstract_params(config: ModelConfig, boxed: bool = False) -> Params:
+    """Shapes and dtypes of the parameters, without memory; `boxed` keeps their logical axes."""
+    tree = jax.eval_shape(lambda key: Saisa(config).init(key, _tiny_batch(config))["params"], jax.random.key(0))
+    return tree if boxed else meta.unbox(tree)
+
+
+def _tiny_batch(config: ModelConfig) -> Batch:
+    return jax.tree.map(jnp.asarray, empty_batch(1, 1, 1, config.vision.image_size))
+
+
+def share_to_per_layer(params: Params, config: ModelConfig) -> Params:
+    """Stage 1's tree as stage 2's: every layer that sees the image starts from a copy of the shared projector.
+
+    Args:
+      params: a tree with one `visual_proj` at the top level.
+      config: the model with `projector.sharing = "per_layer"`.
+    """
+    copies = len(config.visible_layers)
+    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), params["visual_proj"])
+    rest = {name: value for name, value in params.items() if name != "visual_proj"}
+    return {**rest, "layers": {**params["layers"], "visual_proj": stacked}}
