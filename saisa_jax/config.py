@@ -217,6 +217,9 @@ class DataConfig:
     max_images: int = 1  # M: image slots of a row
     system_prompt: str | None = None  # None: the template's own
     tokenizer: str = "easy_vqa"  # a directory with a tokenizer, or "easy_vqa": the demo's, trained on its text
+    # Questions of a sample whose questions are independent (all of easy_vqa's): None: all; 1: one question a sample.
+    # Fewer than there are: another random choice in each epoch.
+    turns_per_sample: int | None = None
     augment: bool = False  # flips, quarter turns and shifts, for data whose text does not depend on them
     blind: bool = False  # leave every image slot empty: what can be answered without looking
     num_threads: int = 2
@@ -225,6 +228,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _positive("data.text_length", self.text_length)
         _positive("data.max_images", self.max_images)
+        if self.turns_per_sample is not None:
+            _positive("data.turns_per_sample", self.turns_per_sample)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""Images on the host: read, made RGB, made square. They stay uint8 until they are on the device."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from saisa_jax.config import IMAGE_MODES
+from saisa_jax.data.sample import DataError, ImageSource
+
+# Beyond this an image is refused before it is decoded: 300 MB as RGB.
+MAX_PIXELS = 100_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.Image:
+    """An image as RGB, upright as its EXIF orientation says.
+
+    Palettes, grey and CMYK become RGB; an alpha channel is dropped, not blended, as LLaVA does; of 16-bit grey the high
+    byte is kept; of an animation the first frame.
+
+    Args:
+      source: a path, the bytes of a file, or a PIL image.
+      sample_id: for errors.
+
+    Raises:
+      DataError: missing, unreadable, truncated, of an unknown format, or of more than `MAX_PIXELS`.
+    """
+    name = _name(source)
+    try:
+        image = source if isinstance(source, Image.Image) else _open(source)
+        _check_pixels(image.width * image.height, f"{name} has {image.width} x {image.height} pixels", sample_id)
+        image.load()
+        return _rgb(_upright(image))
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {name}", sample_id) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} is too large to decode: {error}", sample_id) from error
+    except Exception as error:  # PIL's readers raise almost anything on broken files
+        raise DataError(f"cannot read {name}: {error or type(error).__name__}", sample_id) from error
+
+
+def prepare_image(
+    image: Image.Image, size: int, mode: str, mean: Sequence[float], sample_id: str = ""
+) -> UInt8[np.ndarray, "size size 3"]:
+    """An RGB image as a square array.
+
+    Args:
+      image: RGB.
+      size: pixels of a side.
+      mode: `pad` puts the image in the middle of a square of the mean colour and resizes that; `square` resizes the
+        shorter side and cuts out the centre; `resize` changes the aspect. All resize bicubically.
+      mean: the vision encoder's mean, of R, G and B in 0..1; int(255 * mean) is the colour of the padding.
+      sample_id: for errors.
+
+    Raises:
+      DataError: the image is so long that its padded square, or its resized form, exceeds `MAX_PIXELS`.
+    """
+    width, height = image.size
+    if mode == "pad":
+        image = _padded(image, mean, sample_id)
+    elif mode == "square":
+        short, long = min(width, height), max(width, height)
+        longer = int(size * long / short)
+        _check_pixels(size * longer, f"{width} x {height} pixels become {size} x {longer} when resized", sample_id)
+        image = _resized(image, (size, longer) if width < height else (longer, size))
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    elif mode != "resize":
+        raise DataError(f"model.vision.image_mode={mode!r} is not one of {', '.join(IMAGE_MODES)}", sample_id)
+    return np.array(_resized(image, (size, size)), np.uint8)
+
+
+class ImageLoader:
+    """Reads and prepares images, and keeps the last ones in memory; safe to share among threads.
+
+    Small sets of images are decoded once; of large ones as many are kept as fit, which costs little and helps little.
+    """
+
+    def __init__(self, size: int, mode: str, mean: Sequence[float], cache_bytes: int = 256 * 2**20) -> None:
+        """Size, mode and mean as `prepare_image`; `cache_bytes` bounds the arrays that are kept."""
+        self.size, self.mode, self.mean = size, mode, tuple(mean)
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, UInt8[np.ndarray, "size size 3"]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, source: ImageSource | Image.Image, sample_id: str = "") -> UInt8[np.ndarray, "size size 3"]:
+        """The prepared image, read-only. Only images that come from a path are kept. Errors as `load_image`."""
+        key = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        if key is not None:
+            with self._lock:
+                if key in self._cache:
+                    self._cache.move_to_end(key)
+                    return self._cache[key]
+        array = prepare_image(load_image(source, sample_id), self.size, self.mode, self.mean, sample_id)
+        array.flags.writeable = False
+        if key is not None and array.nbytes <= self.cache_bytes:
+            with self._lock:
+                self._cache[key] = array
+                while len(self._cache) * array.nbytes > self.cache_bytes:  # all are of one size
+                    self._cache.popitem(last=False)
+        return array
+
+
+def augment(image: UInt8[np.ndarray, "size size 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
+    """The image, perhaps mirrored, turned by a multiple of 90 degrees and moved by up to 1/16 of its size.
+
+    What the move uncovers takes the background's colour, the median of the border.
+    """
+    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    reach = image.shape[0] // 16
+    down, right = (int(step) for step in rng.integers(-reach, reach + 1, size=2))
+    image = np.rot90(image[:, ::-1] if mirror else image, turns)
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    size = image.shape[0]
+    moved = np.empty_like(image)
+    moved[:] = np.sort(border, axis=0)[len(border) // 2]
+    to_row, to_column = max(down, 0), max(right, 0)
+    row, column = max(-down, 0), max(-right, 0)
+    rows, columns = size - abs(down), size - abs(right)
+    moved[to_row : to_row + rows, to_column : to_column + columns] = image[row : row + rows, column : column + columns]
+    return moved
+
+
+def _open(source: ImageSource) -> Image.Image:
+    """Reads the header; pixels are decoded later."""
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=FORMATS)
+    return Image.open(Path(source), formats=FORMATS)
+
+
+def _name(source: ImageSource | Image.Image) -> str:
+    if isinstance(source, bytes):
+        return f"image of {len(source)} bytes"
+    if isinstance(source, Image.Image):
+        return f"{source.mode} image"
+    return os.fspath(source)
+
+
+def _check_pixels(pixels: int, seen: str, sample_id: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise DataError(f"{seen}; at most {MAX_PIXELS:,} are decoded: make it smaller", sample_id)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the picture is good, only what the camera wrote beside it cannot be read
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _padded(image: Image.Image, mean: Sequence[float], sample_id: str) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    _check_pixels(side * side, f"{width} x {height} pixels become {side} x {side} when padded", sample_id)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, resample=Image.Resampling.BICUBIC)

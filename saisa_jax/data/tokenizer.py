@@ -1,0 +1,89 @@
+"""Tokenizers: one from a directory, or the demo's, trained on the demo's own text."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from saisa_jax.data import easy_vqa
+from saisa_jax.data.sample import DataError
+from saisa_jax.data.templates import TEMPLATES
+
+PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
+VOCAB_SIZE = 128
+
+
+def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory, or "easy_vqa": the demo's.
+
+    A tokenizer without a padding token pads with its unknown token, or else with its EOS.
+
+    Raises:
+      DataError: no such directory, no fast tokenizer in it, or one without an EOS token.
+    """
+    if name_or_dir == "easy_vqa":
+        return train_tokenizer()
+    where = f"data.tokenizer={os.fspath(name_or_dir)!r}"
+    if not Path(name_or_dir).is_dir():
+        raise DataError(f'{where} is not a directory with a tokenizer, nor "easy_vqa", the demo\'s')
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, local_files_only=True)
+    except Exception as error:  # transformers raises almost anything on missing and broken files
+        raise DataError(f"{where}: cannot read a tokenizer there: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{where} is a slow tokenizer; save it as a fast one (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{where} has no EOS token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """The demo's tokenizer: a token for every word of its training text and of the templates, in lower case.
+
+    Punctuation marks and the newline are tokens of their own; other words are `<unk>`. The control tokens of every
+    template are in it, so that each of them can be tried. It always comes out the same.
+    """
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        unk_token=UNKNOWN,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+    )
+
+
+@lru_cache(maxsize=1)
+def _trained() -> str:
+    """The trained tokenizer as JSON."""
+    controls = {token for template in TEMPLATES.values() for token in (template.end, *template.controls) if token}
+    special = [PAD, UNKNOWN, BOS, EOS, *sorted(controls - {EOS})]
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[\w']+|[^\w\s']"), behavior="removed", invert=True)
+    tokenizer.decoder = decoders.Sequence(  # a space before every word that does not start a line
+        [
+            decoders.Replace(Regex(r"^(?=\w)"), " "),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=^|\n) "), ""),
+        ]
+    )
+    trainer = trainers.WordLevelTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*easy_vqa.texts(), *_template_texts()], trainer)
+    return tokenizer.to_str()
+
+
+def _template_texts() -> list[str]:
+    """The templates' own words."""
+    texts: list[str] = []
+    for template in TEMPLATES.values():
+        text = template.system_format.replace("{system}", template.system) + template.user
+        for token in ("{system}", "{text}", *template.controls):
+            text = text.replace(token, " ")
+        texts.append(text)
+    return texts
