@@ -1,0 +1,267 @@
+"""Somebody else's checkpoint directory -> our parameters, one row of `tables.py` after the other.
+
+    result = import_model("llava-1.5-7b-hf", dtype="float32")
+    result.config, result.params, result.ignored
+
+`read_params` is the core: it yields one finished parameter at a time, so that whoever wants them on devices can place
+each before the next is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from saisa_jax.config import ModelConfig
+from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json, vision_config_from_hf
+from saisa_jax.convert.tables import ConvertError, Row, Table, table
+from saisa_jax.convert.tensors import TensorDirectory
+
+NEAREST_FOR = 50  # so many missing tensors get the nearest names; the rest are listed alone
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of a checkpoint directory."""
+
+    config: ModelConfig
+    params: dict[str, Any]  # nested, numpy leaves
+    ignored: tuple[str, ...]  # tensors in the files that the model never reads
+
+
+def detect_layout(directory: str | Path) -> str:
+    """The layout of a checkpoint directory, told from the names of its tensors."""
+    return _layout_of(TensorDirectory(directory))
+
+
+def _layout_of(tensors: TensorDirectory) -> str:
+    keys = tensors.names
+    if any(".multi_modal_projector." in f".{key}" for key in keys):
+        return "llava-hf"
+    if any(key.startswith("model.layers.") and ".mm_projector." in key for key in keys):
+        return "saisa"
+    if any(key.startswith("model.mm_projector.") for key in keys):
+        return "llava"
+    if any(key.endswith("embed_tokens.weight") for key in keys):
+        return "hf-llm"
+    if any(".patch_embedding" in f".{key}" for key in keys):
+        return "hf-vision"
+    raise ConvertError(f"{tensors.directory}: no known layout has tensors like {', '.join(keys[:5])}")
+
+
+def config_from_hf(
+    directory: str | Path, *, layout: str | None = None, vision: str | Path | None = None, select_layer: int = -2
+) -> ModelConfig:
+    """The ModelConfig that a directory's config.json describes.
+
+    Args:
+      directory: a checkpoint in one of the layouts of `tables.py`.
+      layout: one of `tables.LAYOUTS`; None: told from the tensors' names.
+      vision: the directory of the vision tower, where the checkpoint does not describe its own (the layouts saisa and
+        llava; None: the folder that `mm_vision_tower` names, if it is inside the directory).
+      select_layer: which hidden state of the tower is used, where the checkpoint does not say (hf-vision).
+
+    Raises:
+      ConvertError: a config that is missing, contradictory, or of a family or option not supported.
+    """
+    directory = Path(directory)
+    layout = layout or detect_layout(directory)
+    raw = read_json(directory / "config.json")
+    if layout == "hf-vision":
+        raw_vision = raw.get("vision_config", raw)
+        return dataclasses.replace(ModelConfig(), vision=vision_config_from_hf(raw_vision, directory, select_layer))
+    if layout == "llava-hf":
+        if "vision_config" not in raw or "text_config" not in raw:
+            raise ConvertError(f"{directory / 'config.json'} has no text_config and vision_config, as llava-hf has")
+        tower = vision_config_from_hf(raw["vision_config"], directory, raw.get("vision_feature_layer", -2))
+        _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
+        _expect(raw, "projector_hidden_act", "gelu", directory)
+        text = dict(raw["text_config"])
+        text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
+        return decoder_config_from_hf(text, directory, alignment="llava", sharing="shared", vision=tower)
+    if layout == "hf-llm":
+        text = raw.get("text_config", raw)
+        if vision is None:
+            return decoder_config_from_hf(text, directory)
+        tower = vision_config_from_hf(read_json(Path(vision) / "config.json"), Path(vision), select_layer)
+        return decoder_config_from_hf(text, directory, vision=tower)
+    _expect(raw, "mm_projector_type", "mlp2x_gelu", directory)
+    _expect(raw, "mm_vision_select_feature", "patch", directory)
+    folder = vision_directory(directory, vision)
+    mode = "pad" if raw.get("image_aspect_ratio") == "pad" else "square"  # LLaVA's default is CLIP's centre crop
+    select = raw.get("mm_vision_select_layer", select_layer)
+    tower = vision_config_from_hf(read_json(folder / "config.json"), folder, select, image_mode=mode)
+    width = raw.get("mm_hidden_size", tower.embed_dim)
+    if width != tower.embed_dim:
+        raise ConvertError(f"{directory}: mm_hidden_size={width}, but the tower in {folder} is {tower.embed_dim} wide")
+    alignment, sharing = ("saisa", "per_layer") if layout == "saisa" else ("llava", "shared")
+    return decoder_config_from_hf(raw, directory, alignment=alignment, sharing=sharing, vision=tower)
+
+
+def _expect(raw: dict[str, Any], field: str, value: str, directory: Path) -> None:
+    if raw.get(field, value) != value:
+        raise ConvertError(f"{directory / 'config.json'}: {field}={raw[field]!r} is not supported, only {value!r}")
+
+
+def vision_directory(directory: str | Path, vision: str | Path | None = None) -> Path:
+    """Where the tower of an original LLaVA or SAISA checkpoint lies: `vision`, or a folder inside `directory`."""
+    if vision is not None:
+        return Path(vision)
+    directory = Path(directory)
+    name = read_json(directory / "config.json").get("mm_vision_tower", "")
+    folder = directory / name
+    if name and folder.is_dir() and folder.resolve().is_relative_to(directory.resolve()):
+        return folder
+    raise ConvertError(f"{directory} names its vision tower {name!r}; give the directory that holds it as vision=")
+
+
+def read_params(
+    tensors: TensorDirectory, layout: Table, parts: Sequence[str], dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (path, array) for each row of the parts, reading tensor by tensor; nothing but the one array is held.
+
+    Args:
+      dtype: of the arrays; None: that of the files.
+
+    Raises:
+      ConvertError: missing, unexpected or misshaped tensors; the message lists all of them. Raised before the first
+        array is read, so that nothing half done comes out.
+    """
+    spelt = _match(tensors, layout, parts)
+    for row in layout.only(parts):
+        yield row.path, _read_row(tensors, row, spelt, dtype)
+
+
+def _read_row(tensors: TensorDirectory, row: Row, spelt: dict[str, str], dtype: Any) -> np.ndarray:
+    first = tensors.read(spelt[row.keys[0]])
+    target = np.dtype(dtype) if dtype is not None else first.dtype
+    if row.layers is None:
+        return row.to_ours(first).astype(target)  # a copy: the file's pages are let go
+    stacked = np.empty(row.shape, target)
+    for i, key in enumerate(row.keys):
+        tensor = first if i == 0 else tensors.read(spelt[key])
+        if dtype is None and tensor.dtype != target:
+            raise ConvertError(
+                f"{row.path} stacks tensors of different dtypes: {row.keys[0]} is {target}, {key} is {tensor.dtype}; "
+                "say which is wanted with dtype="
+            )
+        stacked[i] = row.to_ours(tensor)
+    return stacked
+
+
+def _match(tensors: TensorDirectory, layout: Table, parts: Sequence[str]) -> dict[str, str]:
+    """Canonical key -> the file's spelling, after checking that names and shapes are exactly what the rows want."""
+    spelt, problems = _spellings(tensors, layout)
+    wanted = {key: row for row in layout.only(parts) for key in row.keys}
+    others = {key for row in layout.rows for key in row.keys} - set(wanted)
+    tied = {key for key, _ in layout.tied}
+    unexpected = [k for k in spelt if k not in wanted and k not in others and k not in tied and not layout.ignores(k)]
+    missing = [key for key in wanted if key not in spelt]
+    for n, key in enumerate(missing):
+        near = difflib.get_close_matches(key, unexpected, n=2, cutoff=0.8) if n < NEAREST_FOR else []
+        problems.append(f"missing     {key}" + (f"   (nearest: {', '.join(spelt[k] for k in near)})" if near else ""))
+    problems += [f"unexpected  {spelt[key]} {list(tensors.shape(spelt[key]))}" for key in unexpected]
+    for key, row in wanted.items():
+        if key not in spelt:
+            continue
+        seen = tensors.shape(spelt[key])
+        if seen != row.theirs:
+            problems.append(f"misshaped   {spelt[key]} is {list(seen)}, expected {list(row.theirs)} for {row.path}")
+        if not tensors.is_float(spelt[key]):
+            problems.append(f"wrong dtype {spelt[key]} is {tensors.dtype_name(spelt[key])}, expected a float")
+    for key, other in layout.tied:
+        if key in spelt and other in spelt and not np.array_equal(tensors.read(spelt[key]), tensors.read(spelt[other])):
+            problems.append(f"not tied    {spelt[key]} differs from {spelt[other]}: set model.tie_embeddings=False")
+    if problems:
+        raise ConvertError(
+            f"{tensors.directory} does not fit the layout {layout.layout!r} of this model "
+            f"({len(problems)} tensors):\n  " + "\n  ".join(problems)
+        )
+    return spelt
+
+
+def _spellings(tensors: TensorDirectory, layout: Table) -> tuple[dict[str, str], list[str]]:
+    spelt: dict[str, str] = {}
+    twice = []
+    for key in tensors.names:
+        name = layout.canonical(key)
+        if name in spelt:
+            twice.append(f"twice       {name}: as {spelt[name]} and as {key}")
+        spelt[name] = key
+    return spelt, twice
+
+
+def parts_in(tensors: TensorDirectory, layout: Table) -> tuple[str, ...]:
+    """Which parts a directory holds: all of the layout's, but a vision tower only if there is a tensor of it."""
+    have = {layout.canonical(key) for key in tensors.names}
+    parts = dict.fromkeys(row.part for row in layout.rows)
+    tower = any(key in have for row in layout.only(("vision",)) for key in row.keys)
+    return tuple(part for part in parts if part != "vision" or tower or len(parts) == 1)
+
+
+def import_params(
+    directory: str | Path,
+    config: ModelConfig,
+    *,
+    layout: str | None = None,
+    parts: Sequence[str] | None = None,
+    dtype: Any = None,
+) -> Imported:
+    """The parameters that one directory holds for a model of `config`: a whole tree, or the branches that are there.
+
+    Args:
+      directory: safetensors, single or sharded.
+      layout: one of `tables.LAYOUTS`; None: told from the tensors' names.
+      parts: of decoder, projector, vision; None: what the layout holds, the tower only if it is in the directory.
+      dtype: of the parameters; None: that of the files.
+
+    Raises:
+      ConvertError: see `read_params`.
+    """
+    tensors = TensorDirectory(directory)
+    rows = table(config, layout or _layout_of(tensors))
+    parts = parts_in(tensors, rows) if parts is None else parts
+    flat = dict(read_params(tensors, rows, parts, dtype))
+    read = {key for row in rows.only(parts) for key in row.keys}
+    ignored = tuple(key for key in tensors.names if rows.canonical(key) not in read)
+    return Imported(config, unflatten_dict(flat, sep="/"), ignored)
+
+
+def import_model(
+    directory: str | Path, *, vision: str | Path | None = None, layout: str | None = None, dtype: Any = None
+) -> Imported:
+    """A whole multimodal model: decoder, projectors and vision tower, with the config that their files describe.
+
+    Args:
+      directory: a checkpoint in the layout saisa, llava or llava-hf.
+      vision: the directory of the vision tower, if it is not in the checkpoint (then the checkpoint's own is ignored,
+        as the official code does).
+      layout: as in `import_params`.
+      dtype: of the parameters; None: that of the files.
+
+    Raises:
+      ConvertError: anything that does not fit, or no vision tower.
+    """
+    directory = Path(directory)
+    layout = layout or detect_layout(directory)
+    if layout not in ("saisa", "llava", "llava-hf"):
+        raise ConvertError(f"{directory} is in layout {layout!r}, which is not a whole multimodal model")
+    if layout == "llava-hf" and vision is not None:
+        raise ConvertError(f"{directory} holds its own vision tower, as the layout {layout!r} does: leave out vision=")
+    config = config_from_hf(directory, layout=layout, vision=vision)
+    tensors = TensorDirectory(directory)
+    held = parts_in(tensors, table(config, layout))
+    if layout != "llava-hf" and (vision is not None or "vision" not in held):
+        body = import_params(directory, config, layout=layout, parts=("decoder", "projector"), dtype=dtype)
+        tower = import_params(vision_directory(directory, vision), config, layout="hf-vision", dtype=dtype)
+        return Imported(config, {**body.params, **tower.params}, body.ignored + tower.ignored)
+    if "vision" not in held:
+        raise ConvertError(f"{directory} holds no vision tower, which the layout {layout!r} requires")
+    return import_params(directory, config, layout=layout, dtype=dtype)

@@ -1,0 +1,307 @@
+"""One row a parameter: where it stands here, where in somebody else's checkpoint, and how one becomes the other.
+
+A `Row` says that our parameter `path`, stacked over `layers`, is made of the tensors `key.format(i=layer)`, each of
+which is transposed by `axes`, padded with zeros where the vocabulary is, and reshaped. All of that can be undone, so
+the same row serves import and export, bit for bit. Everything here follows from a `ModelConfig`; no file is opened.
+
+Layouts:
+
+    saisa      the official SAISA code: decoder keys of Hugging Face, `model.layers.{i}.mm_projector.{0,2}`
+    llava      the original LLaVA code: the same with one `model.mm_projector.{0,2}`
+    llava-hf   `LlavaForConditionalGeneration`, as transformers 4 and 5 write it
+    hf-llm     a decoder alone: Llama, Mistral, Qwen2
+    hf-vision  an encoder alone: CLIP, SigLIP (told from CLIP by what its config switches on), DINOv2 (layer scale)
+
+The first three may carry the vision tower or leave it to a directory of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from saisa_jax.config import ModelConfig, VisionConfig
+
+LAYOUTS = ("saisa", "llava", "llava-hf", "hf-llm", "hf-vision")
+PARTS = ("decoder", "projector", "vision")
+
+Shape = tuple[int, ...]
+
+
+class ConvertError(ValueError):
+    """A checkpoint that does not fit; the message lists every tensor concerned."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of ours and the tensors of theirs that it is made of."""
+
+    part: str  # decoder | projector | vision
+    path: str  # ours: "layers/attn/q_proj/kernel"
+    key: str  # theirs, with {i} for the layer where it is stacked: "model.layers.{i}.self_attn.q_proj.weight"
+    theirs: Shape  # of one tensor
+    ours: Shape  # of one layer
+    axes: Shape  # `theirs` transposed by these has the order of `ours`
+    layers: Shape | None = None  # the layers that ours stacks, in order; None: not stacked
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Their tensors, in the order in which ours stacks them."""
+        return (self.key,) if self.layers is None else tuple(self.key.format(i=i) for i in self.layers)
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole parameter, layers first."""
+        return self.ours if self.layers is None else (len(self.layers), *self.ours)
+
+    @property
+    def _transposed(self) -> Shape:
+        return tuple(self.theirs[axis] for axis in self.axes)
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """One tensor of theirs as one layer of ours."""
+        array = tensor.transpose(self.axes)
+        if math.prod(self.ours) != tensor.size:  # a padded vocabulary; such rows never split an axis
+            array = np.pad(array, [(0, big - small) for big, small in zip(self.ours, array.shape, strict=True)])
+        return array.reshape(self.ours)
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`; entries of the padded vocabulary are cropped."""
+        transposed = self._transposed
+        if array.size != math.prod(transposed):
+            array = array[tuple(slice(size) for size in transposed)]
+        inverse = tuple(int(i) for i in np.argsort(self.axes))
+        return np.ascontiguousarray(array.reshape(transposed).transpose(inverse))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of one layout, and what else its files may contain."""
+
+    layout: str
+    rows: tuple[Row, ...]
+    aliases: tuple[tuple[str, str], ...]  # (regex, replacement): other spellings of the keys above
+    ignored: tuple[str, ...]  # regexes of whole keys that the model never reads
+    tied: tuple[tuple[str, str], ...] = ()  # (key, other): if the file has `key`, it must equal `other`
+
+    def canonical(self, key: str) -> str:
+        """The spelling of this table for a key as found in a file."""
+        for pattern, replacement in self.aliases:
+            renamed, count = re.subn(r"\A" + pattern, replacement, key, count=1)
+            if count:
+                return renamed
+        return key
+
+    def ignores(self, key: str) -> bool:
+        """Whether a file may hold `key` (canonical) although the model has no use for it."""
+        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
+
+    def only(self, parts: Sequence[str]) -> tuple[Row, ...]:
+        """The rows of the parts named."""
+        return tuple(row for row in self.rows if row.part in parts)
+
+
+def table(config: ModelConfig, layout: str) -> Table:
+    """The rows of `layout` for a model of this config.
+
+    Raises:
+      ConvertError: an unknown layout, or one that cannot hold this model.
+    """
+    if layout not in LAYOUTS:
+        raise ConvertError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    if layout == "hf-vision":
+        return _vision_table(config.vision)
+    if layout == "hf-llm":
+        decoder = tuple(_decoder_rows(config, "model.", "lm_head."))
+        bare = r"(?=(embed_tokens|layers|norm)\.)"  # written by the headless classes, LlamaModel and the like
+        return Table(layout, decoder, ((bare, "model."),), _decoder_ignored("model."), _tied(config, "model.", ""))
+    return _multimodal_table(config, layout)
+
+
+def _multimodal_table(config: ModelConfig, layout: str) -> Table:
+    body, head, tower = {
+        "saisa": ("model.", "", "model.vision_tower.vision_tower."),
+        "llava": ("model.", "", "model.vision_tower.vision_tower."),
+        "llava-hf": ("language_model.model.", "language_model.", "vision_tower."),
+    }[layout]
+    vision = _vision_table(config.vision, tower)
+    rows = (*_decoder_rows(config, body, f"{head}lm_head."), *_projector_rows(config, layout), *vision.rows)
+    ignored = [*_decoder_ignored(body), *vision.ignored]
+    if layout == "saisa":
+        # The official class keeps LLaVA's projector, whose output layer 0 overwrites, and a projector in every layer.
+        ignored.append(r"model\.mm_projector\.[02]\.(weight|bias)")
+        blind = sorted(set(range(config.num_layers)) - set(config.visible_layers))
+        ignored += [rf"model\.layers\.{i}\.mm_projector\.[02]\.(weight|bias)" for i in blind]
+    aliases = list(vision.aliases)
+    if layout == "llava-hf":
+        # The class of transformers 5 (and late 4) nests everything but the head under `model.`.
+        rest = tuple((r"model\." + pattern, replacement) for pattern, replacement in vision.aliases)
+        aliases = [
+            (r"model\.language_model\.", body),
+            (r"lm_head\.", f"{head}lm_head."),
+            (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+            *rest,
+            (r"model\.vision_tower\.", tower),
+            *vision.aliases,
+        ]
+    return Table(layout, rows, tuple(aliases), tuple(ignored), _tied(config, body, head))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _plain(part: str, path: str, key: str, shape: Shape, layers: Shape | None, ours: Shape | None = None) -> Row:
+    """A tensor of the same order on both sides; `ours` where it is padded or loses axes of size one."""
+    return Row(part, path, key, shape, shape if ours is None else ours, tuple(range(len(shape))), layers)
+
+
+def _dense(
+    part: str, path: str, key: str, inputs: Shape, outputs: Shape, layers: Shape | None, bias: bool
+) -> Iterator[Row]:
+    """torch's Linear, weight (out, in), as a DenseGeneral, kernel (*inputs, *outputs)."""
+    theirs = (math.prod(outputs), math.prod(inputs))
+    yield Row(part, f"{path}/kernel", f"{key}.weight", theirs, (*inputs, *outputs), (1, 0), layers)
+    if bias:
+        yield _plain(part, f"{path}/bias", f"{key}.bias", (math.prod(outputs),), layers, ours=outputs)
+
+
+def _norm(part: str, path: str, key: str, width: int, layers: Shape | None) -> Iterator[Row]:
+    """torch's LayerNorm."""
+    yield _plain(part, f"{path}/scale", f"{key}.weight", (width,), layers)
+    yield _plain(part, f"{path}/bias", f"{key}.bias", (width,), layers)
+
+
+def _decoder_rows(config: ModelConfig, body: str, head: str) -> Iterator[Row]:
+    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
+    N, K, W, padded = config.num_heads, config.num_kv_heads, config.vocab_size, config.padded_vocab_size
+    part, layers, bias = "decoder", tuple(range(config.num_layers)), config.qkv_bias
+    attn, mlp = f"{body}layers.{{i}}.self_attn.", f"{body}layers.{{i}}.mlp."
+    yield _plain(part, "embed_tokens/embedding", f"{body}embed_tokens.weight", (W, D), None, ours=(padded, D))
+    yield from _dense(part, "layers/attn/q_proj", f"{attn}q_proj", (D,), (N, H), layers, bias)
+    yield from _dense(part, "layers/attn/k_proj", f"{attn}k_proj", (D,), (K, H), layers, bias)
+    yield from _dense(part, "layers/attn/v_proj", f"{attn}v_proj", (D,), (K, H), layers, bias)
+    yield from _dense(part, "layers/attn/o_proj", f"{attn}o_proj", (N, H), (D,), layers, False)
+    yield from _dense(part, "layers/mlp/gate_proj", f"{mlp}gate_proj", (D,), (F,), layers, False)
+    yield from _dense(part, "layers/mlp/up_proj", f"{mlp}up_proj", (D,), (F,), layers, False)
+    yield from _dense(part, "layers/mlp/down_proj", f"{mlp}down_proj", (F,), (D,), layers, False)
+    for ours, theirs in (("input_norm", "input_layernorm"), ("post_attn_norm", "post_attention_layernorm")):
+        yield _plain(part, f"layers/{ours}/scale", f"{body}layers.{{i}}.{theirs}.weight", (D,), layers)
+    yield _plain(part, "final_norm/scale", f"{body}norm.weight", (D,), None)
+    if not config.tie_embeddings:
+        yield Row(part, "lm_head/kernel", f"{head}weight", (W, D), (D, padded), (1, 0))
+
+
+def _projector_rows(config: ModelConfig, layout: str) -> Iterator[Row]:
+    if config.per_layer_projectors != (layout == "saisa"):
+        raise ConvertError(
+            f"layout {layout!r} holds {'a projector for each layer' if layout == 'saisa' else 'one projector'}, but "
+            f"model.projector.sharing={config.projector.sharing!r}: use layout "
+            f"{'saisa' if config.per_layer_projectors else 'llava or llava-hf'}, or the other sharing"
+        )
+    path = "layers/visual_proj" if config.per_layer_projectors else "visual_proj"
+    layers = config.visible_layers if config.per_layer_projectors else None
+    first, second = {
+        "saisa": ("model.layers.{i}.mm_projector.0", "model.layers.{i}.mm_projector.2"),
+        "llava": ("model.mm_projector.0", "model.mm_projector.2"),
+        "llava-hf": ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+    }[layout]
+    C, hidden, D = config.vision.embed_dim, config.projector_dim, config.embed_dim
+    yield from _dense("projector", f"{path}/fc1", first, (C,), (hidden,), layers, True)
+    yield from _dense("projector", f"{path}/fc2", second, (hidden,), (D,), layers, True)
+
+
+def _decoder_ignored(body: str) -> tuple[str, ...]:
+    return (re.escape(body) + r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # a constant that old files carry
+
+
+def _tied(config: ModelConfig, body: str, head: str) -> tuple[tuple[str, str], ...]:
+    return ((f"{head}lm_head.weight", f"{body}embed_tokens.weight"),) if config.tie_embeddings else ()
+
+
+# --- vision -----------------------------------------------------------------------------------------------------------
+
+
+def _vision_table(config: VisionConfig, tower: str = "") -> Table:
+    """CLIP's and SigLIP's names, or DINOv2's, below the prefix `tower` (which ends in a dot or is empty)."""
+    if config.layer_scale:
+        rows = tuple(_dinov2_rows(config, tower))
+        root, stack, unread = tower, "layer", [r"embeddings\.mask_token"]
+        norm = r"layernorm\.(weight|bias)"
+        aliases = () if tower else ((r"dinov2\.", ""),)
+    else:
+        root, stack = f"{tower}vision_model.", "layers"
+        rows = tuple(_clip_rows(config, root))
+        unread, norm = [r"embeddings\.position_ids", r"head\..*"], r"post_layernorm\.(weight|bias)"
+        # transformers 5 leaves `vision_model.` out.
+        bare = re.escape(tower) + r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+        aliases = ((bare, root),)
+    if not config.post_norm:
+        unread.append(norm)
+    unread += [rf"encoder\.{stack}\.{i}\..*" for i in range(config.num_used_layers, config.num_layers)]
+    ignored = [re.escape(root) + pattern for pattern in unread]
+    if not tower and not config.layer_scale:  # the two-tower models
+        ignored += [r"text_model\..*", r"logit_(scale|bias)", r"(visual|text)_projection\.weight"]
+    return Table("hf-vision", rows, aliases, tuple(ignored))
+
+
+def _patch_kernel(config: VisionConfig, key: str) -> Row:
+    """torch's convolution (out, in, height, width) as ours (height, width, in, out)."""
+    C, p = config.embed_dim, config.patch_size
+    return Row("vision", "vision/patch_embed/kernel", key, (C, 3, p, p), (p, p, 3, C), (2, 3, 1, 0))
+
+
+def _clip_rows(config: VisionConfig, root: str) -> Iterator[Row]:
+    C, heads, part = config.embed_dim, config.num_heads, "vision"
+    layers, places = tuple(range(config.num_used_layers)), config.num_patches + config.class_token
+    embeddings, block = f"{root}embeddings.", f"{root}encoder.layers.{{i}}."
+    yield _patch_kernel(config, f"{embeddings}patch_embedding.weight")
+    if config.patch_bias:
+        yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embedding.bias", (C,), None)
+    if config.class_token:
+        yield _plain(part, "vision/class_embedding", f"{embeddings}class_embedding", (C,), None)
+    yield _plain(part, "vision/position_embedding", f"{embeddings}position_embedding.weight", (places, C), None)
+    if config.pre_norm:
+        yield from _norm(part, "vision/pre_norm", f"{root}pre_layrnorm", C, None)  # so spelt there
+    split = (heads, C // heads)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        yield from _dense(part, f"vision/layers/attn/{name}", f"{block}self_attn.{name}", (C,), split, layers, True)
+    yield from _dense(part, "vision/layers/attn/o_proj", f"{block}self_attn.out_proj", split, (C,), layers, True)
+    yield from _dense(part, "vision/layers/mlp/fc1", f"{block}mlp.fc1", (C,), (config.mlp_dim,), layers, True)
+    yield from _dense(part, "vision/layers/mlp/fc2", f"{block}mlp.fc2", (config.mlp_dim,), (C,), layers, True)
+    yield from _norm(part, "vision/layers/norm1", f"{block}layer_norm1", C, layers)
+    yield from _norm(part, "vision/layers/norm2", f"{block}layer_norm2", C, layers)
+    if config.post_norm:
+        yield from _norm(part, "vision/post_norm", f"{root}post_layernorm", C, None)
+
+
+def _dinov2_rows(config: VisionConfig, root: str) -> Iterator[Row]:
+    if not config.class_token or config.pre_norm:
+        raise ConvertError(
+            "model.vision.layer_scale=True means DINOv2, which has a class token and no norm before its layers; "
+            f"seen: class_token={config.class_token}, pre_norm={config.pre_norm}"
+        )
+    C, heads, part = config.embed_dim, config.num_heads, "vision"
+    layers, places = tuple(range(config.num_used_layers)), config.num_patches + 1
+    embeddings, block = f"{root}embeddings.", f"{root}encoder.layer.{{i}}."
+    yield _patch_kernel(config, f"{embeddings}patch_embeddings.projection.weight")
+    if config.patch_bias:
+        yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embeddings.projection.bias", (C,), None)
+    yield _plain(part, "vision/class_embedding", f"{embeddings}cls_token", (1, 1, C), None, ours=(C,))
+    position = f"{embeddings}position_embeddings"
+    yield _plain(part, "vision/position_embedding", position, (1, places, C), None, ours=(places, C))
+    split, attention = (heads, C // heads), f"{block}attention."
+    for ours, theirs in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+        path, key = f"vision/layers/attn/{ours}", f"{attention}attention.{theirs}"
+        yield from _dense(part, path, key, (C,), split, layers, True)
+    yield from _dense(part, "vision/layers/attn/o_proj", f"{attention}output.dense", split, (C,), layers, True)
+    yield from _dense(part, "vision/layers/mlp/fc1", f"{block}mlp.fc1", (C,), (config.mlp_dim,), layers, True)
+    yield from _dense(part, "vision/layers/mlp/fc2", f"{block}mlp.fc2", (config.mlp_dim,), (C,), layers, True)
+    for n in (1, 2):
+        yield from _norm(part, f"vision/layers/norm{n}", f"{block}norm{n}", C, layers)
+        yield _plain(part, f"vision/layers/scale{n}", f"{block}layer_scale{n}.lambda1", (C,), layers)
+    if config.post_norm:
+        yield from _norm(part, "vision/post_norm", f"{root}layernorm", C, None)

@@ -1,0 +1,171 @@
+"""Tiny random models of every family against transformers' own PyTorch modules, through saved checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.config import ModelConfig
+from saisa_jax.convert.exporter import export_params
+from saisa_jax.convert.importer import config_from_hf, import_model, import_params
+from saisa_jax.models.saisa import Saisa
+from saisa_jax.models.vision import VisionEncoder
+
+torch = pytest.importorskip("torch", reason="CPU torch is not installed")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+PROMPT = 600  # tokens: long enough that a wrong rotation or window shows
+SMALL = {
+    "vocab_size": 150, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_theta": 5e5}),
+    "llama-wide-heads": ("Llama", {"head_dim": 20, "rms_norm_eps": 1e-5}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_theta": 1e5}),
+    "mistral": ("Mistral", {"sliding_window": 100}),
+    "mistral-full": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+}
+PIXELS = 56
+TOWER = {
+    "image_size": PIXELS, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 64,
+}  # fmt: skip
+
+
+def randomized(model: Any) -> Any:
+    """Biases, norms and tables that start as zeros and ones get values that show when they are mixed up."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def saved(model: Any, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    return directory
+
+
+def text_only(config: ModelConfig) -> ModelConfig:
+    """A tiny tower, which a row without image slots never calls."""
+    vision = dataclasses.replace(config.vision, image_size=14, embed_dim=8, num_heads=2, num_layers=1, mlp_dim=8)
+    return dataclasses.replace(config, vision=vision, dtype="float32")
+
+
+def logits_of(config: ModelConfig, params: Any, batch: Batch) -> np.ndarray:
+    """[T, W] of the only row, without the padding of the vocabulary."""
+    logits, _ = jax.jit(lambda p, b: Saisa(config).apply({"params": p}, b))(params, batch)
+    return np.asarray(logits)[0, :, : config.vocab_size]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoder(family: str, tmp_path: Path) -> None:
+    name, options = DECODERS[family]
+    torch.manual_seed(0)
+    theirs = randomized(getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
+        **SMALL, **options)))  # fmt: skip
+    tokens = np.random.default_rng(0).integers(3, SMALL["vocab_size"], PROMPT)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens[None])).logits[0].numpy()
+    config = text_only(config_from_hf(saved(theirs, tmp_path / "theirs")))
+    params = import_params(tmp_path / "theirs", config).params
+    batch = empty_batch(1, PROMPT, 0, config.vision.image_size)
+    batch["tokens"][0], batch["positions"][0], batch["segment_ids"][0] = tokens, np.arange(PROMPT), 1
+    np.testing.assert_allclose(logits_of(config, params, batch), expected, rtol=0, atol=1e-4)
+
+    # What we write, their class reads.
+    export_params(params, config, "hf-llm", tmp_path / "ours")
+    theirs.config.save_pretrained(tmp_path / "ours")
+    again, loading = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def encoder(family: str) -> Any:
+    if family == "clip":
+        return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))
+    if family == "clip-gelu":
+        return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER, hidden_act="gelu"))
+    if family == "siglip":
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER))
+    small = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**small, mlp_ratio=2))
+
+
+@pytest.mark.parametrize("select_layer", [-1, -2])
+@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "dinov2"])
+def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = randomized(encoder(family))
+    config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
+    images = np.random.default_rng(0).integers(0, 256, (2, PIXELS, PIXELS, 3), dtype=np.uint8)
+    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
+    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        states = theirs(torch.tensor(pixels), output_hidden_states=True).hidden_states
+    first = int(family != "siglip")  # the class token
+    params = import_params(tmp_path, config).params["vision"]
+    features, hidden = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
+    np.testing.assert_allclose(features, states[select_layer][:, first:].numpy(), rtol=0, atol=1e-4)
+    used = config.vision.num_used_layers + 1
+    np.testing.assert_allclose(hidden, torch.stack(states[:used]).numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov2"])
+def test_encoder_with_its_final_norm(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = randomized(encoder(family))
+    config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, post_norm=True))
+    images = np.random.default_rng(0).integers(0, 256, (1, PIXELS, PIXELS, 3), dtype=np.uint8)
+    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
+    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(pixels)).last_hidden_state
+    params = import_params(tmp_path, config).params["vision"]
+    features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
+    np.testing.assert_allclose(features, expected[:, int(family != "siglip") :].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_llava(tower: str, tmp_path: Path) -> None:
+    """The whole baseline: a picture between text, in the layout that transformers 5 saves."""
+    torch.manual_seed(0)
+    vision = encoder(tower).config
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**SMALL),
+        image_token_index=149,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    theirs = randomized(transformers.LlavaForConditionalGeneration(config))
+    saved(theirs, tmp_path)
+    imported = import_model(tmp_path)
+    ours = dataclasses.replace(imported.config, dtype="float32")
+    patches = ours.vision.num_patches
+    before, after = [1, 5, 9], [7, 30, 31, 32]
+    images = np.random.default_rng(0).integers(0, 256, (1, PIXELS, PIXELS, 3), dtype=np.uint8)
+    mean, std = np.float32(ours.vision.image_mean), np.float32(ours.vision.image_std)
+    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    ids = torch.tensor([before + [149] * patches + after])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=torch.tensor(pixels)).logits[0].numpy()
+    batch = empty_batch(1, len(before + after), 1, PIXELS)
+    batch["tokens"][0] = before + after
+    batch["positions"][0] = places = np.array([0, 1, 2, *(patches + np.arange(3, 7))])
+    batch["segment_ids"][0], batch["images"][0] = 1, images
+    batch["image_positions"][0], batch["image_segment_ids"][0] = len(before), 1
+    np.testing.assert_allclose(logits_of(ours, imported.params, batch), expected[places], rtol=0, atol=1e-4)
