@@ -1,0 +1,43 @@
+"""`python -m saisa_jax VERB ...`: everything besides training (`train.py`) and evaluation (`eval.py`)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from saisa_jax.config import ConfigError
+
+# A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
+VERBS = {
+    "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
+    "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
+}
+
+
+def usage() -> str:
+    lines = (f"  {verb:<8} {about}" for verb, (_, about) in VERBS.items())
+    return "\n".join(["usage: python -m saisa_jax VERB [--help] ...", "", "verbs:", *lines])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a verb; 2 if there is no such verb or its configuration cannot run."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"unknown verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(VERBS[verb][0]).main(rest) or 0
+    except ConfigError as error:
+        print(f"{verb}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The network: NAAViT's mask, the decoder, the vision encoder and the projectors."""
