@@ -1,0 +1,91 @@
+# Everything from a bare checkout. A target that needs packages makes its own virtual environment first:
+#   make test                     .venv, of python3
+#   PYTHON=python3.12 make test   .venv-3.12, beside it
+#   TORCH=1 make test             with a CPU torch for the parity tests that compare against it, where there is one
+
+.DEFAULT_GOAL := help
+
+ifdef PYTHON
+VENV := .venv-$(or $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),$(error $(PYTHON) does not run))
+else
+PYTHON := python3
+VENV := .venv
+endif
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "saisa_jax needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/installed: requirements.txt | $(BIN)/python
+	@echo "Installing requirements.txt into $(VENV) (about a minute)"
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	@echo "Installing requirements-dev.txt into $(VENV)"
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+# "+cpu" is the build without CUDA; the plain name would bring gigabytes on Linux.
+.PHONY: torch
+torch: $(VENV)/installed-dev
+ifdef TORCH
+	@$(BIN)/python -c 'import torch' 2> /dev/null || $(PIP) install torch==2.13.0+cpu \
+	  || echo "No CPU build of torch here: the parity tests that compare against torch will be skipped."
+endif
+
+# --- the main job -----------------------------------------------------------------------------------------------------
+
+# $(call run,directory,config and overrides)
+define run
+$(BIN)/python train.py --config=$(2) --workdir=$(1)
+$(BIN)/python eval.py --workdir=$(1)
+endef
+
+.PHONY: demo demo-compare
+demo: $(VENV)/installed  ## train, evaluate and report SAISA on easy-VQA: the main job, within 15 minutes
+	$(call run,runs/demo,configs/demo.py)
+	$(BIN)/python -m saisa_jax report --workdir=runs/demo
+
+demo-compare: $(VENV)/installed  ## SAISA beside NAAViT, LLaVA, SAISA blind and a second seed: an hour or two
+	$(call run,runs/compare/saisa,configs/demo.py:saisa)
+	$(call run,runs/compare/naavit,configs/demo.py:naavit)
+	$(call run,runs/compare/llava,configs/demo.py:llava)
+	$(call run,runs/compare/saisa_blind,configs/demo.py:blind)
+	$(call run,runs/compare/saisa_seed1,configs/demo.py:saisa --config.seed=1)
+	$(BIN)/python -m saisa_jax report --out=runs/compare/report \
+	  --runs=runs/compare/saisa,runs/compare/naavit,runs/compare/llava,runs/compare/saisa_blind,runs/compare/saisa_seed1
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+.PHONY: test test-slow lint format
+test: torch  ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-slow: torch  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed-dev  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- housekeeping -----------------------------------------------------------------------------------------------------
+
+.PHONY: clean help
+clean:  ## remove environments and caches; runs/ stays
+	rm -rf .venv* .cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16

@@ -1,0 +1,1 @@
+"""Tiny configurations and inputs for tests; no test code elsewhere in the package."""

@@ -1,0 +1,82 @@
+"""Configurations small enough for a test: whole runs in seconds on a CPU.
+
+python train.py --config=saisa_jax/testing/configs.py:llava --workdir=...
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from saisa_jax.config import (
+    TRAIN_ALL,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+    StageConfig,
+    TrainingConfig,
+    VisionConfig,
+    to_config_dict,
+)
+
+
+def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
+    """Two layers of width 32 on 32 x 32 pixel images of easy-VQA; three steps of four rows in each stage, float32.
+
+    Args:
+      alignment: saisa | naavit | llava.
+      blind: leave every image slot empty.
+    """
+    sharing = "per_layer" if alignment == "saisa" else "shared"
+    vision = VisionConfig(
+        image_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_layers=2,
+        num_heads=2,
+        mlp_dim=64,
+        activation="gelu",
+        image_mode="resize",
+    )
+    model = ModelConfig(
+        alignment=alignment,
+        vocab_size=128,
+        embed_dim=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=64,
+        max_length=128,
+        dtype="float32",
+        vision=vision,
+        projector=ProjectorConfig(sharing=sharing),
+    )
+    optimizer = OptimizerConfig(lr=1e-3)
+    return Config(
+        name=f"tiny-{alignment}",
+        model=model,
+        data=DataConfig(text_length=64, turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
+        pretrain=StageConfig(
+            task="caption",
+            template="plain",
+            sharing="shared",
+            batch_size=4,
+            steps=3,
+            optimizer=optimizer,
+            groups=TRAIN_ALL,
+        ),
+        finetune=StageConfig(sharing=sharing, batch_size=4, steps=3, optimizer=optimizer, groups=TRAIN_ALL),
+        training=TrainingConfig(
+            log_every=1, eval_every=2, eval_batches=1, eval_samples=1, checkpoint_every=2, tensorboard=False
+        ),
+        evaluation=EvaluationConfig(batch_size=4, max_new_tokens=2, limit=8),
+    )
+
+
+def get_config(variant: str = "saisa") -> ConfigDict:
+    """The same as a recipe for `--config`; `variant` is an alignment, or `blind` for SAISA without images."""
+    blind = variant == "blind"
+    return to_config_dict(tiny_config("saisa" if blind else variant, blind=blind))

@@ -1,0 +1,63 @@
+"""What every test runs under: eight simulated CPU devices, checked annotations, and no skip without a listed reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from absl import flags
+from jaxtyping import install_import_hook
+
+# Read when jax starts; nothing above imports it, and the tests come after.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+TESTS = Path(__file__).parent
+ALLOWED_SKIPS = [
+    line for line in (TESTS / "allowed_skips.txt").read_text().splitlines() if line and not line.startswith("#")
+]
+
+# Checks annotations, array shapes among them, in every call; an int passes for a float, as everywhere in Python.
+install_import_hook("saisa_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+flags.FLAGS.mark_as_parsed()  # Grain reads flags, and under pytest nothing parses them
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every step of a save
+
+_unlisted_skips: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """The recorded outputs of the official code, in full: SAISA_FIXTURES, or `shared/fixtures` beside the checkout."""
+    directory = Path(os.environ.get("SAISA_FIXTURES", TESTS.parent.parent / "shared" / "fixtures"))
+    if not directory.is_dir():
+        pytest.skip(f"the full recorded fixtures are not here: {directory} does not exist; set SAISA_FIXTURES")
+    return directory
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(tuple(ALLOWED_SKIPS)):
+            _unlisted_skips.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unlisted_skips and os.environ.get("CI") == "true" and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _unlisted_skips:
+        terminalreporter.section("skips whose reason is not in tests/allowed_skips.txt (an error where CI=true)")
+        for line in _unlisted_skips:
+            terminalreporter.write_line(line)
