@@ -14,7 +14,7 @@ that LLaVA would have built, and a *segment*, the sample of the row that it belo
     tokens           <s>  What  is  it   ?       positions        [0, 5, 6, 7, 8]     segment_ids        [1, 1, 1, 1, 1]
     images           [one]                       image_positions  [1]                 image_segment_ids  [1]
 
-Several images, packed samples, text-only rows and padding on either side are other positions and segments, nothing else.
+Several images, packed samples, text-only rows and padding on either side are other positions and segments, no more.
 """
 
 from __future__ import annotations

@@ -213,20 +213,18 @@ class ModelConfig:
 class DataConfig:
     """What all stages and the evaluation have in common."""
 
-    text_length: int = 512  # T: text tokens of a row
     max_images: int = 1  # M: image slots of a row
     system_prompt: str | None = None  # None: the template's own
     tokenizer: str = "easy_vqa"  # a directory with a tokenizer, or "easy_vqa": the demo's, trained on its text
     # Questions of a sample whose questions are independent (all of easy_vqa's): None: all; 1: one question a sample.
     # Fewer than there are: another random choice in each epoch.
     turns_per_sample: int | None = None
-    augment: bool = False  # flips, quarter turns and shifts, for data whose text does not depend on them
+    augment: bool = False  # mirror and shift images, for data whose text does not depend on left and right
     blind: bool = False  # leave every image slot empty: what can be answered without looking
     num_threads: int = 2
     prefetch: int = 16  # batches
 
     def __post_init__(self) -> None:
-        _positive("data.text_length", self.text_length)
         _positive("data.max_images", self.max_images)
         if self.turns_per_sample is not None:
             _positive("data.turns_per_sample", self.turns_per_sample)
@@ -293,6 +291,7 @@ class StageConfig:
     template: str = "vicuna_v1"
     sharing: str = "per_layer"  # of the projectors during this stage
     batch_size: int = 128  # global
+    text_length: int = 1024  # T: text tokens of a row; a sample that does not fit is an error
     steps: int | None = None  # None: epochs decide
     epochs: float = 1.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -303,6 +302,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         _choice("sharing", self.sharing, SHARINGS)
         _positive("batch_size", self.batch_size)
+        _positive("text_length", self.text_length)
         if self.steps is not None:
             _positive("steps", self.steps)
         _positive("epochs", self.epochs)

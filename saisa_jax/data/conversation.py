@@ -128,7 +128,7 @@ def check_length(encoded: Encoded, text_length: int, max_length: int | None = No
     tokens = len(encoded.tokens)
     if tokens > text_length:
         raise DataError(
-            f"{tokens} text tokens do not fit a row of {text_length}; raise data.text_length", encoded.sample_id
+            f"{tokens} text tokens do not fit a row of {text_length}; raise the stage's text_length", encoded.sample_id
         )
     if max_length is not None and encoded.length > max_length:
         raise DataError(

@@ -113,14 +113,14 @@ class ImageLoader:
 
 
 def augment(image: UInt8[np.ndarray, "size size 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
-    """The image, perhaps mirrored, turned by a multiple of 90 degrees and moved by up to 1/16 of its size.
+    """The image, perhaps mirrored left to right, and moved by up to 1/16 of its size.
 
     What the move uncovers takes the background's colour, the median of the border.
     """
-    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    mirror = bool(rng.integers(2))
     reach = image.shape[0] // 16
     down, right = (int(step) for step in rng.integers(-reach, reach + 1, size=2))
-    image = np.rot90(image[:, ::-1] if mirror else image, turns)
+    image = image[:, ::-1] if mirror else image
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     size = image.shape[0]
     moved = np.empty_like(image)

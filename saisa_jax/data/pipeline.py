@@ -125,23 +125,22 @@ class _Prepare:
 
     def __init__(self, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, *, training: bool) -> None:
         vision = config.model.vision
-        self.config, self.template, self.tokenizer, self.training = (
-            config, config.stage(stage).template, tokenizer, training,
-        )  # fmt: skip
+        self.config, self.settings = config, config.stage(stage)
+        self.tokenizer, self.training = tokenizer, training
         self.load = ImageLoader(vision.image_size, vision.image_mode, vision.image_mean)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Example:
         data, model = self.config.data, self.config.model
         encoded = encode(
             _chosen_turns(sample, data.turns_per_sample, rng),
-            self.template,
+            self.settings.template,
             self.tokenizer,
             model.vision.num_patches,
             system_prompt=data.system_prompt,
             num_images=len(sample.images),
             sample_id=sample.id,
         )
-        check_length(encoded, data.text_length, model.max_length)
+        check_length(encoded, self.settings.text_length, model.max_length)
         if data.blind:
             return Example(encoded, None)
         images = [self.load(image, sample.id) for image in sample.images]
@@ -155,7 +154,7 @@ class _Prepare:
         batch = pack_rows(
             [example.encoded for example in examples],
             [example.images for example in examples],
-            data.text_length,
+            self.settings.text_length,
             data.max_images,
             self.config.model.vision.image_size,
             rows=rows,

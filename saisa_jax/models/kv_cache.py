@@ -1,7 +1,7 @@
 """What generation remembers: the image's keys and values, and one preallocated buffer for the text.
 
 Under SAISA and NAAViT the image part depends on the image alone; it is written once and only read. Under LLaVA the
-visual tokens are part of the stream that asks, so their keys stand at the front of the text buffer and `visual` is None.
+visual tokens are part of the stream that asks: their keys stand at the front of the text buffer, and `visual` is None.
 """
 
 from __future__ import annotations

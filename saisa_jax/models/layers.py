@@ -19,8 +19,21 @@ from jaxtyping import Array, Float, Int
 Params = Any
 
 
-def _init(initializer: Callable[..., Any], *axes: str | None) -> Callable[..., Any]:
-    return nn.with_logical_partitioning(initializer, axes)
+class NamedAxes(nn.LogicallyPartitioned):
+    """A parameter with the logical names of its axes, and no constraint of its own.
+
+    Where parameters live is decided once, by the shardings that the state is born with. (Linen's box also constrains
+    the value whenever it is opened, which under a mesh fails on DenseGeneral: it opens kernels before giving them their
+    shape.)
+    """
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        return self.value
+
+
+def named(initializer: Callable[..., Any], *axes: str | None) -> Callable[..., Any]:
+    """An initializer whose parameters carry the logical names `axes`."""
+    return lambda *args: NamedAxes(initializer(*args), axes)
 
 
 def dense(
@@ -44,8 +57,8 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=_init(nn.initializers.lecun_normal(), *axes),
-        bias_init=_init(nn.initializers.zeros, *axes[-len(features) :]),
+        kernel_init=named(nn.initializers.lecun_normal(), *axes),
+        bias_init=named(nn.initializers.zeros, *axes[-len(features) :]),
         dot_general=dot,
         name=name,
     )
@@ -59,7 +72,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        scale = self.param("scale", _init(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype)
+        scale = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         return (normed * scale.astype(jnp.float32)).astype(x.dtype)
@@ -71,8 +84,8 @@ def layer_norm(epsilon: float, param_dtype: Any, name: str | None = None) -> nn.
         epsilon=epsilon,
         dtype=jnp.float32,
         param_dtype=param_dtype,
-        scale_init=_init(nn.initializers.ones, "norm"),
-        bias_init=_init(nn.initializers.zeros, "norm"),
+        scale_init=named(nn.initializers.ones, "norm"),
+        bias_init=named(nn.initializers.zeros, "norm"),
         use_fast_variance=False,
         name=name,
     )
@@ -94,8 +107,10 @@ class Rotation(NamedTuple):
 
 def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
     """Angles of `positions`, in float32."""
-    # Computed once on the host: float32 libraries differ in the last bit of these.
-    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+    # Computed once on the host, rounded where torch rounds: libraries differ in the last bit of these, which the angles
+    # of far positions magnify.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -115,7 +130,7 @@ def _rotate(x: Any, cos: Any, sin: Any) -> Any:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-# --- Stacks of blocks --------------------------------------------------------------------------------------------------
+# --- Stacks of blocks -------------------------------------------------------------------------------------------------
 
 
 def init_stack(block: nn.Module, length: int, *args: Any, method: Any = None) -> Callable[[Any], Params]:

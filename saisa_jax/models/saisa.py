@@ -42,9 +42,9 @@ from saisa_jax.models.kv_cache import KVCache, VisualKV
 from saisa_jax.models.layers import (
     Params,
     RMSNorm,
-    _init,
     dense,
     init_stack,
+    named,
     rotate_keys,
     rotation,
     scan_stack,
@@ -102,7 +102,7 @@ class Saisa(nn.Module):
             c.embed_dim,
             dtype=dtype,
             param_dtype=param_dtype,
-            embedding_init=_init(nn.initializers.normal(0.02), "vocab", "embed"),
+            embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
         )
         self.vision = VisionEncoder(c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
         self.block = Block(c, parent=None)
@@ -198,7 +198,7 @@ class Saisa(nn.Module):
         return self.head(self.final_norm(x))[:, 0], cache
 
     def decode(
-        self, tokens: Int[Array, "B"], positions: Int[Array, "B"], cache: KVCache
+        self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B W"], KVCache]:
         """One more token a row: the logits after it, and the cache with it."""
         segments = jnp.max(cache.segment_ids, axis=1, keepdims=True)  # a row of generation is one sample

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from saisa_jax.config import VisionConfig
-from saisa_jax.models.layers import ACTIVATIONS, Params, _init, dense, init_stack, layer_norm, scan_stack
+from saisa_jax.models.layers import ACTIVATIONS, Params, dense, init_stack, layer_norm, named, scan_stack
 
 
 class VisionBlock(nn.Module):
@@ -38,7 +38,7 @@ class VisionBlock(nn.Module):
         if not self.config.layer_scale:
             return branch
         shape = (self.config.embed_dim,)
-        scale = self.param(name, _init(nn.initializers.ones, "norm"), shape, self.param_dtype)
+        scale = self.param(name, named(nn.initializers.ones, "norm"), shape, self.param_dtype)
         return branch * scale.astype(branch.dtype)
 
 
@@ -100,12 +100,13 @@ class VisionEncoder(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        small = _init(nn.initializers.normal(0.02), None, "vision_embed")
+        # Large enough beside the patches (about 1) that an encoder from random weights sees places from the start.
+        positions = named(nn.initializers.normal(0.2), None, "vision_embed")
         if c.class_token:
-            init = _init(nn.initializers.normal(0.02), "vision_embed")
+            init = named(nn.initializers.normal(0.02), "vision_embed")
             self.class_embedding = self.param("class_embedding", init, (c.embed_dim,), self.param_dtype)
         rows = c.num_patches + int(c.class_token)
-        self.position_embedding = self.param("position_embedding", small, (rows, c.embed_dim), self.param_dtype)
+        self.position_embedding = self.param("position_embedding", positions, (rows, c.embed_dim), self.param_dtype)
         if c.pre_norm:
             self.pre_norm = layer_norm(c.norm_eps, self.param_dtype)
         self.block = VisionBlock(c, self.dtype, self.param_dtype, parent=None)

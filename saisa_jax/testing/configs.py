@@ -58,17 +58,20 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
     return Config(
         name=f"tiny-{alignment}",
         model=model,
-        data=DataConfig(text_length=64, turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
+        data=DataConfig(turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
         pretrain=StageConfig(
             task="caption",
             template="plain",
             sharing="shared",
             batch_size=4,
+            text_length=16,
             steps=3,
             optimizer=optimizer,
             groups=TRAIN_ALL,
         ),
-        finetune=StageConfig(sharing=sharing, batch_size=4, steps=3, optimizer=optimizer, groups=TRAIN_ALL),
+        finetune=StageConfig(
+            sharing=sharing, batch_size=4, text_length=64, steps=3, optimizer=optimizer, groups=TRAIN_ALL
+        ),
         training=TrainingConfig(
             log_every=1, eval_every=2, eval_batches=1, eval_samples=1, checkpoint_every=2, tensorboard=False
         ),

@@ -206,13 +206,13 @@ def test_augment_is_deterministic_and_moves_things() -> None:
         assert red.sum() == 280  # nothing lost, nothing smeared
         assert (one[~red] == (250, 240, 230)).all()
         rows, columns = np.nonzero(red)
-        assert {np.ptp(rows), np.ptp(columns)} == {9, 27}
+        assert (np.ptp(rows), np.ptp(columns)) == (9, 27)
         seen.add((rows.min(), columns.min()))
-    assert len(seen) > 40
+    assert len(seen) > 30
 
 
-def test_augment_makes_all_eight_positions_of_a_square() -> None:
+def test_augment_mirrors_left_to_right_and_never_turns() -> None:
     image = np.zeros((8, 8, 3), np.uint8)  # too small to be moved
     image[0, 1] = 255
-    found = {tuple(np.argwhere(augment(image, np.random.default_rng(seed))[..., 0])[0].tolist()) for seed in range(200)}
-    assert found == {(0, 1), (0, 6), (1, 0), (6, 0), (7, 1), (7, 6), (1, 7), (6, 7)}
+    found = {tuple(np.argwhere(augment(image, np.random.default_rng(seed))[..., 0])[0].tolist()) for seed in range(50)}
+    assert found == {(0, 1), (0, 6)}

@@ -53,11 +53,11 @@ def pictures(tmp_path_factory, monkeypatch):
     return samples
 
 
-def _config(batch_size: int = 4, **data) -> Config:
-    stage = StageConfig(source="tiny", batch_size=batch_size)
+def _config(batch_size: int = 4, text_length: int = 64, **data) -> Config:
+    stage = StageConfig(source="tiny", batch_size=batch_size, text_length=text_length)
     return Config(
         model=ModelConfig(max_length=128, vision=VisionConfig(image_size=SIZE, patch_size=4)),
-        data=DataConfig(**{"text_length": 64, "system_prompt": "", "prefetch": 3} | data),
+        data=DataConfig(**{"system_prompt": "", "prefetch": 3} | data),
         pretrain=dataclasses.replace(stage, template="plain"),
         finetune=stage,
     )
@@ -116,7 +116,7 @@ def test_rows_of_padding(tokenizer) -> None:
 def test_what_does_not_fit_a_row_is_an_error(tokenizer) -> None:
     picture = np.zeros((4, 4, 3), np.uint8)
     one, two = _encoded(tokenizer, "<image> what?", "<image> or <image>?")
-    with pytest.raises(DataError, match=r"sample 'row/0': .* do not fit a row of 5; raise data.text_length"):
+    with pytest.raises(DataError, match=r"sample 'row/0': .* do not fit a row of 5; raise the stage's text_length"):
         pack_rows([one], [[picture]], 5, 1, 4)
     with pytest.raises(DataError, match=r"sample 'row/1': 2 images in a row of 1 slots; raise data.max_images"):
         pack_rows([two], [[picture, picture]], 20, 1, 4)
@@ -134,9 +134,9 @@ def test_what_does_not_fit_a_row_is_an_error(tokenizer) -> None:
 def test_a_batch_of_the_demo(tokenizer) -> None:
     config = Config(
         model=ModelConfig(max_length=512, vision=VisionConfig(image_size=64, patch_size=8)),
-        data=DataConfig(text_length=300, system_prompt=""),
-        pretrain=StageConfig(task="caption", template="plain", batch_size=8, steps=7),
-        finetune=StageConfig(batch_size=8, epochs=2),
+        data=DataConfig(system_prompt=""),
+        pretrain=StageConfig(task="caption", template="plain", batch_size=8, text_length=16, steps=7),
+        finetune=StageConfig(batch_size=8, text_length=300, epochs=2),
     )
     assert pipeline.steps_in_stage(config, "pretrain") == 7
     assert pipeline.steps_in_stage(config, "finetune") == 2 * 3800 // 8
@@ -319,7 +319,7 @@ def test_errors_come_out_of_the_threads(tokenizer, pictures, threads: int) -> No
     os.remove(pictures[7].images[0])
     with pytest.raises(DataError, match=r"sample 'tiny/7': there is no image .*7.png"):
         _take(pipeline.train_iterator(config, "finetune", tokenizer), 3)
-    with pytest.raises(DataError, match=r"sample 'tiny/.': .* raise data.text_length"):
+    with pytest.raises(DataError, match=r"sample 'tiny/.': .* raise the stage's text_length"):
         next(pipeline.train_iterator(_config(text_length=40, num_threads=threads), "finetune", tokenizer))
 
 

@@ -1,0 +1,100 @@
+"""The demo: SAISA in its two stages on easy-VQA, from random weights, on two CPU cores.
+
+    python train.py --config=configs/demo.py --workdir=runs/demo
+    python eval.py --workdir=runs/demo
+
+The argument picks one row of the comparison, each with the same recipe, size and budget:
+
+    python train.py --config=configs/demo.py:saisa    --workdir=runs/compare/saisa
+    python train.py --config=configs/demo.py:naavit   --workdir=runs/compare/naavit
+    python train.py --config=configs/demo.py:llava    --workdir=runs/compare/llava
+    python train.py --config=configs/demo.py:blind    --workdir=runs/compare/saisa_blind
+"""
+
+from ml_collections import ConfigDict
+
+from saisa_jax.config import (
+    TRAIN_ALL,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+    StageConfig,
+    TrainingConfig,
+    VisionConfig,
+    to_config_dict,
+)
+
+VARIANTS = ("saisa", "naavit", "llava", "blind")
+
+
+def get_config(variant: str = "saisa") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ConfigError(f"configs/demo.py:{variant} is unknown; known: {', '.join(VARIANTS)}")
+    alignment = "saisa" if variant == "blind" else variant
+    sharing = "per_layer" if alignment == "saisa" else "shared"
+
+    vision = VisionConfig(
+        image_size=64,
+        patch_size=8,
+        embed_dim=128,
+        num_layers=3,
+        num_heads=4,
+        mlp_dim=256,
+        activation="gelu",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        select_layer=-1,
+        post_norm=True,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        image_mode="resize",
+    )
+    model = ModelConfig(
+        alignment=alignment,
+        vocab_size=128,
+        embed_dim=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        mlp_dim=256,
+        max_length=256,
+        dtype="float32",
+        vision=vision,
+        projector=ProjectorConfig(sharing=sharing),
+    )
+    optimizer = OptimizerConfig(lr=1.5e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.05)
+    config = Config(
+        name=f"demo-{variant}",
+        model=model,
+        data=DataConfig(system_prompt="", turns_per_sample=4, augment=True, blind=variant == "blind"),
+        # Stage 1: captions. Everything starts from random weights, so everything trains.
+        pretrain=StageConfig(
+            task="caption",
+            template="plain",
+            sharing="shared",
+            batch_size=64,
+            text_length=16,
+            steps=500,
+            optimizer=optimizer,
+            groups=TRAIN_ALL,
+        ),
+        # Stage 2: questions, four of an image in one conversation.
+        finetune=StageConfig(
+            template="vicuna_v1",
+            sharing=sharing,
+            batch_size=32,
+            text_length=80,
+            steps=1300,
+            optimizer=optimizer,
+            groups=TRAIN_ALL,
+        ),
+        training=TrainingConfig(log_every=20, eval_every=250, checkpoint_every=500),
+        evaluation=EvaluationConfig(batch_size=256, max_new_tokens=4),
+    )
+    return to_config_dict(config)

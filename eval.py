@@ -1,0 +1,57 @@
+"""Evaluates a finished run, or asks its model a question.
+
+python eval.py --workdir=runs/demo
+python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its last finished stage is evaluated.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A finished model, instead of --workdir.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the results go: --workdir, or CHECKPOINT-evaluation.")
+_TASK = flags.DEFINE_string("task", None, "The benchmark; this and the next three are as the run's config says.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many questions.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Questions answered at once.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "The most tokens of an answer.", lower_bound=1)
+_QUESTION = flags.DEFINE_string("question", None, "Asks this instead of a benchmark's questions.")
+_IMAGE = flags.DEFINE_multi_string("image", [], "An image of --question; may be repeated.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if bool(_WORKDIR.value) == bool(_CHECKPOINT.value):
+        raise app.UsageError("name either --workdir=RUN or --checkpoint=MODEL")
+    if _IMAGE.value and not _QUESTION.value:
+        raise app.UsageError("--image needs --question")
+    from saisa_jax.evaluation import command, runner  # imports jax, which --help does not need
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        checkpoint = _CHECKPOINT.value or command.model_of(_WORKDIR.value or "")
+        if _QUESTION.value:
+            print(command.ask(checkpoint, _QUESTION.value, _IMAGE.value, _MAX_NEW_TOKENS.value))
+            return
+        output = _OUTPUT.value or _WORKDIR.value or f"{checkpoint.rstrip('/')}-evaluation"
+        command.run(
+            checkpoint,
+            output,
+            task=_TASK.value,
+            limit=_LIMIT.value,
+            batch_size=_BATCH_SIZE.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+        )
+    except command.USER_ERRORS as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except runner.Interrupted as error:
+        print(f"The evaluation was {error}.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main)

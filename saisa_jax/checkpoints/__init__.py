@@ -1,0 +1,12 @@
+"""Checkpoints of a run (`run.py`) and finished models (`model.py`); the only room that knows Orbax.
+
+Orbax restores flipped bytes as wrong numbers without a word, and casts to another dtype as quietly. So whatever is read
+back here is compared with an account of it, shapes, dtypes and checksums, that was stored beside it (`checksums.py`).
+"""
+
+from saisa_jax.checkpoints.checksums import checksums
+from saisa_jax.checkpoints.model import load_model, save_model
+from saisa_jax.checkpoints.run import RunCheckpointer
+from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
+
+__all__ = ["CheckpointError", "DamagedError", "RunCheckpointer", "checksums", "load_model", "save_model"]

@@ -1,0 +1,172 @@
+"""What a stored tree is: the path, shape, dtype and checksum of every leaf, and how two such accounts differ.
+
+A checksum is a sum, modulo 2^32, over the elements of
+
+    mix(bits + mix(index))
+
+where `bits` is the element's bit pattern, `index` its place in the flattened array and `mix` an invertible scrambling
+of 32 bits. It is exact (integers have no rounding, and their sum no order), so it is the same on every mesh and
+backend; any one changed element always changes it, and swapped elements do but for one chance in 2^32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, UInt32
+
+# How `checksums` is computed; a stored account under another name is refused.
+ALGORITHM = "mix32"
+
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """A tree of any nodes as {"trainable/layers/attn/q_proj/kernel": leaf}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten_dict(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": leaf} as nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The checksum of every leaf, by path; computed where the leaf lives, in whatever way it is split up.
+
+    Args:
+      tree: arrays of float32, bfloat16, float16, integers of up to 32 bits, or bool; any shape, empty ones too.
+
+    Raises:
+      TypeError: a leaf of another dtype, by its path.
+    """
+    flat = flatten(tree)
+    for path, leaf in flat.items():
+        dtype = getattr(leaf, "dtype", None)
+        if not _supported(dtype):
+            raise TypeError(
+                f"{path} is {type(leaf).__name__} of dtype {dtype}; a checkpoint holds arrays of float32, bfloat16, "
+                "float16, bool, or integers of 8, 16 or 32 bits"
+            )
+    sums = []
+    for leaf in flat.values():
+        with _own_mesh(leaf):
+            sums.append(_checksum(leaf))
+    sums = jax.device_get(sums)
+    return {path: int(value) for path, value in zip(flat, sums, strict=True)}
+
+
+def _supported(dtype: Any) -> bool:
+    if dtype is None or not (jnp.issubdtype(dtype, np.number) or dtype == np.bool_):
+        return False
+    if dtype == np.bool_:
+        return True
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, np.integer) else jnp.finfo(dtype)
+    return info.bits in (8, 16, 32) and not jnp.issubdtype(dtype, np.complexfloating)
+
+
+def _own_mesh(leaf: Any) -> contextlib.AbstractContextManager[Any]:
+    """The leaf's own mesh as the current one: under another mesh, jit refuses arrays that live on fewer devices."""
+    if not isinstance(leaf, jax.Array):
+        return contextlib.nullcontext()
+    mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+    return jax.set_mesh(mesh if isinstance(mesh, Mesh) else Mesh(np.asarray([*leaf.sharding.device_set]), ("all",)))
+
+
+@jax.jit
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
+    # The flat index from one iota for each axis: a reshape would gather a sharded array.
+    index, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(_mix(bits + _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+
+
+def _mix(x: Array) -> Array:
+    """The finalizer of MurmurHash3: invertible, and every bit in moves every bit out."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """{path: {"shape", "dtype"}} of concrete or abstract leaves, JSON-ready."""
+    return {
+        path: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name} for path, leaf in flatten(tree).items()
+    }
+
+
+def account(tree: Any) -> dict[str, dict[str, Any]]:
+    """{path: {"shape", "dtype", "checksum"}}, JSON-ready: what is stored beside a tree."""
+    sums = checksums(tree)
+    return {path: {**entry, "checksum": sums[path]} for path, entry in describe(tree).items()}
+
+
+def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> list[str]:
+    """Every path in which two accounts differ, with what each holds; without `dtypes` only shapes count."""
+    lines = [f"{path}: missing in the checkpoint" for path in expected if path not in stored]
+    lines += [f"{path}: unexpected in the checkpoint" for path in stored if path not in expected]
+    for path in expected:
+        if path not in stored:
+            continue
+        for what in ("shape", "dtype") if dtypes else ("shape",):
+            seen, wanted = stored[path][what], expected[path][what]
+            if seen != wanted:
+                lines.append(f"{path}: {what} {_show(seen)} in the checkpoint, {_show(wanted)} expected")
+    return lines
+
+
+def _show(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, list) else str(value)
+
+
+def damaged(tree: Any, stored: Mapping[str, Any]) -> list[str]:
+    """The paths of the leaves whose checksum is not the stored one."""
+    return [path for path, value in checksums(tree).items() if value != stored[path]["checksum"]]
+
+
+# --- small JSON documents that carry their own checksum --------------------------------------------------------------
+
+
+def seal(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document as JSON will give it back, with a checksum of itself under "crc32"."""
+    plain = json.loads(json.dumps(document))
+    return {**plain, "crc32": _crc32(plain)}
+
+
+def unseal(document: Any) -> dict[str, Any]:
+    """The document without its checksum.
+
+    Raises:
+      ValueError: no checksum in it, or not the right one.
+    """
+    if not isinstance(document, dict) or "crc32" not in document:
+        raise ValueError("it has no checksum of its own")
+    plain = {key: value for key, value in document.items() if key != "crc32"}
+    if document["crc32"] != _crc32(plain):
+        raise ValueError("its own checksum does not fit its content")
+    return plain
+
+
+def _crc32(document: Any) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())

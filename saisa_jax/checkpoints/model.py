@@ -1,0 +1,268 @@
+"""A finished model: a directory that needs nothing else.
+
+model.json    metadata, number of parameters, shape, dtype and checksum of every parameter, checksums of the other files
+config.json   the configuration of the run
+params/       the arrays
+tokenizer/    a Hugging Face tokenizer; absent if there is none
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from saisa_jax.checkpoints import storage
+from saisa_jax.checkpoints.checksums import (
+    account,
+    damaged,
+    describe,
+    differences,
+    flatten,
+    seal,
+    unflatten_dict,
+    unseal,
+)
+from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
+from saisa_jax.config import Config, ConfigError, from_config_dict, to_dict
+
+
+def save_model(
+    directory: str | os.PathLike[str], params: Any, config: Config, tokenizer: Any, metadata: Mapping[str, Any]
+) -> None:
+    """Writes a finished model, under its final name only when it is complete.
+
+    It is written beside `directory` and renamed; a model that was there before is replaced. Every process calls this;
+    the first one writes the small files. (A bucket has no atomic rename: there a stopped save may leave a part.)
+
+    Args:
+      params: nested dictionaries of arrays, on whatever mesh.
+      tokenizer: has `save_pretrained`; None: the model has none.
+      metadata: JSON-ready.
+
+    Raises:
+      CheckpointError: something else stands under that name, or writing failed.
+    """
+    final = epath.Path(directory).resolve()
+    unfinished, old = _sibling(final, "unfinished"), _sibling(final, "old")
+    if final.exists() and not (final / "model.json").exists() and _names(final):
+        raise CheckpointError(f"{final} holds something else than a model ({_names(final)}); choose another directory")
+    leaves = account(params)
+    try:
+        _on_first(lambda: _prepare(final, unfinished, old))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(unfinished / "params", storage.stored_tree(params))
+            checkpointer.wait_until_finished()
+        _on_first(lambda: _write_files(unfinished, leaves, config, tokenizer, metadata))
+        _on_first(lambda: _put_in_place(final, unfinished, old))
+    except Exception as error:  # Orbax raises almost anything
+        if unfinished.exists() and jax.process_index() == 0:
+            unfinished.rmtree()
+        raise CheckpointError(f"the model was not saved in {final}: {storage.first_line(error)}") from error
+
+
+def load_model(
+    directory: str | os.PathLike[str],
+    *,
+    sharding: Any = None,
+    abstract: Any = None,
+    dtype: Any = None,
+) -> tuple[Any, Config, Any, dict[str, Any]]:
+    """Reads a finished model, whatever the mesh that wrote it.
+
+    Args:
+      directory: what `save_model` was given.
+      sharding: where the parameters go: one sharding for all, or a tree of them; None: one CPU device, or where
+        `abstract` says.
+      abstract: the expected parameters (`shape`, `dtype`, perhaps `sharding`); the stored ones must have these paths
+        and shapes, and are cast to these dtypes. None: as they are stored.
+      dtype: cast parameters of floating type to this one, after their checksums were compared.
+
+    Returns:
+      (params, config, tokenizer or None, metadata).
+
+    Raises:
+      CheckpointError: no such directory, no model in it, a configuration that this version does not know, or parameters
+        of other shapes than those of `abstract`, every one listed.
+      DamagedError: files that are missing, cut short or changed, by name; arrays by path.
+    """
+    where = epath.Path(directory).resolve()
+    document = _read_document(where)
+    stored = document["leaves"]
+    expected = describe(abstract) if abstract is not None else stored
+    lines = differences(stored, expected, dtypes=False)
+    if lines:
+        raise CheckpointError(f"{where} is of another model: {'; '.join(lines)}")
+    config, tokenizer = _read_config(where, document["files"]), _read_tokenizer(where, document["files"])
+
+    places = _places(stored, sharding, abstract)
+    template = {
+        path: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"], sharding=places[path])
+        for path, leaf in stored.items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored_tree = storage.stored_tree(template)
+        restored = storage.read(f"params of {where}", lambda: checkpointer.restore(where / "params", stored_tree))
+    flat = storage.complete(restored, template)
+    del restored
+    bad = damaged(flat, stored)
+    if bad:
+        raise DamagedError(f"{where} is damaged; other values than were saved: {', '.join(bad)}")
+    for path in flat:  # one after the other, so that there is never a second copy of all
+        flat[path] = _cast(flat[path], dtype or expected[path]["dtype"])
+    return unflatten_dict(flat), config, tokenizer, document["metadata"]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _sibling(final: epath.Path, kind: str) -> epath.Path:
+    return final.parent / f".{final.name}.{kind}"
+
+
+def _on_first(act: Callable[[], None]) -> None:
+    """Acts in the first process, and lets the others wait for it."""
+    if jax.process_index() == 0:
+        act()
+    multihost_utils.sync_global_devices("saisa_jax.save_model")
+
+
+def _prepare(final: epath.Path, unfinished: epath.Path, old: epath.Path) -> None:
+    """Clears what a killed save has left; the model that it was about to replace gets its name back."""
+    if unfinished.exists():
+        unfinished.rmtree()
+    if old.exists() and not final.exists():
+        old.rename(final)
+    elif old.exists():
+        old.rmtree()
+    unfinished.mkdir(parents=True)
+
+
+def _put_in_place(final: epath.Path, unfinished: epath.Path, old: epath.Path) -> None:
+    if final.exists():
+        final.rename(old)
+    unfinished.rename(final)
+    if old.exists():
+        old.rmtree()
+
+
+def _write_files(
+    directory: epath.Path,
+    leaves: Mapping[str, Mapping[str, Any]],
+    config: Config,
+    tokenizer: Any,
+    metadata: Mapping[str, Any],
+) -> None:
+    contents = {"config.json": (json.dumps(to_dict(config), indent=2) + "\n").encode()}
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as local:  # save_pretrained writes to disks only
+            tokenizer.save_pretrained(local)
+            files = sorted(path for path in Path(local).rglob("*") if path.is_file())
+            contents |= {f"tokenizer/{path.relative_to(local).as_posix()}": path.read_bytes() for path in files}
+    for name, content in contents.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    document = {
+        **storage.header(),
+        "parameters": sum(math.prod(leaf["shape"]) for leaf in leaves.values()),
+        "metadata": metadata,
+        "files": {name: zlib.crc32(content) for name, content in contents.items()},
+        "leaves": leaves,
+    }
+    (directory / "model.json").write_text(json.dumps(seal(document), indent=2) + "\n")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_document(where: epath.Path) -> dict[str, Any]:
+    if not where.exists():
+        old = _sibling(where, "old")
+        hint = f"; an interrupted save has left the model that was there before as {old}: rename it"
+        raise CheckpointError(f"there is no directory {where}{hint if old.exists() else ''}")
+    path = where / "model.json"
+    if not path.exists():
+        seen = _names(where) if where.is_dir() else "a file"
+        near = [where / name for name in ("model", "finetune/model", "pretrain/model") if (where / name).exists()]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise CheckpointError(
+            f"{where} is not a model of saisa_jax: expected model.json, config.json, params and tokenizer, found "
+            f"{seen or 'nothing'}{hint}"
+        )
+    try:
+        document = unseal(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    storage.check_format(document, str(where))
+    return document
+
+
+def _read_config(where: epath.Path, files: Mapping[str, int]) -> Config:
+    path = where / "config.json"
+    content = _read_bytes(path)
+    if zlib.crc32(content) != files["config.json"]:
+        logging.warning("%s was changed after the model was saved", path)  # by hand, which is allowed
+    try:
+        return from_config_dict(Config, json.loads(content))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+def _read_tokenizer(where: epath.Path, files: Mapping[str, int]) -> Any:
+    names = [name for name in files if name.startswith("tokenizer/")]
+    if not names:
+        return None
+    from transformers import AutoTokenizer  # slow to import
+
+    with tempfile.TemporaryDirectory() as local:  # from_pretrained reads from disks only
+        for name in names:
+            content = _read_bytes(where / name)
+            if zlib.crc32(content) != files[name]:
+                raise DamagedError(f"{where / name} is damaged: it is not what was saved")
+            (Path(local) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(local) / name).write_bytes(content)
+        return AutoTokenizer.from_pretrained(Path(local) / "tokenizer", local_files_only=True)
+
+
+def _read_bytes(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+
+
+def _names(directory: epath.Path) -> str:
+    return ", ".join(sorted(path.name for path in directory.iterdir()))
+
+
+def _places(stored: Mapping[str, Any], sharding: Any, abstract: Any) -> dict[str, Sharding]:
+    """The target of every parameter."""
+    if sharding is not None and not isinstance(sharding, Sharding):
+        return flatten(sharding)
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        own = {path: leaf.sharding for path, leaf in flatten(abstract).items()} if abstract is not None else {}
+        return {path: own.get(path) or sharding for path in stored}
+    return dict.fromkeys(stored, sharding)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, np.floating) or x.dtype == dtype:
+        return x
+    return x.astype(dtype)

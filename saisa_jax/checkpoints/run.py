@@ -1,0 +1,245 @@
+"""The checkpoints of a run: state, data position and metadata, there as a whole or not at all.
+
+STEP/state/   the arrays
+STEP/data/    the position of the data iterator, one file for each process
+STEP/meta/    the caller's metadata; shape, dtype and checksum of every leaf of the state; versions
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from saisa_jax.checkpoints import storage
+from saisa_jax.checkpoints.checksums import account, damaged, describe, differences, seal, unseal
+from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
+
+
+class RunCheckpointer:
+    """The last steps of a run. Use it as a context manager, or call `close`.
+
+    Args:
+      directory: local or `gs://`; made if it is not there.
+      keep: how many of the latest steps to keep; with two there is one to fall back to.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+        if keep < 1:
+            raise CheckpointError(f"keep={keep}: at least 1 is needed; set --config.training.keep_checkpoints")
+        self._directory = epath.Path(directory).resolve()
+        self._pending: int | None = None  # handed to the background, its outcome not yet asked for
+        self._current: int | None = None  # saved or restored last
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> RunCheckpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            logging.error("%s", failure)  # the first error is the one to raise
+
+    def steps(self) -> list[int]:
+        """Committed steps, ascending: a step that is still being written, or was never finished, is not there."""
+        paths = [path for path in self._directory.iterdir() if path.name.isdigit()]
+        return sorted(int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path))
+
+    def latest_step(self) -> int | None:
+        """The newest committed step."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any, data_iterator: Any, metadata: Mapping[str, Any]) -> None:
+        """Copies the state off the device, takes the data position, and goes on writing in the background.
+
+        Afterwards the state's buffers may be donated. Saving once more what was saved or restored last does nothing.
+
+        Args:
+          step: larger than every step there.
+          state: a tree of arrays.
+          data_iterator: has `get_state` (JSON-ready) and `set_state`, as Grain's iterators do; or None.
+          metadata: JSON-ready.
+
+        Raises:
+          CheckpointError: the save could not start, or the one before it has failed meanwhile.
+        """
+        if step == self._current:
+            return
+        self.wait()
+        document = {
+            **storage.header(),
+            "processes": 0 if data_iterator is None else jax.process_count(),
+            "leaves": account(state),
+            "metadata": metadata,
+        }
+        position = None if data_iterator is None else {"state": data_iterator.get_state()}
+        try:
+            items: dict[str, Any] = {"meta": ocp.args.JsonSave(seal(document))}
+            if position is not None:
+                items["data"] = grain.checkpoint.CheckpointSave(_Position(json.dumps(seal(position))))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"step {step}: metadata and data position must be JSON-ready: {error}") from error
+        items["state"] = ocp.args.StandardSave(storage.stored_tree(state))
+        with self._naming(step):
+            started = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not started:
+            raise CheckpointError(
+                f"step {step} was not saved: {self._directory} holds {self.steps()} already; go on from the last of "
+                "them, or start in another --workdir"
+            )
+        self._pending = self._current = step
+
+    def restore(self, abstract_state: Any, data_iterator: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reads a step straight into its target shardings, and sets the data iterator to where it was.
+
+        When the newest step is damaged, the one before it is taken, with a loud warning; the damaged one is renamed,
+        since the run will write its number again. A step asked for by number is taken or refused, and so is the newest
+        one of several processes, which cannot agree on another when only some of them have failed.
+
+        Args:
+          abstract_state: the expected tree; leaves have `shape`, `dtype` and, if they are to live elsewhere than on the
+            first local device, `sharding`.
+          data_iterator: as for `save`, touched only when all else is well; None: the stored position is not wanted.
+          step: None: the newest.
+
+        Returns:
+          (state, metadata).
+
+        Raises:
+          CheckpointError: no such step; a state of another structure, shape or dtype, with every difference.
+          DamagedError: damaged files, with the paths of the arrays.
+        """
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"there is no finished checkpoint in {self._directory}")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"step {step} is not in {self._directory}, which holds {steps}")
+        failures: dict[int, DamagedError] = {}
+        for candidate in reversed(steps) if step is None else (step,):
+            try:
+                restored = self._restore(candidate, abstract_state, data_iterator)
+            except DamagedError as error:
+                if jax.process_count() > 1:  # the others may have read theirs, and wait for this one
+                    raise DamagedError(
+                        f"{error}; rename {self._directory / str(candidate)} to go on without it"
+                    ) from error
+                failures[candidate] = error
+                continue
+            if failures:
+                self._set_aside(failures, candidate)
+            self._current = candidate
+            return restored
+        raise DamagedError("; ".join(map(str, failures.values()))) from failures[max(failures)]
+
+    def wait(self) -> None:
+        """Returns when the last save is committed.
+
+        Raises:
+          CheckpointError: it has failed, for example on a full disk, and the step is not there.
+        """
+        step, self._pending = self._pending, None
+        if step is not None:
+            with self._naming(step):
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees what Orbax holds.
+
+        Raises:
+          CheckpointError: the last save has failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises almost anything
+            self._current = None
+            self._manager.reload()  # it has written off the steps that this one was to replace
+            reason = storage.first_line(error)
+            raise CheckpointError(f"step {step} was not saved in {self._directory}: {reason}") from error
+
+    def _restore(self, step: int, abstract_state: Any, data_iterator: Any) -> tuple[Any, dict[str, Any]]:
+        where = f"step {step} in {self._directory}"
+        meta = self._read_meta(step, where)
+        lines = differences(meta["leaves"], describe(abstract_state))
+        if lines:
+            raise CheckpointError(f"{where} is of another model or recipe: {'; '.join(lines)}")
+        position = None if data_iterator is None else self._read_position(step, where, meta["processes"])
+        template = storage.template(abstract_state)
+        restored = self._read(step, "state", ocp.args.StandardRestore(storage.stored_tree(template)), where)
+        state = storage.complete(restored, template)
+        bad = damaged(state, meta["leaves"])
+        if bad:
+            raise DamagedError(f"{where} is damaged; other values than were saved: {', '.join(bad)}")
+        if data_iterator is not None:
+            data_iterator.set_state(position)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), state.values()), meta["metadata"]
+
+    def _read_meta(self, step: int, where: str) -> dict[str, Any]:
+        meta = self._read(step, "meta", ocp.args.JsonRestore(), where, unseal)
+        storage.check_format(meta, where)
+        return meta
+
+    def _read_position(self, step: int, where: str, processes: int) -> Any:
+        if processes != jax.process_count():
+            raise CheckpointError(
+                f"{where} holds data positions of {processes} processes, and this run has {jax.process_count()}; go on "
+                "with as many as before"
+            )
+        open_seal = lambda position: unseal(json.loads(position.text))["state"]  # noqa: E731
+        return self._read(step, "data", grain.checkpoint.CheckpointRestore(_Position()), where, open_seal)
+
+    def _read(self, step: int, item: str, args: Any, where: str, then: Callable[[Any], Any] = lambda item: item) -> Any:
+        """One item of a step; `then` runs on it as part of the reading."""
+        whole = ocp.args.Composite(**{item: args})
+        return storage.read(f"{item} of {where}", lambda: then(self._manager.restore(step, args=whole)[item]))
+
+    def _set_aside(self, failures: Mapping[int, DamagedError], used: int) -> None:
+        """Renames damaged steps, once it is certain that the run goes on from an older one."""
+        for step, error in failures.items():
+            aside = self._directory / f"{step}.damaged"
+            logging.error("%s. FALLING BACK TO STEP %d; the damaged one is now %s", error, used, aside)
+            if aside.exists():
+                aside.rmtree()
+            (self._directory / str(step)).rename(aside)
+        self._manager.reload()
+
+
+class _Position:
+    """A data position on its way into or out of a checkpoint, with the methods that Grain's handler calls.
+
+    It stands in for the iterator, which is to be set only after everything else was found well.
+    """
+
+    def __init__(self, text: str = ""):
+        self.text = text
+
+    def get_state(self) -> bytes:
+        return self.text.encode()
+
+    def set_state(self, state: bytes) -> None:
+        self.text = state.decode()
+
+    def start_prefetch(self) -> None:
+        """There is nothing to fetch."""

@@ -1,0 +1,231 @@
+"""Runs a benchmark on a finished model: every question by free generation, scored, written down.
+
+    OUTPUT/predictions.jsonl            one question a line, in the benchmark's order
+    OUTPUT/evaluation.json              the accuracies, with intervals, and what an answer costs
+    OUTPUT/predictions.partial.jsonl    while it runs, and after a run that was stopped: answers so far, in any order
+
+Both files appear when all is answered, `evaluation.json` last; it is never there without the predictions it is of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from etils import epath
+
+import saisa_jax
+from saisa_jax.config import ConfigError
+from saisa_jax.evaluation import metrics
+from saisa_jax.evaluation.progress import Progress
+from saisa_jax.evaluation.tasks import Item, Task
+from saisa_jax.inference.bundle import Bundle
+from saisa_jax.models import flops
+
+INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to run a benchmark.
+
+    Attributes:
+      batch_size: questions that are answered at once.
+      max_new_tokens: of an answer.
+      limit: only the first so many questions; None: all.
+    """
+
+    batch_size: int = 64
+    max_new_tokens: int = 16
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit={self.limit} must be at least 1; leave it out for all questions")
+
+
+class Interrupted(RuntimeError):
+    """The evaluation was stopped; the message says where the answers so far are."""
+
+
+def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path, checkpoint: str) -> dict[str, Any]:
+    """Answers a benchmark's questions and writes `predictions.jsonl` and `evaluation.json` into `output`.
+
+    Args:
+      bundle: the model.
+      task: the benchmark.
+      settings: batch size and limits.
+      output: a directory; made if it is not there. A former evaluation in it is replaced when this one is complete.
+      checkpoint: where the model lies; goes into the record.
+
+    Returns:
+      what is in `evaluation.json`.
+
+    Raises:
+      Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run starts afresh.
+    """
+    items = task.items()[: settings.limit]
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / "predictions.partial.jsonl"
+    started = time.monotonic()
+    rows: dict[str, dict[str, Any]] = {}
+    try:
+        with partial.open("w") as file:
+            for row in _answers(bundle, task, items, settings):
+                rows[row["id"]] = row
+                file.write(json.dumps(row) + "\n")
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"stopped after {len(rows)} of {len(items)} questions. The answers so far are in {partial}; "
+            "the same command starts afresh"
+        ) from error
+    predictions = [rows[item.id] for item in items]
+    record = _summary(task, predictions)
+    record |= _costs(bundle, predictions) | {"seconds": time.monotonic() - started}
+    record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
+    record |= _origin(bundle, checkpoint)
+    _commit(output, predictions, record)
+    partial.unlink()
+    return record
+
+
+def _answers(bundle: Bundle, task: Task, items: Sequence[Item], settings: Settings) -> Iterator[dict[str, Any]]:
+    """Predictions, shortest prompts first: a batch is compiled for a bucket of lengths, so there are few kinds."""
+    prompts = _prompts(bundle, items, settings.batch_size)
+    order = sorted(items, key=lambda item: len(prompts[_key(item)]))
+    size = min(settings.batch_size, len(order))
+    with Progress(task.name, len(order)) as progress:
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            # The last batch is filled up, so that it needs no program of its own.
+            filled = [*batch, *batch[-1:] * (size - len(batch))]
+            outputs = bundle.generate(
+                [item.question for item in filled], [list(item.images) for item in filled], settings.max_new_tokens
+            )
+            right = 0
+            for item, output in zip(batch, outputs, strict=False):
+                row = _prediction(bundle, task, item, output, prompts[_key(item)])
+                right += row["correct"]
+                yield row
+            progress.update(len(batch), right)
+
+
+def _prediction(bundle: Bundle, task: Task, item: Item, output: str, prompt: Sequence[int]) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "image": item.images[0] if item.images else None,
+        "images": list(item.images),
+        "question": item.question,
+        "prompt": bundle.tokenizer.decode(list(prompt), skip_special_tokens=False),
+        "prompt_tokens": len(prompt),
+        "output": output,
+        "answer": metrics.normalise(output),
+        "truth": item.truth,
+        "correct": task.score(output, item.truth),
+        "kind": item.kind,
+    }
+
+
+def _key(item: Item) -> tuple[str, int]:
+    """What an item's prompt depends on."""
+    return item.question, len(item.images)
+
+
+def _prompts(bundle: Bundle, items: Sequence[Item], batch_size: int) -> dict[tuple[str, int], list[int]]:
+    """The prompt's text tokens, for every question that differs from the others."""
+    different = list({_key(item): item for item in items}.values())
+    found: dict[tuple[str, int], list[int]] = {}
+    for start in range(0, len(different), batch_size):
+        some = different[start : start + batch_size]
+        _, encoded = bundle.prompts([item.question for item in some], [list(item.images) for item in some])
+        found |= {_key(item): list(map(int, row.tokens)) for item, row in zip(some, encoded, strict=True)}
+    return found
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def _summary(task: Task, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies in 0..1: overall, of the task's groups, of every kind; and of a guess without a look."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in predictions:
+        kinds[row["kind"]].append(row)
+    overall = _accuracy(predictions)
+    groups = {
+        name: _accuracy(rows)
+        for name, belongs in task.groups.items()
+        if (rows := [row for row in predictions if belongs(row["kind"])])
+    }
+    return {
+        "task": task.name,
+        "title": task.title,
+        "n": len(predictions),
+        "accuracy": overall["accuracy"],
+        "interval": overall["interval"],
+        **{name: group["accuracy"] for name, group in groups.items()},
+        "overall": overall,
+        "groups": groups,
+        "kinds": {kind: _accuracy(rows) for kind, rows in sorted(kinds.items())},
+        "interval_method": INTERVAL,
+        "majority": task.baseline(),
+    }
+
+
+def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    correct = [bool(row["correct"]) for row in rows]
+    images = [tuple(row["images"]) for row in rows]
+    return {
+        "accuracy": sum(correct) / len(correct),
+        "n": len(correct),
+        "interval": list(metrics.clustered_interval(correct, images)),
+        "effective_n": metrics.effective_size(correct, images),
+        "interval_if_independent": list(metrics.wilson(sum(correct), len(correct))),
+    }
+
+
+def _costs(bundle: Bundle, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """FLOPs of reading the mean question. The image slots of a blind run are empty, and computed all the same."""
+    tokens = statistics.fmean(row["prompt_tokens"] for row in predictions)
+    images = max(len(row["images"]) for row in predictions)
+    flops_of = {
+        name: flops.prefill(bundle.model, round(tokens), images, convention=name).total for name in flops.CONVENTIONS
+    }
+    return {"prompt_tokens": tokens, "images_per_question": images, "prefill_flops": flops_of}
+
+
+def _origin(bundle: Bundle, checkpoint: str) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "checkpoint": checkpoint,
+        "stage": bundle.stage,
+        "model": {"name": bundle.config.name, "alignment": bundle.model.alignment, "blind": bundle.config.data.blind}
+        | dict(bundle.metadata),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version(), "saisa_jax": saisa_jax.__version__}
+        | {name: version(name) for name in packages},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit(output: epath.Path, predictions: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
+    files = {
+        "predictions.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
+        "evaluation.json": json.dumps(record, indent=2) + "\n",
+    }
+    for name, text in files.items():
+        (output / f"{name}.tmp").write_text(text)
+    (output / "evaluation.json").unlink(missing_ok=True)
+    for name in files:
+        (output / f"{name}.tmp").replace(output / name)

@@ -1,0 +1,118 @@
+"""Devices: the mesh, and one table from logical axis names to its axes.
+
+Parameters and activations name their dimensions (`embed`, `activation_batch`, ...); the table below says over which
+axes of the mesh ("data", "fsdp", "tensor") each name is split. Everything runs under `jax.set_mesh` with Auto axes:
+under a plain `with mesh:` linen's constraints silently do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from saisa_jax.config import ConfigError, MeshConfig, ModelConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = tuple[tuple[str, Any], ...]
+
+RULES: Rules = (
+    # parameters
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("layers", None),
+    ("norm", None),
+    ("vision_embed", "fsdp"),
+    ("vision_mlp", "tensor"),
+    ("vision_heads", "tensor"),
+    ("visual_hidden", "tensor"),
+    # activations
+    ("activation_batch", BATCH_AXES),
+    ("activation_length", None),
+    ("activation_visual", None),
+    ("activation_embed", None),
+    ("activation_heads", "tensor"),
+    ("activation_kv_heads", "tensor"),
+    ("activation_mlp", "tensor"),
+    ("activation_vocab", "tensor"),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """The mesh over all devices (or those given).
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(1, len(devices) // rest)
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, and there "
+            f"are {len(devices)}; set --config.mesh.data, .fsdp, .tensor (one of them may be -1)"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
+    """The table for this model on this mesh: key/value heads that do not divide by `tensor` are replicated.
+
+    Raises:
+      ConfigError: query heads that do not divide by `tensor`, or another parameter dimension that does not divide.
+    """
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    for flag, size, axis, ways in (
+        ("model.num_heads", config.num_heads, "tensor", tensor),
+        ("model.mlp_dim", config.mlp_dim, "tensor", tensor),
+        ("model.projector.hidden_dim", config.projector_dim, "tensor", tensor),
+        ("model.vision.num_heads", config.vision.num_heads, "tensor", tensor),
+        ("model.vision.mlp_dim", config.vision.mlp_dim, "tensor", tensor),
+        ("model.embed_dim", config.embed_dim, "fsdp", fsdp),
+        ("model.vision.embed_dim", config.vision.embed_dim, "fsdp", fsdp),
+    ):
+        if size % ways:
+            raise ConfigError(f"{flag}={size} does not divide by mesh.{axis}={ways}; choose another --config.mesh")
+    replicated = {"kv_heads", "activation_kv_heads"} if config.num_kv_heads % tensor else set()
+    return tuple((name, None if name in replicated else axes) for name, axes in RULES)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Runs the body on the mesh, with logical names resolved by `rules`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The sharding of every leaf of a tree with logical axes (a boxed abstract tree)."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def to_device(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch (numpy), as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

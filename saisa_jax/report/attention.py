@@ -1,0 +1,64 @@
+"""What the answer looked at: attention of the answer's first token to the patches, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saisa_jax.config import VisionConfig
+from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.report import pictures
+
+MAX_LAYERS = 8  # shown; of deeper models they are spread evenly, the first and the last among them
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the row that shows a question's attention."""
+
+    caption: str
+    pixels: np.ndarray  # [h, h, 3] uint8
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A prediction, its image, and its attention by layer."""
+
+    prediction: dict[str, Any]
+    pictures: tuple[Picture, ...]
+
+    @property
+    def strip(self) -> bytes:
+        """All pictures side by side, as a PNG file."""
+        return pictures.png(pictures.strip([picture.pixels for picture in self.pictures]))
+
+
+def look(bundle: Any, predictions: Sequence[dict[str, Any]]) -> list[Looked]:
+    """Draws the attention of each prediction's answer.
+
+    Args:
+      bundle: the model; its `attention(question, images)` gives [L, P].
+      predictions: of the model, each with an image.
+    """
+    return [_look(bundle, row) for row in predictions]
+
+
+def _look(bundle: Any, row: dict[str, Any]) -> Looked:
+    vision: VisionConfig = bundle.config.model.vision
+    image = load_image(row["image"], row["id"])
+    pixels = prepare_image(image, vision.image_size, vision.image_mode, vision.image_mean, row["id"])
+    weights = np.asarray(bundle.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
+    shown = [Picture("the image", pictures.tile(pixels))]
+    for layer in layers_to_show(len(weights)):
+        share = float(weights[layer].sum())
+        caption = f"layer {layer + 1}: {share:.0%} on the image" if share > 0 else f"layer {layer + 1} does not see it"
+        shown.append(Picture(caption, pictures.attention_tile(pixels, weights[layer])))
+    return Looked(row, tuple(shown))
+
+
+def layers_to_show(count: int) -> list[int]:
+    """All layers, or MAX_LAYERS of them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_LAYERS)).tolist()})

@@ -1,0 +1,140 @@
+"""`python -m saisa_jax report`: plots and one self-contained HTML page of a run, or of several side by side.
+
+python -m saisa_jax report --workdir=runs/demo
+python -m saisa_jax report --runs=runs/compare/saisa,runs/compare/llava --out=runs/compare/report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from saisa_jax.data.images import load_image
+from saisa_jax.data.sample import DataError
+from saisa_jax.report import attention, examples, page, pictures, plots
+from saisa_jax.report.runs import TITLES, ReportError, Run, read_runs
+
+LARGEST_EXAMPLE = 512  # pixels; larger images are shown smaller
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `report`; 2 if there is nothing to report."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_jax report", description=(__doc__ or "").split("\n\n")[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", help="one run of train.py")
+    which.add_argument("--runs", help="several of them, with commas between; then --out is needed")
+    parser.add_argument("--out", help="where index.html and the plots go (default: WORKDIR/report)")
+    args = parser.parse_args(argv)
+    if args.runs and not args.out:
+        parser.error("--runs needs --out=DIRECTORY")
+    directories = [args.workdir] if args.workdir else [name for name in args.runs.split(",") if name]
+    try:
+        runs = read_runs(directories)
+    except ReportError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    content, files = collect(runs)
+    out = epath.Path(args.out) if args.out else epath.Path(args.workdir) / "report"
+    write(out, page.render(content), files)
+    console = Console()
+    console.print(result_table(runs))
+    for notice in content.notices:
+        console.print(f"Note: {notice}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The report is in {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def collect(runs: Sequence[Run]) -> tuple[page.Content, dict[str, bytes]]:
+    """What is on the page, and the PNG files that lie beside it, by their names."""
+    several = len(runs) > 1
+    notices = [f"{run.label}: {notice}" if several else notice for run in runs for notice in run.notices]
+    evaluated = [run for run in runs if run.evaluation]
+    # Of a blind run there is nothing to look at.
+    shown = next((run for run in evaluated if not run.config.data.blind), evaluated[0] if evaluated else None)
+    figures = _figures(runs, shown)
+    chosen, looked = [], []
+    if shown:
+        chosen = examples.choose(shown.predictions)
+        looked, missing = _attention(shown, examples.choose_for_attention(chosen))
+        notices += missing
+    content = page.Content(runs, shown, figures, [_example(row, runs) for row in chosen], looked, notices)
+    files = {f"{name}.png": figure for name, figure in figures.items()}
+    files |= {f"attention_{number}.png": one.strip for number, one in enumerate(looked, 1)}
+    return content, files
+
+
+def _figures(runs: Sequence[Run], shown: Run | None) -> dict[str, bytes]:
+    figures: dict[str, bytes] = {}
+    for name, title in TITLES.items():
+        found = [(run.label, stage) for run in runs for stage in run.stages if stage.name == name and stage.train]
+        if found:
+            figures[f"loss_{name}"] = plots.loss(title, found)
+    evaluated = [(number, run) for number, run in enumerate(runs) if run.evaluation]
+    if shown:
+        figures["accuracy_against_flops"] = plots.accuracy_against_flops("The whole model", evaluated, "end_to_end")
+        figures["accuracy_against_decoder_flops"] = plots.accuracy_against_flops(
+            "Decoder and projectors", evaluated, "decoder"
+        )
+        figures["flops_by_part"] = plots.cost_by_part("Where the FLOPs of a prefill go, by formula", shown)
+        figures["accuracy_by_kind"] = plots.accuracy_by_kind("By kind of question, with 95% intervals", evaluated)
+        of_run = f", {shown.label}" if len(runs) > 1 else ""
+        figures["confusion"] = plots.confusion(f"Answers{of_run}", shown.predictions)
+    return figures
+
+
+def _attention(run: Run, predictions: Sequence[examples.Prediction]) -> tuple[list[attention.Looked], list[str]]:
+    """The attention of some answers, or why it cannot be shown."""
+    if run.config.data.blind:
+        return [], ["a blind run looks at nothing, so no attention is shown"]
+    directory = run.model_directory
+    if directory is None:
+        train = f"python train.py --config=... --workdir={run.directory}"
+        return [], [f"{run.directory} holds no finished model, so no attention is shown: {train} makes one"]
+    from saisa_jax.checkpoints import CheckpointError
+    from saisa_jax.inference import bundle
+
+    try:
+        return attention.look(bundle.load(directory), predictions), []
+    except (CheckpointError, DataError) as error:
+        return [], [f"no attention is shown: {error}"]
+
+
+def _example(row: examples.Prediction, runs: Sequence[Run]) -> page.Example:
+    answers = [(run.label, other) for run in runs for other in run.predictions if other["id"] == row["id"]]
+    try:
+        image = load_image(row["image"], row["id"]) if row["image"] else None
+    except DataError:
+        image = None  # the images were moved since; the question stands without it
+    if image is None:
+        return page.Example(row, None, tuple(answers))
+    image.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE), Image.Resampling.LANCZOS)
+    return page.Example(row, pictures.png(image), tuple(answers))
+
+
+def write(out: epath.Path, html: str, files: dict[str, bytes]) -> None:
+    """Writes the files, and the page last, under its name only when it is complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (out / name).write_bytes(data)
+    unfinished = out / "index.html.tmp"
+    unfinished.write_text(html, encoding="utf-8")
+    unfinished.replace(out / "index.html")
+
+
+def result_table(runs: Sequence[Run]) -> Table:
+    """The page's headline table, without its small print, for a terminal of 80 columns."""
+    columns, rows = page.result_rows(runs)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for title in columns[:-1]:
+        justify = "right" if table.columns else "left"
+        table.add_column(title.replace("training ", "training\n").replace(" / ", " /\n"), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(text for text, _ in row[:-1]))
+    return table

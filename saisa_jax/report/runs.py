@@ -1,0 +1,183 @@
+"""What a run left in its directory, read for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from etils import epath
+
+from saisa_jax.config import Config, ConfigError, ModelConfig, from_config_dict
+
+NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA"}
+TITLES = {"pretrain": "Stage 1: pretrain", "finetune": "Stage 2: finetune"}
+
+
+class ReportError(ValueError):
+    """There is nothing to report; the message says which command makes it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+      name: pretrain | finetune.
+      train: rows of metrics.jsonl of kind "train", by step.
+      held_out: those of kind "eval".
+      summary: summary.json; None while the stage is not finished.
+    """
+
+    name: str
+    train: tuple[dict[str, Any], ...]
+    held_out: tuple[dict[str, Any], ...]
+    summary: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, with whatever of it is there.
+
+    Attributes:
+      directory: as it was named.
+      label: its name on the page, unlike those of the other runs.
+      config: its configuration; `raw` is the file as it stands.
+      stages: those that have begun.
+      evaluation: evaluation.json, or None.
+      predictions: the lines of predictions.jsonl that belong to it.
+      notices: what is missing, and which command makes it.
+    """
+
+    directory: str
+    label: str
+    config: Config
+    raw: dict[str, Any]
+    stages: tuple[Stage, ...]
+    evaluation: dict[str, Any] | None
+    predictions: tuple[dict[str, Any], ...]
+    notices: tuple[str, ...] = field(default=())
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model as its last stage sees it."""
+        return self.config.model_for(self.config.stages[-1])
+
+    @property
+    def model_directory(self) -> str | None:
+        """Where the finished model of the last finished stage lies."""
+        for stage in reversed(self.config.stages):
+            path = epath.Path(self.directory) / stage / "model"
+            if path.exists():
+                return str(path)
+        return None
+
+    @property
+    def train_flops(self) -> float | None:
+        """Of all stages together; None while one is not finished."""
+        return self._sum("train_flops")
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Of training, all stages together; None while one is not finished."""
+        return self._sum("wall_seconds")
+
+    @property
+    def parameters(self) -> int | None:
+        summary = self.stages[-1].summary
+        return summary["parameters"] if summary else None
+
+    def _sum(self, key: str) -> float | None:
+        summaries = [stage.summary for stage in self.stages if stage.summary]
+        if len(summaries) < len(self.config.stages):
+            return None
+        return sum(summary[key] for summary in summaries)
+
+
+def read_runs(directories: Sequence[str]) -> list[Run]:
+    """Reads runs, and gives those of the same label their directory's name.
+
+    Raises:
+      ReportError: one of them has not even begun.
+    """
+    runs = [read_run(directory) for directory in directories]
+    labels = [run.label for run in runs]
+    return [
+        replace(run, label=f"{run.label} ({epath.Path(run.directory).name})") if labels.count(run.label) > 1 else run
+        for run in runs
+    ]
+
+
+def read_run(directory: str) -> Run:
+    """Reads one run.
+
+    Raises:
+      ReportError: no run has begun there, or a file is not what it should be.
+    """
+    where = epath.Path(directory)
+    make = f"python train.py --config=... --workdir={directory}"
+    if not (where / "config.json").exists():
+        raise ReportError(f"{directory} is no run: it has no config.json. {make} makes one")
+    raw = _json(where / "config.json")
+    try:
+        config = from_config_dict(Config, raw)
+    except ConfigError as error:
+        raise ReportError(f"{where / 'config.json'} is not of this version: {error}. {make} makes a new one") from error
+    stages = tuple(_stage(where, name) for name in config.stages if (where / name / "metrics.jsonl").exists())
+    if not any(stage.train for stage in stages):
+        raise ReportError(f"{directory} holds no training metrics yet. {make} makes them")
+    notices = []
+    unfinished = [name for name in config.stages if not (where / name / "summary.json").exists()]
+    if unfinished:
+        notices.append(f"{' and '.join(unfinished)} not finished: {make} goes on with it")
+    evaluation, predictions = None, ()
+    if (where / "evaluation.json").exists() and (where / "predictions.jsonl").exists():
+        evaluation, predictions = _json(where / "evaluation.json"), tuple(_lines(where / "predictions.jsonl"))
+        if evaluation["stage"] != config.stages[-1]:
+            notices.append(
+                f"the evaluation is of the model after {evaluation['stage']}: python eval.py --workdir={directory} "
+                f"evaluates it after {config.stages[-1]}, when that is finished"
+            )
+        if not evaluation["complete"]:
+            notices.append(f"evaluated on the first {evaluation['n']} questions only (--limit)")
+    else:
+        notices.append(f"not evaluated yet: python eval.py --workdir={directory} does it")
+    return Run(directory, _label(config), config, raw, stages, evaluation, predictions, tuple(notices))
+
+
+def _label(config: Config) -> str:
+    parts = [NAMES.get(config.model.alignment, config.model.alignment)]
+    if config.data.blind:
+        parts.append("blind")
+    if config.seed:
+        parts.append(f"seed {config.seed}")
+    return ", ".join(parts)
+
+
+def _stage(where: epath.Path, name: str) -> Stage:
+    rows: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    for row in _lines(where / name / "metrics.jsonl"):
+        rows.get(row["kind"], {})[row["step"]] = row  # a step that was run again after a resume counts once
+    summary = where / name / "summary.json"
+    train, held_out = (tuple(by_step[step] for step in sorted(by_step)) for by_step in rows.values())
+    return Stage(name, train, held_out, _json(summary) if summary.exists() else None)
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}; delete it and run again what wrote it") from error
+
+
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last one that was cut off by a sudden end is left out."""
+    lines, rows = path.read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ReportError(f"{path} line {number} is not JSON: {error}") from error
+    return rows

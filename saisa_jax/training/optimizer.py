@@ -1,0 +1,113 @@
+"""Who trains, and how: ordered (regex, group) rows, and AdamW over what they let train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import traverse_util
+
+from saisa_jax.config import ConfigError, GroupConfig, Groups, OptimizerConfig
+
+Params = Any
+NO_DECAY = ("bias", "scale", "scale1", "scale2")  # norms, biases and layer scales
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """A nested tree as {"layers/attn/q_proj/kernel": leaf}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def assign_groups(params: Params, groups: Groups) -> dict[str, int]:
+    """The row of `groups` that each parameter belongs to: the first whose regex matches its whole path.
+
+    Raises:
+      ConfigError: parameters that no row matches, all of them listed, and rows that match nothing.
+    """
+    patterns = [re.compile(pattern) for pattern, _ in groups]
+    rows = {
+        path: next((i for i, pattern in enumerate(patterns) if pattern.fullmatch(path)), None)
+        for path in flatten(params)
+    }
+    orphans = [path for path, row in rows.items() if row is None]
+    if orphans:
+        raise ConfigError(
+            f"{len(orphans)} parameters match no row of groups={[pattern for pattern, _ in groups]}: "
+            f"{', '.join(orphans)}; end the list with ('.*', ...)"
+        )
+    idle = [pattern for i, (pattern, _) in enumerate(groups) if i not in rows.values()]
+    if idle:
+        raise ConfigError(f"rows of groups that match no parameter: {idle}; parameters are {', '.join(rows)}")
+    return {path: row for path, row in rows.items() if row is not None}
+
+
+def split(params: Params, groups: Groups) -> tuple[Params, Params]:
+    """(trainable, frozen), each leaf in the dtype of its group."""
+    rows = assign_groups(params, groups)
+    trainable, frozen = {}, {}
+    for path, leaf in flatten(params).items():
+        group = groups[rows[path]][1]
+        (frozen if group.frozen else trainable)[path] = leaf.astype(group.dtype)
+    return unflatten(trainable), unflatten(frozen)
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+    """One tree again."""
+    return unflatten({**flatten(trainable), **flatten(frozen)})
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine or linear to `final_lr_fraction`, or constant.
+
+    Step counts from 0; as in the Hugging Face trainer the first update of a warm-up has rate 0.
+    """
+    warmup = round(config.warmup_fraction * steps)
+    end = config.lr * config.final_lr_fraction
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.lr, rest, alpha=config.final_lr_fraction),
+        "linear": optax.linear_schedule(config.lr, end, rest),
+        "constant": optax.constant_schedule(config.lr),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, max(1, warmup)), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, steps: int) -> Any:
+    """AdamW over the trainable tree: clipping over all of it, then each group's decay and rate."""
+    rows = assign_groups_of_trainable(trainable, groups)
+
+    def of_group(group: GroupConfig) -> optax.GradientTransformation:
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        return optax.chain(optax.add_decayed_weights(decay, mask=_decays), optax.scale(group.lr_scale))
+
+    labels = unflatten({path: str(row) for path, row in rows.items()})
+    transforms = {str(row): of_group(groups[row][1]) for row in sorted(set(rows.values()))}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.multi_transform(transforms, labels),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )
+
+
+def assign_groups_of_trainable(trainable: Params, groups: Groups) -> dict[str, int]:
+    """As `assign_groups` for a tree that holds only what trains (rows of frozen groups match nothing in it)."""
+    rows = {}
+    for path in flatten(trainable):
+        rows[path] = next(i for i, (pattern, _) in enumerate(groups) if re.fullmatch(pattern, path))
+    return rows
+
+
+def _decays(tree: Params) -> Params:
+    def decays(path: Any, leaf: Any) -> bool:
+        return not isinstance(leaf, optax.MaskedNode) and str(path[-1].key) not in NO_DECAY
+
+    return jax.tree_util.tree_map_with_path(decays, tree, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))

@@ -1,0 +1,77 @@
+"""The state of training: two trees of parameters, the optimizer's moments and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax.sharding import Mesh
+
+from saisa_jax import parallel
+from saisa_jax.config import Groups, ModelConfig
+from saisa_jax.models.saisa import abstract_params
+from saisa_jax.training.optimizer import flatten, split, unflatten
+
+Params = Any
+
+
+class TrainState(NamedTuple):
+    """`frozen` has no gradient, no moments and no second copy; `trainable` has all three."""
+
+    step: Any  # int32 scalar
+    trainable: Params
+    frozen: Params
+    opt_state: Any
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: parallel.Rules) -> Params:
+    """Where each parameter lives."""
+    return parallel.shardings_of(abstract_params(config, boxed=True), mesh, rules)
+
+
+def state_shardings(
+    config: ModelConfig, groups: Groups, optimizer: Any, mesh: Mesh, rules: parallel.Rules
+) -> tuple[TrainState, TrainState]:
+    """(abstract state, shardings of the state). Moments live where their parameters do."""
+    abstract = abstract_params(config)
+    abstract_state = jax.eval_shape(lambda params: make_state(params, groups, optimizer), abstract)
+    flat = flatten(param_shardings(config, mesh, rules))
+    everywhere = parallel.replicated(mesh)
+
+    def like_params(tree: Params) -> Params:
+        return unflatten({path: flat[path] for path in flatten(tree)}) if tree else {}
+
+    def of_moments(path: Any, leaf: Any) -> Any:
+        # A moment's path ends in its parameter's path; anything else of the optimizer is a scalar.
+        keys = "/".join(str(entry.key) for entry in path if hasattr(entry, "key"))
+        return next((flat[name] for name in _suffixes(keys) if name in flat and leaf.ndim), everywhere)
+
+    shardings = TrainState(
+        step=everywhere,
+        trainable=like_params(abstract_state.trainable),
+        frozen=like_params(abstract_state.frozen),
+        opt_state=jax.tree_util.tree_map_with_path(of_moments, abstract_state.opt_state),
+    )
+    return abstract_state, shardings
+
+
+def _suffixes(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def make_state(params: Params, groups: Groups, optimizer: Any) -> TrainState:
+    """Parts the parameters into trainable and frozen, and gives the first its moments."""
+    trainable, frozen = split(params, groups)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def create_state(
+    make_params: Callable[[], Params], groups: Groups, optimizer: Any, shardings: TrainState
+) -> TrainState:
+    """The first state, born sharded: `make_params` runs under the same jit, nothing exists whole on one device."""
+    make = lambda: make_state(meta.unbox(make_params()), groups, optimizer)  # noqa: E731
+    return jax.jit(make, out_shardings=shardings)()

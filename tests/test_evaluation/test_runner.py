@@ -1,0 +1,215 @@
+"""The runner and `eval.py`, on a model that only pretends."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from etils import epath
+from rich.console import Console
+
+from saisa_jax.checkpoints import CheckpointError
+from saisa_jax.config import Config, ConfigError
+from saisa_jax.data.easy_vqa import majority_baseline
+from saisa_jax.evaluation import command, runner, tasks
+from saisa_jax.evaluation.progress import Progress
+from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
+from saisa_jax.inference.bundle import Bundle
+from saisa_jax.models import flops
+from saisa_jax.testing.configs import tiny_config
+
+ROOT = Path(__file__).parents[2]
+TASK = tasks.get("easy_vqa")
+
+
+@functools.cache
+def truths() -> dict[tuple[str, str], str]:
+    return {(item.question, item.images[0]): item.truth for item in TASK.items()}
+
+
+class Encoded(NamedTuple):
+    tokens: list[int]
+
+
+class Tokenizer:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretender(Bundle):
+    """Says the truth, with a capital and a full stop, except about images whose number ends in 7."""
+
+    params: Any = None
+    config: Config = dataclasses.field(default_factory=tiny_config)
+    tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
+    stage: str = "finetune"
+    metadata: dict[str, Any] = dataclasses.field(default_factory=lambda: {"stage": "finetune", "steps": 3})
+    batches: list[list[str]] = dataclasses.field(default_factory=list)
+    stop_after: int | None = None
+
+    def prompts(self, questions: Sequence[str], images: Sequence[Sequence[str]]) -> tuple[None, list[Encoded]]:
+        return None, [Encoded(list(range(len(question.split())))) for question in questions]
+
+    def generate(self, questions: list[str], images: list[list[str]], max_new_tokens: int) -> list[str]:
+        if len(self.batches) == self.stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.batches.append(questions)
+        return [
+            "something else" if path.endswith("7.png") else f"{truths()[question, path].capitalize()}. "
+            for question, (path,) in zip(questions, images, strict=True)
+        ]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    bundle = Pretender()
+    record = evaluate(bundle, TASK, Settings(batch_size=64, limit=500), epath.Path(tmp_path / "out"), "some/model")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "predictions.jsonl"]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == record
+
+    rows = read(tmp_path / "out" / "predictions.jsonl")
+    items = TASK.items()[:500]
+    assert [row["id"] for row in rows] == [item.id for item in items]
+    assert [row["correct"] for row in rows] == [not item.images[0].endswith("7.png") for item in items]
+    assert rows[0].keys() >= {"id", "image", "question", "prompt", "output", "answer", "truth", "correct", "kind"}
+    right = [row for row in rows if row["correct"]]
+    assert record["accuracy"] == len(right) / 500 and record["n"] == 500 and not record["complete"]
+    assert all(row["answer"] == row["truth"] for row in right)
+
+    # Batches are all of one size, and go from short prompts to long ones.
+    assert {len(batch) for batch in bundle.batches} == {64}
+    lengths = [len(question.split()) for batch in bundle.batches for question in batch]
+    assert lengths == sorted(lengths)
+
+    groups, kinds = record["groups"], record["kinds"]
+    assert groups["yes_no"]["n"] + groups["other"]["n"] == 500 == sum(part["n"] for part in kinds.values())
+    assert record["other"] == groups["other"]["accuracy"]
+    assert kinds.keys() == {row["kind"] for row in rows}
+    low, high = record["interval"]
+    plain = record["overall"]["interval_if_independent"]
+    assert low < plain[0] < record["accuracy"] < plain[1] < high  # whole images are wrong here
+
+    assert record["majority"] == dataclasses.asdict(majority_baseline())
+    mean = sum(row["prompt_tokens"] for row in rows) / 500
+    assert record["prompt_tokens"] == pytest.approx(mean)
+    assert record["prefill_flops"]["decoder"] == flops.prefill(bundle.model, round(mean), 1, convention="decoder").total
+    assert record["model"]["alignment"] == "saisa" and record["stage"] == "finetune" and record["versions"]["jax"]
+
+
+def test_all_questions_are_the_test_set() -> None:
+    items = TASK.items()
+    assert len(items) == 9673 == len({item.id for item in items})
+    assert sum(TASK.groups["yes_no"](item.kind) for item in items) / 9673 == pytest.approx(0.738, abs=1e-3)
+    assert TASK.baseline()["overall"] == pytest.approx(0.670, abs=1e-3)
+
+
+def test_a_stopped_run_leaves_marked_answers_and_the_former_evaluation(tmp_path: Path) -> None:
+    out = epath.Path(tmp_path)
+    former = evaluate(Pretender(), TASK, Settings(batch_size=8, limit=8), out, "m")
+    before = signal.getsignal(signal.SIGTERM)
+    message = r"stopped after 64 of 100 .*predictions\.partial\.jsonl.*afresh"
+    with pytest.raises(Interrupted, match=message), command.terminable():
+        evaluate(Pretender(stop_after=2), TASK, Settings(batch_size=32, limit=100), out, "m")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(read(tmp_path / "predictions.partial.jsonl")) == 64
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == former
+    assert len(read(tmp_path / "predictions.jsonl")) == 8
+
+    evaluate(Pretender(), TASK, Settings(batch_size=32, limit=100), out, "m")
+    assert len(read(tmp_path / "predictions.jsonl")) == 100
+    assert not (tmp_path / "predictions.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"limit": 0}, {"max_new_tokens": 0}])
+def test_bad_settings_name_their_flag(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(bad))}=0 must be at least 1"):
+        Settings(**bad)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(ConfigError, match=r"--task=easy_vqaa is not one of .*did you mean 'easy_vqa'"):
+        tasks.get("easy_vqaa")
+
+
+def test_table_and_progress() -> None:
+    console = Console(record=True, width=100, force_terminal=False)
+    with Progress("easy_vqa", 20, console) as progress:
+        progress.update(10, 9)
+        progress.update(10, 9)
+    part = {"accuracy": 0.9, "interval": [0.85, 0.93], "n": 20}
+    record = {"task": "easy_vqa", "n": 20, "complete": False, "model": {"name": "demo"}, "overall": part}
+    record |= {"groups": {"yes_no": part}, "kinds": {"color": part}, "majority": {"overall": 0.67, "yes_no": 0.825}}
+    console.print(command.table(record))
+    text = console.export_text()
+    assert "easy_vqa: 90.0% right, 20 of 20 questions" in text
+    assert "demo on easy_vqa, the first 20 questions" in text
+    assert "85.0% to 93.0%" in text and "82.5%" in text and "yes/no" in text
+
+
+def test_progress_bar_on_a_terminal() -> None:
+    console = Console(force_terminal=True, width=100, record=True)
+    with Progress("easy_vqa", 4, console) as progress:
+        progress.update(4, 3)
+    text = console.export_text()
+    assert "75.0% right" in text and "4/4" in text
+
+
+def test_the_last_finished_stage_is_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--workdir=.* holds no finished model.*python train\.py"):
+        command.model_of(str(tmp_path))
+    (tmp_path / "pretrain" / "model").mkdir(parents=True)
+    assert command.model_of(str(tmp_path)) == str(tmp_path / "pretrain" / "model")
+    (tmp_path / "finetune" / "model").mkdir(parents=True)
+    assert command.model_of(str(tmp_path)) == str(tmp_path / "finetune" / "model")
+
+
+def test_run_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command.bundles, "load", lambda directory: Pretender())
+    command.run("some/model", str(tmp_path), limit=10, batch_size=5)
+    assert "evaluation.json are in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["max_new_tokens"] > 0
+    item = next(item for item in TASK.items() if not item.images[0].endswith("7.png"))
+    assert command.ask("some/model", item.question, item.images) == f"{item.truth.capitalize()}. "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name either --workdir=RUN or --checkpoint=MODEL"),
+        (["--workdir=a", "--checkpoint=b"], "name either --workdir=RUN or --checkpoint=MODEL"),
+        (["--checkpoint=b", "--image=c.png"], "--image needs --question"),
+    ],
+)
+def test_bad_flags(arguments: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "eval.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_names(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--task=vqa is not one of easy_vqa"):
+        command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"), task="vqa")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    out = epath.Path(tmp_path)
+    runner._commit(out, [{"id": 1}], {"n": 1})
+    with pytest.raises(TypeError):
+        runner._commit(out, [{"id": 2}], {"n": object()})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"n": 1}

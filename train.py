@@ -1,0 +1,40 @@
+"""Trains SAISA, NAAViT or LLaVA:  python train.py --config=configs/demo.py --workdir=runs/demo [--config.a.b=v ...]
+
+A run that was stopped goes on where it was when it is started again with the same command.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from saisa_jax.config import Config, ConfigError, from_config_dict
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, for example configs/demo.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the finished model go.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
+    from saisa_jax.training import loop  # imports jax, which --help does not need
+
+    try:
+        config = from_config_dict(Config, _CONFIG.value)
+        stopped = loop.run(config, epath.Path(_WORKDIR.value))
+    except loop.USER_ERRORS as error:
+        logging.debug("details", exc_info=True)
+        sys.exit(f"{type(error).__name__}: {error}")
+    except ConfigError as error:
+        sys.exit(f"ConfigError: {error}")
+    if stopped:
+        sys.exit(128 + stopped)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
