@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from saisa_jax.config import Config, ConfigError, from_config_dict
+from saisa_jax.config import Config, from_config_dict
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, for example configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the finished model go.")
@@ -25,12 +25,10 @@ def main(argv: list[str]) -> None:
 
     try:
         config = from_config_dict(Config, _CONFIG.value)
-        stopped = loop.run(config, epath.Path(_WORKDIR.value))
+        stopped = loop.run(config, epath.Path(str(_WORKDIR.value)))
     except loop.USER_ERRORS as error:
         logging.debug("details", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
-    except ConfigError as error:
-        sys.exit(f"ConfigError: {error}")
     if stopped:
         sys.exit(128 + stopped)
 

@@ -80,7 +80,7 @@ def get_config(variant: str = "saisa") -> ConfigDict:
             sharing="shared",
             batch_size=64,
             text_length=16,
-            steps=500,
+            steps=400,
             optimizer=optimizer,
             groups=TRAIN_ALL,
         ),
@@ -90,11 +90,11 @@ def get_config(variant: str = "saisa") -> ConfigDict:
             sharing=sharing,
             batch_size=32,
             text_length=80,
-            steps=1300,
+            steps=900,
             optimizer=optimizer,
             groups=TRAIN_ALL,
         ),
-        training=TrainingConfig(log_every=20, eval_every=250, checkpoint_every=500),
+        training=TrainingConfig(log_every=20, eval_every=100, eval_batches=4, checkpoint_every=300),
         evaluation=EvaluationConfig(batch_size=256, max_new_tokens=4),
     )
     return to_config_dict(config)

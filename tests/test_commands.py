@@ -41,20 +41,14 @@ def make_commands(target: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """The caller's environment, with one device and without what `make` hands to its children."""
-    return {
-        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MAKEFLAGS", "PYTHON", "TORCH")
-    }
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PYTHON", "TORCH")}
+    return kept | {"XLA_FLAGS": re.sub(r"--xla_force_host_platform_device_count=\d+", "", kept["XLA_FLAGS"])}
 
 
 def on_tiny(text: str, directory: Path) -> str:
     """The README's words with the tiny configuration, and with `directory` for `runs` and its picture."""
-    for old, new in (
-        ("configs/demo.py", TINY),
-        ("runs/", f"{directory}/"),
-        ("picture.png", f"{directory}/picture.png"),
-    ):
-        text = text.replace(old, new)
-    return text
+    text = text.replace("configs/demo.py", TINY).replace("picture.png", f"{directory}/picture.png")
+    return text.replace("runs/", f"{directory}/")
 
 
 def run(command: str, directory: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,9 @@ def sample(logits: Float[Array, "B W"], key: Any, temperature: Any, top_p: Any) 
     return jax.lax.cond(temperature > 0, draw, best).astype(jnp.int32)
 
 
+GREEDY = Sampling()
+
+
 class Generator:
     """Generates with one model; keeps its compiled programs.
 
@@ -69,7 +72,7 @@ class Generator:
         self._decode = jax.jit(self._run_decode, static_argnames="capacity")
 
     def __call__(
-        self, params: Any, batch: Batch, max_new_tokens: int, sampling: Sampling = Sampling(), seed: int = 0
+        self, params: Any, batch: Batch, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> list[list[int]]:
         """New tokens of every row, up to and without its end token.
 
@@ -97,7 +100,9 @@ class Generator:
         return row[: ended[0] if len(ended) else None].tolist()
 
     def _run_prefill(self, params: Any, batch: Batch, extra: int) -> tuple[Any, KVCache, Any]:
-        logits, cache = self._model.apply({"params": params}, batch, extra, method=Saisa.prefill)
+        logits, cache = cast(
+            "tuple[Any, KVCache]", self._model.apply({"params": params}, batch, extra, method=Saisa.prefill)
+        )
         return logits, cache, jnp.max(jnp.where(cache.segment_ids > 0, cache.positions, -1), axis=1) + 1
 
     def _run_decode(
@@ -128,7 +133,9 @@ class Generator:
 
         def one_more(carry: Any) -> Any:
             step, out, token, done, key, cache = carry
-            logits, cache = self._model.apply({"params": params}, token, positions + step - 1, cache, method=Saisa.decode)
+            logits, cache = self._model.apply(
+                {"params": params}, token, positions + step - 1, cache, method=Saisa.decode
+            )
             out, token, done, key = emit(step, out, logits, done, key)
             return step + 1, out, token, done, key, cache
 

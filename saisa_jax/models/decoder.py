@@ -127,5 +127,3 @@ def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
     half = config.head_dim // 2
     zeros = jnp.zeros((1, 1, half))
     return jnp.zeros((1, 1, config.embed_dim)), Rotation(zeros, zeros), jnp.ones((1, 1, 1), jnp.bool_)
-
-

@@ -191,7 +191,8 @@ class Saisa(nn.Module):
         visual, asking = self._streams(batch, features)
         image = self.visual_kv(visual) if visual is not None else None
         x, captured = self._run_layers(asking, image, capture=("kv",))
-        cache = kv_cache.allocate(*captured["kv"], asking.positions, asking.segment_ids, image, extra)
+        k, v = captured["kv"]
+        cache = kv_cache.allocate(k, v, asking.positions, asking.segment_ids, image, extra)
         # The last token is the one of the highest position, on whichever side the padding is.
         last = jnp.argmax(jnp.where(asking.segment_ids > 0, asking.positions, -1), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -204,14 +205,13 @@ class Saisa(nn.Module):
         segments = jnp.max(cache.segment_ids, axis=1, keepdims=True)  # a row of generation is one sample
         asking = Rows(self.embed_tokens(tokens[:, None]), positions[:, None], segments)
         x, captured = self._run_layers(asking, cache.visual, past=cache, capture=("kv",))
-        cache = kv_cache.append(cache, *captured["kv"], asking.positions, segments)
+        k, v = captured["kv"]
+        cache = kv_cache.append(cache, k, v, asking.positions, segments)
         return self.head(self.final_norm(x))[:, 0], cache
 
     def visual_kv(self, visual: Rows) -> VisualKV:
         """Keys and values of the visual stream for all layers that see it; they do not depend on any text."""
-        x, captured = self._scan_visual(visual)
-        del x
-        k, v = captured
+        k, v = self._scan_visual(visual)
         rope = rotation(visual.positions, self.config.head_dim, self.config.rope_theta)
         return VisualKV(rotate_keys(k, rope), v, visual.positions, visual.segment_ids)
 
@@ -267,7 +267,7 @@ class Saisa(nn.Module):
             if run.sees_image:
                 x, kv = self._scan(lambda x, params: self._read_visual(params, x), x, self._take(run, True))
                 outs.append(kv)
-        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
     def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
         c = self.config
@@ -289,7 +289,8 @@ class Saisa(nn.Module):
         rope = rotation(asking.positions, c.head_dim, c.rope_theta)
         places = asking.positions, asking.segment_ids
         own_mask = may_attend(*places, *places, c.sliding_window)
-        past_mask = None if past is None else may_attend(*places, past.positions, past.segment_ids, c.sliding_window)
+        if past is not None:
+            past_mask = may_attend(*places, past.positions, past.segment_ids, c.sliding_window)
         if visual is not None:
             visual_mask = may_attend(*places, visual.positions, visual.segment_ids, c.sliding_window)
             visual_rope = rotation(visual.positions, c.head_dim, c.rope_theta)
@@ -307,7 +308,7 @@ class Saisa(nn.Module):
                     k, v = image
                 others.append(KeyBlock(k, v, visual_mask))
             if past_kv is not None:
-                others.append(KeyBlock(*past_kv, past_mask))
+                others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
             x, kv, weights = self._bind(params, Block.__call__, x, rope, own_mask, others)
             available = {"hidden": (x, stream), "attention": weights, "kv": kv}
             return (x, stream), {name: available[name] for name in capture if name in available}

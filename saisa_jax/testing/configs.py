@@ -23,7 +23,7 @@ from saisa_jax.config import (
 
 
 def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
-    """Two layers of width 32 on 32 x 32 pixel images of easy-VQA; three steps of four rows in each stage, float32.
+    """Two layers of width 32 on 32 x 32 pixel images of easy-VQA; three steps of eight rows in each stage, float32.
 
     Args:
       alignment: saisa | naavit | llava.
@@ -63,19 +63,19 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
             task="caption",
             template="plain",
             sharing="shared",
-            batch_size=4,
+            batch_size=8,
             text_length=16,
             steps=3,
             optimizer=optimizer,
             groups=TRAIN_ALL,
         ),
         finetune=StageConfig(
-            sharing=sharing, batch_size=4, text_length=64, steps=3, optimizer=optimizer, groups=TRAIN_ALL
+            sharing=sharing, batch_size=8, text_length=64, steps=3, optimizer=optimizer, groups=TRAIN_ALL
         ),
         training=TrainingConfig(
             log_every=1, eval_every=2, eval_batches=1, eval_samples=1, checkpoint_every=2, tensorboard=False
         ),
-        evaluation=EvaluationConfig(batch_size=4, max_new_tokens=2, limit=8),
+        evaluation=EvaluationConfig(batch_size=8, max_new_tokens=2, limit=8),
     )
 
 

@@ -63,7 +63,7 @@ class HeldOut:
 
 
 def first_answers(batch: Batch, rows: int) -> tuple[Batch, list[np.ndarray]]:
-    """Prompts that end before the first supervised token of each of the first rows, and the tokens that follow there."""
+    """Prompts of the first rows, cut before their first supervised token, and the answers that follow there."""
     prompts: Batch = jax.tree.map(lambda x: np.array(x[:rows]), batch)  # type: ignore[assignment]
     truths = []
     for row in range(len(prompts["tokens"])):

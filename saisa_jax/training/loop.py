@@ -72,10 +72,11 @@ class Stage:
         self.steps = steps_in_stage(config, name)
         self.mesh = parallel.make_mesh(config.mesh)
         self.rules = parallel.make_rules(self.model, self.mesh)
-        if self.settings.batch_size % jax.device_count():
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if self.settings.batch_size % ways:
             raise ConfigError(
-                f"{name}.batch_size={self.settings.batch_size} does not divide by {jax.device_count()} devices: "
-                f"set --config.{name}.batch_size"
+                f"{name}.batch_size={self.settings.batch_size} does not divide by mesh data x fsdp = {ways}: "
+                f"set --config.{name}.batch_size to {self.settings.batch_size // ways * ways + ways}"
             )
         with parallel.use(self.mesh, self.rules):
             make_params, self.source = starting_params(config, name, workdir)
@@ -83,10 +84,9 @@ class Stage:
             trainable, _ = jax.eval_shape(lambda p: split(p, self.settings.groups), _unbox(abstract))
             self.optimizer = make_optimizer(self.settings.optimizer, self.settings.groups, trainable, self.steps)
             self.schedule = make_schedule(self.settings.optimizer, self.steps)
-            _, self.shardings = state_shardings(
-                self.model, self.settings.groups, self.optimizer, self.mesh, self.rules
-            )
+            _, self.shardings = state_shardings(self.model, self.settings.groups, self.optimizer, self.mesh, self.rules)
             self.state = create_state(make_params, self.settings.groups, self.optimizer, self.shardings)
+        self._last_loss: float | None = None
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))
 
     def run(self, stop: StopSignal) -> None:
@@ -109,6 +109,13 @@ class Stage:
             return 0.0
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved())
         saved, metadata = checkpointer.restore(abstract, data)
+        changed = {k: (metadata["order"].get(k), v) for k, v in self._order().items() if metadata["order"].get(k) != v}
+        if changed:
+            raise CheckpointError(
+                f"{self.directory} was trained with another order of data: "
+                + ", ".join(f"{self.name} {name}={old}, now {new}" for name, (old, new) in changed.items())
+                + "; set it back, or start in another --workdir"
+            )
         if metadata["frozen"] != checksums(self.state.frozen):
             raise CheckpointError(
                 f"the frozen parameters of {self.source} are not those that {self.directory} was trained with; "
@@ -124,18 +131,35 @@ class Stage:
         return {name: state[name] for name in ("step", "trainable", "opt_state")}
 
     def _save(self, checkpointer: RunCheckpointer, step: int, data: Any, seconds: float) -> None:
-        metadata = {"seconds": seconds, "source": self.source, "frozen": checksums(self.state.frozen)}
+        metadata = {"seconds": seconds, "frozen": checksums(self.state.frozen), "order": self._order()}
         checkpointer.save(step, self._saved(), data, metadata)
+
+    def _order(self) -> dict[str, Any]:
+        """What the data's position, a number of batches, counts in; another value would give it another meaning."""
+        settings, data = self.settings, self.config.data
+        return {
+            "batch_size": settings.batch_size,
+            "source": f"{settings.source}/{settings.task}",
+            "seed": self.config.seed,
+            "turns_per_sample": data.turns_per_sample,
+            "augment": data.augment,
+            "processes": jax.process_count(),
+            "steps": self.steps,  # the schedule's length
+        }
 
     def _train(self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal, before: float) -> None:
         # The order of what follows matters: data before the step, metrics of a step after the next one was started,
         # and a checkpoint only of a step whose loss was finite.
         habits, first = self.config.training, int(self.state.step)
         train_step = make_train_step(self.model, self.optimizer, self.shardings)
-        held_out = HeldOut(self.model, self.settings, self._held_out_batches(), self.tokenizer, self.mesh)
+        held_out = HeldOut(
+            self.model, self.settings, self._held_out_batches(), self.tokenizer, self.mesh, habits.eval_samples
+        )
         started = time.monotonic() - before
-        with MetricsWriter(self.directory, habits.tensorboard, resume_step=first) as writer:
-            progress = Progress(self.name, self.steps, first)
+        with (
+            MetricsWriter(self.directory, habits.tensorboard, resume_step=first) as writer,
+            Progress(self.name, self.steps, first) as progress,
+        ):
             waiting = None
             for step in range(first + 1, self.steps + 1):
                 host = next(data)
@@ -157,7 +181,6 @@ class Stage:
                     logging.warning("stopped by %s after step %d; the same command goes on", stop.requested, step)
                     return
             checkpointer.wait()
-            progress.close()
         self._finish(time.monotonic() - started)
 
     def _held_out_batches(self) -> list[HostBatch]:
@@ -178,7 +201,7 @@ class Stage:
             )
         if step % self.config.training.log_every and step != self.steps:
             return
-        values["lr"] = float(self.schedule(step - 1))
+        values["lr"] = float(jax.numpy.asarray(self.schedule(step - 1)))
         rates = progress.update(step, samples=self.settings.batch_size, **values)
         writer.write("train", step, **values, **rates, seconds=time.monotonic() - started)
         self._last_loss = values["loss"]
@@ -209,4 +232,3 @@ def _unbox(tree: Any) -> Any:
     from flax.core import meta
 
     return meta.unbox(tree)
-

@@ -82,14 +82,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, steps: int) -> Any:
     """AdamW over the trainable tree: clipping over all of it, then each group's decay and rate."""
-    rows = assign_groups_of_trainable(trainable, groups)
+    rows = _rows_of_trainable(trainable, groups)
 
     def of_group(group: GroupConfig) -> optax.GradientTransformation:
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         return optax.chain(optax.add_decayed_weights(decay, mask=_decays), optax.scale(group.lr_scale))
 
     labels = unflatten({path: str(row) for path, row in rows.items()})
-    transforms = {str(row): of_group(groups[row][1]) for row in sorted(set(rows.values()))}
+    transforms: dict[Any, Any] = {str(row): of_group(groups[row][1]) for row in sorted(set(rows.values()))}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -98,7 +98,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, s
     )
 
 
-def assign_groups_of_trainable(trainable: Params, groups: Groups) -> dict[str, int]:
+def _rows_of_trainable(trainable: Params, groups: Groups) -> dict[str, int]:
     """As `assign_groups` for a tree that holds only what trains (rows of frozen groups match nothing in it)."""
     rows = {}
     for path in flatten(trainable):

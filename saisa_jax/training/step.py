@@ -37,7 +37,7 @@ def make_train_step(
         (loss, weight), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), state.frozen, opt_state)
-        return new, {"loss": loss, "tokens": weight, "grad_norm": optax.global_norm(gradients)}
+        return new, {"loss": loss, "tokens": weight, "grad_norm": optax.tree.norm(gradients)}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 

@@ -266,7 +266,9 @@ def test_bad_prompts(demo) -> None:
 def test_too_long_names_the_flags(demo) -> None:
     encoded = encode((QUESTION, ANSWER), "vicuna_v1", demo, 576, system_prompt="", num_images=1, sample_id="a/7")
     check_length(encoded, text_length=13, max_length=589)
-    with pytest.raises(DataError, match=r"sample 'a/7': 13 text tokens do not fit a row of 12; raise the stage's text_length"):
+    with pytest.raises(
+        DataError, match=r"sample 'a/7': 13 text tokens do not fit a row of 12; raise the stage's text_length"
+    ):
         check_length(encoded, text_length=12)
     with pytest.raises(DataError, match=r"sample 'a/7': 589 positions \(13 text.*1 image.*model.max_length=588"):
         check_length(encoded, text_length=13, max_length=588)

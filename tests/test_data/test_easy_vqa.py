@@ -82,7 +82,7 @@ def test_captions_are_what_the_questions_tell() -> None:
         assert words & set(easy_vqa.SHAPES) == ({shape} if shape else set())
         assert color or shape
         assert sample.turns[0].text == ""
-    assert len({caption for sample in source for caption in [sample.turns[1].text]}) > 4 * 24
+    assert {"a red circle", "a teal shape", "a triangle"} <= {sample.turns[1].text for sample in source}
 
 
 def test_captions_are_true() -> None:

@@ -1,0 +1,81 @@
+"""The configuration: in and out of a ConfigDict, and every check."""
+
+import dataclasses
+
+import pytest
+
+from saisa_jax.config import (
+    Config,
+    ConfigError,
+    GroupConfig,
+    ModelConfig,
+    ProjectorConfig,
+    StageConfig,
+    VisionConfig,
+    from_config_dict,
+    to_config_dict,
+    to_dict,
+)
+from saisa_jax.testing.configs import tiny_config
+
+
+def test_round_trips():
+    for config in (Config(), tiny_config(), tiny_config("llava")):
+        assert from_config_dict(Config, to_config_dict(config)) == config
+        assert from_config_dict(Config, to_dict(config)) == config
+
+
+def test_overrides_reach_the_dataclasses():
+    config = to_config_dict(Config())
+    config.model.sliding_window = 64
+    config.finetune.optimizer.lr = 1
+    config.stages = ("finetune",)
+    built = from_config_dict(Config, config)
+    assert built.model.sliding_window == 64 and built.finetune.optimizer.lr == 1.0 and built.stages == ("finetune",)
+
+
+def test_a_typo_is_answered_with_the_nearest_keys():
+    with pytest.raises(AttributeError, match="batch_size"):
+        to_config_dict(Config()).finetune.batch_sizes = 3
+    with pytest.raises(ConfigError, match=r"unknown config key finetune.batch_sze; did you mean finetune.batch_size"):
+        from_config_dict(Config, {"finetune": {"batch_sze": 3}})
+    with pytest.raises(ConfigError, match=r"model.num_layers='4' should be of type int"):
+        from_config_dict(Config, {"model": {"num_layers": "4"}})
+    with pytest.raises(ConfigError, match=r"training.log_every=True should be of type int"):
+        from_config_dict(Config, {"training": {"log_every": True}})
+
+
+MODEL = ModelConfig()
+IMPOSSIBLE = [
+    (lambda: ModelConfig(num_heads=6, num_kv_heads=4), r"num_heads=6 is not divisible by model.num_kv_heads=4"),
+    (lambda: VisionConfig(image_size=100, patch_size=14), r"image_size=100 is not a multiple .* 98 and 112"),
+    (lambda: VisionConfig(embed_dim=10, num_heads=4), r"embed_dim=10 is not divisible"),
+    (lambda: VisionConfig(num_layers=4, select_layer=-6), r"select_layer=-6 is out of range"),
+    (lambda: ModelConfig(visual_layers=(0, 40)), r"visual_layers names \[40\], out of range .* 0..31"),
+    (lambda: ModelConfig(visual_layers=(3, 1)), r"strictly increasing"),
+    (lambda: ModelConfig(visual_layers=()), r"non-empty"),
+    (lambda: ModelConfig(head_dim=7), r"head_dim=7 must be even"),
+    (lambda: ModelConfig(alignment="sasia"), r"did you mean 'saisa'"),
+    (lambda: ModelConfig(alignment="llava"), r"set model.projector.sharing=shared"),
+    (lambda: ModelConfig(dtype="float64"), r"model.dtype='float64' is not one of"),
+    (lambda: dataclasses.replace(MODEL, remat_policy="all"), r"remat_policy='all'"),
+    (lambda: StageConfig(groups=((".*", GroupConfig(frozen=True)),)), r"nothing would train"),
+    (lambda: StageConfig(steps=0), r"steps=0 must be positive"),
+    (lambda: Config(stages=("finetune", "pretrain")), r"pretrain comes before finetune"),
+    (lambda: Config(stages=()), r"stages is empty"),
+    (lambda: Config(model=ModelConfig(alignment="naavit", projector=ProjectorConfig(sharing="shared"))),
+     r"set finetune.sharing=shared"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), IMPOSSIBLE)
+def test_what_cannot_run_is_an_error_that_names_its_flag(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_derived_sizes():
+    assert ModelConfig(vocab_size=129).padded_vocab_size == 256
+    assert VisionConfig().num_used_layers == 23 and VisionConfig().num_patches == 576
+    assert VisionConfig(select_layer=-1).num_used_layers == 24
+    assert Config().model_for("pretrain").projector.sharing == "shared"

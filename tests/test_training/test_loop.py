@@ -1,0 +1,152 @@
+"""Whole runs on the tiny configuration: two stages, resume to the bit, signals, bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from saisa_jax.checkpoints import CheckpointError, load_model
+from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError
+from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training import loop
+from saisa_jax.training.optimizer import flatten
+
+
+def rows(workdir, stage: str, kind: str = "train") -> list[dict]:
+    lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(workdir, stage: str) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows(workdir, stage)]
+
+
+def params_of(workdir, stage: str) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(load_model(str(workdir / stage / "model"))[0]).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of both stages."""
+    workdir = epath.Path(tmp_path_factory.mktemp("finished"))
+    assert loop.run(tiny_config(), workdir) == 0
+    return workdir
+
+
+def test_two_stages_leave_models_metrics_and_summaries(finished):
+    for stage in ("pretrain", "finetune"):
+        assert [step for step, _ in losses(finished, stage)] == [1, 2, 3]
+        evaluations = rows(finished, stage, "eval")
+        assert [row["step"] for row in evaluations] == [2, 3]
+        assert {"id", "question", "answer", "truth"} == set(evaluations[0]["samples"][0])
+        summary = json.loads((finished / stage / "summary.json").read_text())
+        assert summary["steps"] == 3 and summary["samples"] == 24 and summary["train_flops"] > 0
+    shared, per_layer = params_of(finished, "pretrain"), params_of(finished, "finetune")
+    assert shared["visual_proj/fc1/kernel"].shape == (32, 32)
+    assert per_layer["layers/visual_proj/fc1/kernel"].shape == (2, 32, 32)
+    summary = json.loads((finished / "finetune" / "summary.json").read_text())
+    assert summary["start"].endswith("pretrain/model")
+    assert summary["parameters"] == sum(leaf.size for leaf in per_layer.values())
+
+
+def test_a_finished_run_is_left_alone(finished):
+    before = (finished / "finetune" / "metrics.jsonl").read_text()
+    assert loop.run(tiny_config(), finished) == 0
+    assert (finished / "finetune" / "metrics.jsonl").read_text() == before
+
+
+def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+    """SIGTERM during the second step of stage 1: a checkpoint, then the same losses and parameters as undisturbed."""
+    workdir, original = epath.Path(tmp_path), loop.parallel.to_device
+    calls = []
+
+    def to_device(batch, mesh):
+        calls.append(None)
+        if len(calls) == 3:  # one held-out batch first
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loop.parallel, "to_device", to_device)
+    assert loop.run(tiny_config(), workdir) == signal.SIGTERM
+    assert not (workdir / "pretrain" / "model").exists()
+    assert [step for step, _ in losses(workdir, "pretrain")] == [1, 2]
+    monkeypatch.setattr(loop.parallel, "to_device", original)
+    assert loop.run(tiny_config(), workdir) == 0
+    for stage in ("pretrain", "finetune"):
+        assert losses(workdir, stage) == losses(finished, stage)
+        ours, theirs = params_of(workdir, stage), params_of(finished, stage)
+        assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+
+def test_frozen_parts_stay_as_they_were_and_another_order_of_data_is_refused(finished, tmp_path):
+    config = tiny_config()
+    config = dataclasses.replace(
+        config,
+        init_from=str(finished / "pretrain" / "model"),
+        pretrain=dataclasses.replace(config.pretrain, groups=TRAIN_PROJECTOR),
+        finetune=dataclasses.replace(config.finetune, groups=TRAIN_ALL_BUT_VISION),
+        training=dataclasses.replace(config.training, eval_every=0),
+    )
+    workdir = epath.Path(tmp_path)
+    assert loop.run(config, workdir) == 0
+    start, first, second = (
+        params_of(w, s) for w, s in ((finished, "pretrain"), (workdir, "pretrain"), (workdir, "finetune"))
+    )
+    as_stored = lambda x: np.asarray(jax.numpy.asarray(x).astype("bfloat16"))  # noqa: E731
+    for path, leaf in start.items():
+        if path.startswith("visual_proj/"):
+            assert not np.array_equal(leaf, first[path]), path
+        else:
+            assert np.array_equal(as_stored(leaf), first[path]), path
+    for path, leaf in second.items():
+        if path.startswith("vision/"):
+            assert np.array_equal(leaf, first[path]), path
+    moved = [path for path, leaf in second.items() if path in first and not np.array_equal(leaf, first[path])]
+    assert any(path.startswith("layers/attn") for path in moved) and "embed_tokens/embedding" in moved
+
+    (workdir / "finetune" / "model").rmtree()
+    other = dataclasses.replace(config, seed=5)
+    with pytest.raises(CheckpointError, match="finetune seed=0, now 5"):
+        loop.run(other, workdir)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path, monkeypatch):
+    config = tiny_config()
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, eval_every=0))
+    original = loop.make_train_step
+
+    def make_train_step(*args):
+        step = original(*args)
+
+        def broken(state, batch):
+            state, metrics = step(state, batch)
+            return state, metrics | {"loss": float("nan") if int(state.step) == 2 else metrics["loss"]}
+
+        return broken
+
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    with pytest.raises(loop.TrainingError, match=r"the loss is nan at step 2 of pretrain; its batch held easy_vqa/"):
+        loop.run(config, epath.Path(tmp_path))
+    assert not (tmp_path / "pretrain" / "model").exists()
+    assert not [path for path in (tmp_path / "pretrain" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_errors_name_their_flag(finished, tmp_path):
+    config, workdir = tiny_config(), epath.Path(tmp_path)
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=20))
+    with pytest.raises(ConfigError, match=r"--config.model.vocab_size="):
+        loop.run(small, workdir)
+    odd = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, batch_size=12))
+    with pytest.raises(ConfigError, match=r"pretrain.batch_size=12 .* --config.pretrain.batch_size to 16"):
+        loop.run(odd, workdir)
+    wide = dataclasses.replace(
+        config, stages=("finetune",), init_from=str(finished / "pretrain" / "model"),
+        model=dataclasses.replace(config.model, mlp_dim=48),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"layers/mlp/down_proj/kernel is \(2, 64, 32\), expected \(2, 48, 32\)"):
+        loop.run(wide, workdir)
