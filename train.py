@@ -33,6 +33,18 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + stopped)
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """As absl does, but what is wrong with --config is one line and not a page."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _ = _CONFIG.value  # a file that is not there is noticed here
+        return rest
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        while error.args and isinstance(error.args[0], Exception):  # ConfigDict wraps one in the other
+            error = error.args[0]
+        sys.exit(f"--config: {error.args[0] if len(error.args) == 1 else error}")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -167,7 +167,7 @@ class Saisa(nn.Module):
         rows, slots = images.shape[:2]
         if slots == 0:
             return jnp.zeros((rows, 0, self.config.vision.embed_dim), jnp.dtype(self.config.dtype))
-        features, _ = self.vision(images.reshape(rows * slots, *images.shape[2:]))
+        features, _ = self.vision(jnp.asarray(images).reshape(rows * slots, *images.shape[2:]))
         return features.reshape(rows, -1, features.shape[-1])
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
@@ -219,6 +219,7 @@ class Saisa(nn.Module):
 
     def _streams(self, batch: Batch, features: Any) -> tuple[Rows | None, Rows]:
         """The visual stream (None: there is none) and the stream that asks."""
+        batch = jax.tree.map(jnp.asarray, batch)  # numpy is as good
         segments = batch["segment_ids"]
         x = self.embed_tokens(batch["tokens"])
         x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))

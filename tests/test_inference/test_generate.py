@@ -22,14 +22,18 @@ def model_of(alignment: str):
     return config, init_params(config, jax.random.key(1)), Generator(config, [NEVER])
 
 
+@functools.cache
+def forward(config):
+    return jax.jit(lambda p, b: Saisa(config).apply({"params": p}, b)[0])
+
+
 def by_repeated_forward(config, params, layout: list[int], new: int) -> list[int]:
     """Greedy tokens without a cache."""
-    apply = jax.jit(lambda p, b: Saisa(config).apply({"params": p}, b)[0])
     tokens, layout = [], list(layout)
     for _ in range(new):
         batch = make_batch(config, [layout], text_length=16, max_images=2)
         length = int((batch["segment_ids"] > 0).sum())
-        tokens.append(int(np.argmax(apply(params, batch)[0, length - 1])))
+        tokens.append(int(np.argmax(forward(config)(params, batch)[0, length - 1])))
         layout.append(tokens[-1])
     return tokens
 
