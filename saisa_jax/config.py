@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ml_collections import config_dict
 
@@ -98,8 +99,8 @@ class VisionConfig:
             f"hidden states {-(self.num_layers + 1)}..{self.num_layers}",
         )
         _check(
-            len(self.image_mean) == 3 and len(self.image_std) == 3,
-            f"{where}.image_mean and {where}.image_std need one value for each of R, G, B",
+            len(self.image_mean) == 3 and len(self.image_std) == 3 and all(std > 0 for std in self.image_std),
+            f"{where}.image_mean and {where}.image_std need one value for each of R, G, B, the latter positive",
         )
 
     @property
@@ -155,6 +156,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in (
             "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
+            "rope_theta", "norm_eps",
         ):  # fmt: skip
             _positive(f"model.{name}", getattr(self, name))
         _choice("model.alignment", self.alignment, ALIGNMENTS)
@@ -260,6 +262,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _choice("optimizer.schedule", self.schedule, SCHEDULES)
         _positive("optimizer.lr", self.lr)
+        _positive("optimizer.clip_norm", self.clip_norm)
+        _check(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        for name in ("b1", "b2"):
+            _check(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
         _check(
             0 <= self.warmup_fraction <= 1,
             f"optimizer.warmup_fraction={self.warmup_fraction} is not a share of the steps (0..1)",
@@ -271,6 +277,7 @@ PROJECTOR_PATTERN = r"(layers/)?visual_proj/.*"
 
 Groups = tuple[tuple[str, GroupConfig], ...]
 
+# Frozen parts in bfloat16: stage 2's float32 parameters then start from rounded ones, as LLaVA's do.
 TRAIN_PROJECTOR: Groups = (  # stage 1 of LLaVA and SAISA
     (PROJECTOR_PATTERN, GroupConfig()),
     (r".*", GroupConfig(frozen=True, dtype="bfloat16")),
@@ -307,6 +314,11 @@ class StageConfig:
             _positive("steps", self.steps)
         _positive("epochs", self.epochs)
         _check(any(not group.frozen for _, group in self.groups), "groups: every group is frozen, nothing would train")
+        for pattern, _ in self.groups:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"groups: {pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -322,8 +334,10 @@ class TrainingConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _positive("training.log_every", self.log_every)
-        _positive("training.checkpoint_every", self.checkpoint_every)
+        for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+            _positive(f"training.{name}", getattr(self, name))
+        for name in ("eval_every", "eval_samples"):
+            _check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -380,6 +394,12 @@ class Config:
         _check(
             list(self.stages) == sorted(set(self.stages), reverse=True),
             f"stages={self.stages}: pretrain comes before finetune, each once",
+        )
+        _check(self.seed >= 0, f"seed={self.seed} must not be negative")
+        _check(
+            self.model.projector.sharing == self.finetune.sharing,
+            f"model.projector.sharing={self.model.projector.sharing} is not what stage 2 trains, "
+            f"finetune.sharing={self.finetune.sharing}: set both alike",
         )
         if self.model.alignment != "saisa":
             for stage in self.stages:
@@ -470,9 +490,6 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             return tuple(_coerce(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         _check(len(value) == len(args), f"{path}={value!r} should have {len(args)} entries")
         return tuple(_coerce(arg, item, f"{path}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True)))
-    if typing.get_origin(hint) is Literal:
-        _choice(path, value, typing.get_args(hint))
-        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _check(

@@ -64,7 +64,7 @@ IMPOSSIBLE = [
     (lambda: Config(stages=("finetune", "pretrain")), r"pretrain comes before finetune"),
     (lambda: Config(stages=()), r"stages is empty"),
     (lambda: Config(model=ModelConfig(alignment="naavit", projector=ProjectorConfig(sharing="shared"))),
-     r"set finetune.sharing=shared"),
+     r"finetune.sharing=per_layer: set both alike"),
 ]  # fmt: skip
 
 

@@ -31,10 +31,10 @@ def train(alignment: str, sizes: tuple[int, int, int], steps: int = 3):
     optimizer = make_optimizer(settings, TRAIN_ALL, params, steps)
     rng = np.random.default_rng(0)
     batch = make_batch(config, [random_layout(rng, 9 - i % 3, i % 3, 100) for i in range(8)], max_images=2)
-    _, shardings = state_shardings(config, TRAIN_ALL, optimizer, mesh, rules)
+    shardings = state_shardings(config, TRAIN_ALL, optimizer, mesh, rules)
     losses = []
     with parallel.use(mesh, rules):
-        state = create_state(lambda: params, TRAIN_ALL, optimizer, shardings)
+        state = create_state(lambda params: params, jax.tree.map(np.asarray, params), TRAIN_ALL, optimizer, shardings)
         step = make_train_step(config, optimizer, shardings)
         for _ in range(steps):
             state, metrics = step(state, parallel.to_device(batch, mesh))

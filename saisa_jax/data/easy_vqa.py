@@ -23,6 +23,12 @@ FIRST_VALIDATION_IMAGE = 3800
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+CAPTIONS = (
+    "a {color} {shape}",
+    "there is a {color} {shape} in the image",
+    "the shape is a {shape} and the color is {color}",
+    "the color of the {shape} is {color}",
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +133,13 @@ def facts(pairs: Sequence[tuple[str, str]]) -> tuple[str | None, str | None]:
     return tuple(values.pop() if len(values) == 1 else None for values in (colors, shapes))  # type: ignore[return-value]
 
 
-def caption(color: str | None, shape: str | None) -> str | None:
-    """A caption of what is known ("a red circle"); None if nothing is."""
-    if not color:
-        return f"a {shape}" if shape else None
-    return f"a {color} {shape or 'shape'}"
+def caption(color: str | None, shape: str | None, image_id: int) -> str | None:
+    """A caption of what is known, its wording chosen by the image; None if nothing is."""
+    if color and shape:
+        return CAPTIONS[image_id % len(CAPTIONS)].format(color=color, shape=shape)
+    if color:
+        return f"a {color} shape"
+    return f"a {shape}" if shape else None
 
 
 def _words(text: str) -> set[str]:
@@ -165,7 +173,7 @@ def _samples(task: str, split: str) -> tuple[Sample, ...]:
     for image_id, about in by_image.items():
         pairs = [(q.question, q.answer) for q in about]
         if task == "caption":
-            text = caption(*facts(pairs))
+            text = caption(*facts(pairs), image_id)
             if text is None:
                 continue
             pairs = [("", text)]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from saisa_jax.batch import Batch
 from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ModelConfig, StageConfig
-from saisa_jax.data.conversation import Encoded, encode_prompt, end_token_id
+from saisa_jax.data.conversation import Encoded, check_length, encode_prompt, end_token_id
 from saisa_jax.data.images import load_image, prepare_image
 from saisa_jax.data.packing import pack_rows
 from saisa_jax.data.sample import USER, Turn
@@ -59,6 +59,8 @@ class Bundle:
           questions: one a row; `<image>` says where an image stands, otherwise images stand before the question.
           images: for each question its images: paths, bytes or PIL images.
         """
+        if not questions:
+            raise ValueError("no questions")
         if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
         vision, data = self.model.vision, self.config.data
@@ -76,6 +78,7 @@ class Bundle:
                     sample_id=name,
                 )
             )
+            check_length(encoded[-1], len(encoded[-1].tokens), self.model.max_length)
             loaded = (load_image(source, name) for source in sources)
             prepared = [prepare_image(x, vision.image_size, vision.image_mode, vision.image_mean) for x in loaded]
             pixels.append(None if data.blind else prepared)

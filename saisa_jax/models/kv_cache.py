@@ -57,7 +57,7 @@ def append(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> KVCache:
-    """Writes T new columns behind the last one, in place where the caller has donated the cache.
+    """Writes T new columns behind the last one (in place, inside the loop of `generate`).
 
     The caller sees to it that they fit: `generate` allocates room for every token that it will ask for.
     """

@@ -64,10 +64,6 @@ class Rows(NamedTuple):
     positions: Any
     segment_ids: Any
 
-    @property
-    def length(self) -> int:
-        return self.positions.shape[1]
-
 
 class Run(NamedTuple):
     """Layers start..stop that all see the image, or all do not; projectors first_projector.. belong to them."""

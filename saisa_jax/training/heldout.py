@@ -41,10 +41,10 @@ class HeldOut:
         self._step = make_eval_step(config)
         self._generator = Generator(config, [end_token_id(stage.template, tokenizer)])
         self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
-        self._prompts, self._truths, self._ids = [], [], []
+        self._truths, self._ids = [], []
         if batches and samples:
-            self._batch, self._truths = first_answers(batches[0].batch, samples)
-            self._ids = list(batches[0].sample_ids[:samples])
+            self._ids = [sample_id for sample_id in batches[0].sample_ids[:samples] if sample_id]  # "": padding
+            self._batch, self._truths = first_answers(batches[0].batch, len(self._ids))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """{"loss": mean over all held-out tokens, "samples": [{"id", "question", "answer", "truth"}]}."""

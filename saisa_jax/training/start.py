@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
-from saisa_jax.batch import empty_batch
 from saisa_jax.checkpoints import load_model
-from saisa_jax.config import Config, ConfigError
-from saisa_jax.models.saisa import Saisa, abstract_params, share_to_per_layer
+from saisa_jax.config import Config, ConfigError, to_dict
+from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import flatten
 
 STAGES = ("pretrain", "finetune")
@@ -24,25 +25,34 @@ def model_directory(workdir: epath.Path, stage: str) -> epath.Path:
     return workdir / stage / "model"
 
 
-def starting_params(config: Config, stage: str, workdir: epath.Path) -> tuple[Callable[[], Any], str]:
-    """A function that makes the stage's first parameters, and where they come from.
+def starting_params(
+    config: Config, stage: str, workdir: epath.Path, tokenizer: Any
+) -> tuple[Callable[[Any], Any], Any, str]:
+    """What makes a stage's first parameters: a function, its argument, and where they come from.
 
     In this order: the finished model of the stage before in the same workdir; `init_from`; random weights. (A run that
-    has checkpoints of its own goes on from them; see `loop.py`.)
+    has checkpoints of its own goes on from them; see `loop.py`.) Function and argument are apart so that one jit can
+    run the first on the second without making constants of them.
 
     Raises:
-      ConfigError: weights whose shapes are not those of the configured model, all of them listed.
+      ConfigError: weights whose shapes are not those of the configured model, all of them listed, or that were trained
+        with another tokenizer.
     """
     model = config.model_for(stage)
     previous = [model_directory(workdir, name) for name in STAGES[: STAGES.index(stage)]]
     source = next((str(path) for path in reversed(previous) if path.exists()), config.init_from)
     if not source:
         logging.info("%s starts from random weights (seed %d)", stage, config.seed)
-        example = jax.tree.map(jax.numpy.asarray, empty_batch(1, 1, 1, model.vision.image_size))
-        init = functools.partial(Saisa(model).init, jax.random.key(config.seed), example)
-        return lambda: init()["params"], "random"
+        return functools.partial(init_params, model), jax.random.key(config.seed), "random"
 
-    params, _, _, _ = load_model(source)
+    params, _, trained_with, _ = load_model(source)
+    if trained_with is not None and trained_with.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{source} was trained with another tokenizer than --config.data.tokenizer={config.data.tokenizer}; "
+            f"set it to {source}/tokenizer"
+        )
+    params = jax.tree.map(np.asarray, params)  # not bound to a device
+    convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
     if model.per_layer_projectors and "visual_proj" in params:
         logging.info("every layer's projector starts from a copy of the shared one of %s", source)
         convert = functools.partial(share_to_per_layer, config=model)
@@ -51,10 +61,37 @@ def starting_params(config: Config, stage: str, workdir: epath.Path) -> tuple[Ca
             f"{source} has a projector for each layer, and {stage}.sharing=shared wants one: "
             f"set --config.{stage}.sharing=per_layer"
         )
-    else:
-        convert = lambda params: params  # noqa: E731
     _check_shapes(jax.eval_shape(convert, params), abstract_params(model), source)
-    return lambda: convert(params), source
+    return convert, params, source
+
+
+def check_same_recipe(config: Config, workdir: epath.Path) -> None:
+    """A workdir holds one recipe; logging, evaluation, mesh, threads and the choice of stages may change.
+
+    Raises:
+      ConfigError: every setting that differs from the workdir's.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    stored, now = (_recipe(raw) for raw in (json.loads(path.read_text()), to_dict(config)))
+    differing = [
+        f"{key}={stored.get(key)}, now {now.get(key)}"
+        for key in sorted(stored.keys() | now.keys())
+        if stored.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{workdir} holds a run of another recipe: {'; '.join(differing)}. Set it back, or choose another --workdir"
+        )
+
+
+def _recipe(raw: dict[str, Any]) -> dict[str, str]:
+    """What decides a run's numbers, as {"finetune.optimizer.lr": "0.001"}."""
+    free = ("name", "stages", "training", "mesh", "evaluation")
+    raw = {name: value for name, value in raw.items() if name not in free}
+    raw["data"] = {name: value for name, value in raw["data"].items() if name not in ("num_threads", "prefetch")}
+    return {path.replace("/", "."): json.dumps(value) for path, value in flatten(raw).items()}
 
 
 def _check_shapes(seen: Any, expected: Any, source: str) -> None:

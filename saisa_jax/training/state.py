@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 from jax.sharding import Mesh
 
 from saisa_jax import parallel
@@ -34,8 +33,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh, rules: parallel.Rules) -> P
 
 def state_shardings(
     config: ModelConfig, groups: Groups, optimizer: Any, mesh: Mesh, rules: parallel.Rules
-) -> tuple[TrainState, TrainState]:
-    """(abstract state, shardings of the state). Moments live where their parameters do."""
+) -> TrainState:
+    """Where each leaf of the state lives: moments where their parameters do, scalars everywhere."""
     abstract = abstract_params(config)
     abstract_state = jax.eval_shape(lambda params: make_state(params, groups, optimizer), abstract)
     flat = flatten(param_shardings(config, mesh, rules))
@@ -49,13 +48,12 @@ def state_shardings(
         keys = "/".join(str(entry.key) for entry in path if hasattr(entry, "key"))
         return next((flat[name] for name in _suffixes(keys) if name in flat and leaf.ndim), everywhere)
 
-    shardings = TrainState(
+    return TrainState(
         step=everywhere,
         trainable=like_params(abstract_state.trainable),
         frozen=like_params(abstract_state.frozen),
         opt_state=jax.tree_util.tree_map_with_path(of_moments, abstract_state.opt_state),
     )
-    return abstract_state, shardings
 
 
 def _suffixes(path: str) -> list[str]:
@@ -70,8 +68,8 @@ def make_state(params: Params, groups: Groups, optimizer: Any) -> TrainState:
 
 
 def create_state(
-    make_params: Callable[[], Params], groups: Groups, optimizer: Any, shardings: TrainState
+    make_params: Callable[[Any], Params], argument: Any, groups: Groups, optimizer: Any, shardings: TrainState
 ) -> TrainState:
-    """The first state, born sharded: `make_params` runs under the same jit, nothing exists whole on one device."""
-    make = lambda: make_state(meta.unbox(make_params()), groups, optimizer)  # noqa: E731
-    return jax.jit(make, out_shardings=shardings)()
+    """The first state, born sharded: `make_params(argument)` runs under the same jit, whole on no single device."""
+    make = lambda argument: make_state(make_params(argument), groups, optimizer)  # noqa: E731
+    return jax.jit(make, out_shardings=shardings)(argument)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from saisa_jax.checkpoints import CheckpointError, load_model
+from saisa_jax.checkpoints import CheckpointError, checksums, load_model
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
         assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
 
 
-def test_frozen_parts_stay_as_they_were_and_another_order_of_data_is_refused(finished, tmp_path):
+def test_frozen_parts_stay_and_another_recipe_or_other_frozen_weights_are_refused(finished, tmp_path, monkeypatch):
     config = tiny_config()
     config = dataclasses.replace(
         config,
@@ -109,10 +109,15 @@ def test_frozen_parts_stay_as_they_were_and_another_order_of_data_is_refused(fin
     moved = [path for path, leaf in second.items() if path in first and not np.array_equal(leaf, first[path])]
     assert any(path.startswith("layers/attn") for path in moved) and "embed_tokens/embedding" in moved
 
+    # Another recipe in the same workdir, and other frozen parameters than those of the checkpoint.
+    with pytest.raises(ConfigError, match=r"seed=0, now 5. Set it back, or choose another --workdir"):
+        loop.run(dataclasses.replace(config, seed=5), workdir)
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
     (workdir / "finetune" / "model").rmtree()
-    other = dataclasses.replace(config, seed=5)
-    with pytest.raises(CheckpointError, match="finetune seed=0, now 5"):
-        loop.run(other, workdir)
+    (workdir / "pretrain" / "model").rmtree()
+    monkeypatch.setattr(loop, "checksums", lambda tree: dict.fromkeys(checksums(tree), 1))
+    with pytest.raises(CheckpointError, match=r"frozen parameters of .* are not those .*: embed_tokens/embedding"):
+        loop.run(config, workdir)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path, monkeypatch):
@@ -130,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path,
         return broken
 
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    with pytest.raises(loop.TrainingError, match=r"the loss is nan at step 2 of pretrain; its batch held easy_vqa/"):
+    with pytest.raises(loop.TrainingError, match=r"loss is nan at step 2 of pretrain; its batch held easy_vqa/"):
         loop.run(config, epath.Path(tmp_path))
     assert not (tmp_path / "pretrain" / "model").exists()
     assert not [path for path in (tmp_path / "pretrain" / "checkpoints").iterdir() if path.name.isdigit()]
@@ -150,3 +155,4 @@ def test_errors_name_their_flag(finished, tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"layers/mlp/down_proj/kernel is \(2, 64, 32\), expected \(2, 48, 32\)"):
         loop.run(wide, workdir)
+    assert not (workdir / "config.json").exists()
