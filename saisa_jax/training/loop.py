@@ -120,7 +120,7 @@ class Stage:
             return 0.0
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved())
         frozen, expected = self.state.frozen, self._frozen_checksums
-        self.state = None  # never two copies in memory
+        self.state = TrainState(None, None, frozen, None)  # never two copies in memory
         saved, metadata = checkpointer.restore(abstract, data)
         differing = [path for path in expected if metadata["frozen"].get(path) != expected[path]]
         if differing:
