@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from ml_collections import config_dict
 
 ALIGNMENTS = ("saisa", "naavit", "llava")
+STAGES = ("pretrain", "finetune")  # in this order
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTION_IMPLS = ("xla",)
@@ -174,7 +175,8 @@ class ModelConfig:
         if self.alignment != "saisa":
             _check(
                 self.projector.sharing == "shared",
-                f"model.alignment={self.alignment!r} has one projector: set model.projector.sharing=shared",
+                f"model.alignment={self.alignment!r} has one projector: set model.projector.sharing=shared and "
+                "finetune.sharing=shared",
             )
             _check(
                 self.visual_layers is None,
@@ -368,7 +370,7 @@ class Config:
 
     name: str = "saisa"
     seed: int = 0
-    stages: tuple[str, ...] = ("pretrain", "finetune")
+    stages: tuple[str, ...] = STAGES
     init_from: str = ""  # a finished model directory to start from; "": random weights
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -389,7 +391,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            _choice("stages", stage, ("pretrain", "finetune"))
+            _choice("stages", stage, STAGES)
         _check(len(self.stages) > 0, "stages is empty: name pretrain, finetune or both")
         _check(
             list(self.stages) == sorted(set(self.stages), reverse=True),
@@ -469,7 +471,24 @@ def from_config_dict(cls: type[T], config: Mapping[str, Any] | config_dict.Confi
                 + (f"did you mean {' or '.join(path + n for n in near)}?" if near else f"known: {', '.join(names)}")
             )
     kwargs = {key: _coerce(hints[key], config[key], f"{path}{key}") for key in config}
-    return cls(**kwargs)
+    try:
+        return cls(**kwargs)
+    except ConfigError as error:
+        section = path.rstrip(".")
+        raise error if str(error).startswith(section) else ConfigError(f"{section}: {error}") from None
+
+
+def nearest_fields(path: str) -> list[str]:
+    """Fields of `Config` that a wrong dotted path may have meant: those of the same last name, else like-named ones."""
+    fields: list[str] = []
+
+    def collect(value: Any, prefix: str) -> None:
+        for name, item in value.items():
+            collect(item, f"{prefix}{name}.") if isinstance(item, dict) else fields.append(f"{prefix}{name}")
+
+    collect(to_dict(Config()), "")
+    same = [field for field in fields if field.split(".")[-1] == path.split(".")[-1]]
+    return [] if path in fields else same or difflib.get_close_matches(path, fields, n=3)
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

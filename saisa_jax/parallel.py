@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax.config import ConfigError, MeshConfig, ModelConfig
@@ -78,6 +79,7 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for flag, size, axis, ways in (
         ("model.num_heads", config.num_heads, "tensor", tensor),
+        ("model.vocab_size, padded,", config.padded_vocab_size, "tensor", tensor),
         ("model.mlp_dim", config.mlp_dim, "tensor", tensor),
         ("model.projector.hidden_dim", config.projector_dim, "tensor", tensor),
         ("model.vision.num_heads", config.vision.num_heads, "tensor", tensor),
@@ -87,8 +89,10 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
     ):
         if size % ways:
             raise ConfigError(f"{flag}={size} does not divide by mesh.{axis}={ways}; choose another --config.mesh")
-    replicated = {"kv_heads", "activation_kv_heads"} if config.num_kv_heads % tensor else set()
-    return tuple((name, None if name in replicated else axes) for name, axes in RULES)
+    whole = {"kv_heads", "activation_kv_heads"} if config.num_kv_heads % tensor else set()
+    if whole:
+        logging.info("%d key/value heads do not divide by mesh.tensor=%d: replicated", config.num_kv_heads, tensor)
+    return tuple((name, None if name in whole else axes) for name, axes in RULES)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from saisa_jax.config import (
     StageConfig,
     VisionConfig,
     from_config_dict,
+    nearest_fields,
     to_config_dict,
     to_dict,
 )
@@ -39,6 +40,10 @@ def test_a_typo_is_answered_with_the_nearest_keys():
         to_config_dict(Config()).finetune.batch_sizes = 3
     with pytest.raises(ConfigError, match=r"unknown config key finetune.batch_sze; did you mean finetune.batch_size"):
         from_config_dict(Config, {"finetune": {"batch_sze": 3}})
+    with pytest.raises(ConfigError, match=r"finetune: batch_size=0 must be positive"):
+        from_config_dict(Config, {"finetune": {"batch_size": 0}})
+    assert nearest_fields("finetune.lr") == ["pretrain.optimizer.lr", "finetune.optimizer.lr"]
+    assert nearest_fields("finetune.batch_sze")[0] == "finetune.batch_size" and not nearest_fields("seed")
     with pytest.raises(ConfigError, match=r"model.num_layers='4' should be of type int"):
         from_config_dict(Config, {"model": {"num_layers": "4"}})
     with pytest.raises(ConfigError, match=r"training.log_every=True should be of type int"):

@@ -24,14 +24,12 @@ from jaxtyping import UInt8
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.batch import HostBatch
-from saisa_jax.config import Config
+from saisa_jax.config import STAGES, Config
 from saisa_jax.data.conversation import Encoded, check_length, encode
 from saisa_jax.data.images import ImageLoader, augment
 from saisa_jax.data.packing import pack_rows
 from saisa_jax.data.sample import DataError, Sample, Turn
 from saisa_jax.data.sources import make_source
-
-STAGES = ("pretrain", "finetune")  # their places are part of the seeds
 
 
 @dataclass(frozen=True)
@@ -181,5 +179,5 @@ def _source(config: Config, stage: str, split: str) -> Sequence[Sample]:
 
 
 def _seed(config: Config, stage: str) -> int:
-    """One for each seed of the run and stage."""
+    """One for each seed of the run and place of the stage."""
     return int(np.random.SeedSequence([config.seed, STAGES.index(stage)]).generate_state(1)[0])

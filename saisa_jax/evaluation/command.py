@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from saisa_jax.checkpoints import CheckpointError
-from saisa_jax.config import ConfigError
+from saisa_jax.config import STAGES, ConfigError
 from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import runner, tasks
 from saisa_jax.inference import bundle as bundles
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError)
-STAGES = ("finetune", "pretrain")  # the last one first
 
 
 def ask(checkpoint: str, question: str, images: Sequence[str], max_new_tokens: int | None = None) -> str:
@@ -67,7 +66,7 @@ def model_of(workdir: str) -> str:
     Raises:
       ConfigError: no stage of it is finished.
     """
-    for stage in STAGES:
+    for stage in reversed(STAGES):
         directory = epath.Path(workdir) / stage / "model"
         if directory.exists():
             return str(directory)

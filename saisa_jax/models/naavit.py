@@ -42,7 +42,7 @@ def may_attend(
     key_segments: Int[Array, "B S"],
     window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """The NAAViT mask. `window` (Mistral) also hides keys that lie `window` or more positions back."""
+    """The mask of every alignment. `window` (Mistral) also hides keys that lie `window` or more positions back."""
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     same_segment = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
     mask = same_segment & (distance >= 0)

@@ -27,7 +27,7 @@ from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
 from saisa_jax.training.optimizer import make_optimizer, make_schedule, merge, split
 from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
-from saisa_jax.training.start import check_same_recipe, model_directory, starting_params
+from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
 from saisa_jax.training.state import TrainState, create_state, state_shardings
 from saisa_jax.training.step import make_train_step
 
@@ -56,6 +56,7 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
+        check_stages(config, tokenizer)
         for name in config.stages:
             if model_directory(workdir, name).exists():
                 logging.info("%s is finished: %s", name, model_directory(workdir, name))

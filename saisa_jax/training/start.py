@@ -13,11 +13,11 @@ from absl import logging
 from etils import epath
 
 from saisa_jax.checkpoints import load_model
-from saisa_jax.config import Config, ConfigError, to_dict
+from saisa_jax.config import STAGES, Config, ConfigError, to_dict
+from saisa_jax.data.conversation import end_token_id
+from saisa_jax.data.pipeline import steps_in_stage
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
-from saisa_jax.training.optimizer import flatten
-
-STAGES = ("pretrain", "finetune")
+from saisa_jax.training.optimizer import assign_groups, flatten
 
 
 def model_directory(workdir: epath.Path, stage: str) -> epath.Path:
@@ -63,6 +63,19 @@ def starting_params(
         )
     _check_shapes(jax.eval_shape(convert, params), abstract_params(model), source)
     return convert, params, source
+
+
+def check_stages(config: Config, tokenizer: Any) -> None:
+    """Finds what would stop a later stage before the first one trains: its data, template and groups.
+
+    Raises:
+      ConfigError, DataError: as the stage itself would.
+    """
+    for name in config.stages:
+        settings = config.stage(name)
+        end_token_id(settings.template, tokenizer)
+        steps_in_stage(config, name)
+        assign_groups(abstract_params(config.model_for(name)), settings.groups)
 
 
 def check_same_recipe(config: Config, workdir: epath.Path) -> None:

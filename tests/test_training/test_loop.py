@@ -12,6 +12,7 @@ from etils import epath
 
 from saisa_jax.checkpoints import CheckpointError, checksums, load_model
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError
+from saisa_jax.data.sample import DataError
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
 from saisa_jax.training.optimizer import flatten
@@ -146,6 +147,10 @@ def test_errors_name_their_flag(finished, tmp_path):
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=20))
     with pytest.raises(ConfigError, match=r"--config.model.vocab_size="):
         loop.run(small, workdir)
+    # What is wrong with stage 2 is found before stage 1 trains.
+    later = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, template="vicunna"))
+    with pytest.raises(DataError, match=r"template='vicunna' .* did you mean 'vicuna_v1'"):
+        loop.run(later, workdir)
     odd = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, batch_size=12))
     with pytest.raises(ConfigError, match=r"pretrain.batch_size=12 .* --config.pretrain.batch_size to 16"):
         loop.run(odd, workdir)
