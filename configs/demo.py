@@ -90,7 +90,7 @@ def get_config(variant: str = "saisa") -> ConfigDict:
             sharing=sharing,
             batch_size=32,
             text_length=68,
-            steps=1300,
+            steps=1150,
             optimizer=optimizer,
             groups=TRAIN_ALL,
         ),

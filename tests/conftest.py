@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ DEVICES = "--xla_force_host_platform_device_count=8"
 # LLVM's optimisations are half of compiling, and a test runs its programs a few times; XLA's own passes all run.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {QUICK_COMPILE}"
+
+# A shell gives its background jobs an ignored Ctrl-C; the tests of being stopped want the usual one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 ALLOWED_SKIPS = [

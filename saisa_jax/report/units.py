@@ -43,12 +43,12 @@ def thousands(number: float) -> tuple[float, str]:
 
 
 def duration(seconds: float | None) -> str:
-    """754 -> "12 min 34 s"."""
+    """502 -> "8 min 22 s", and from ten minutes on without seconds."""
     if seconds is None:
         return NOTHING
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60} min {whole % 60:02d} s" if whole < 600 else f"{round(whole / 60)} min"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -140,11 +140,11 @@ def test_a_batch_of_the_demo(tokenizer) -> None:
     )
     assert pipeline.steps_in_stage(config, "pretrain") == 7
     assert pipeline.steps_in_stage(config, "finetune") == 2 * 3800 // 8
-    for stage in ("pretrain", "finetune"):
+    for stage, text in (("pretrain", (8, 16)), ("finetune", (8, 300))):
         host = next(pipeline.train_iterator(config, stage, tokenizer))
         batch = host.batch
         assert {name: value.shape for name, value in batch.items()} == {
-            **dict.fromkeys(("tokens", "targets", "loss_weights", "positions", "segment_ids"), (8, 300)),
+            **dict.fromkeys(("tokens", "targets", "loss_weights", "positions", "segment_ids"), text),
             "images": (8, 1, 64, 64, 3), "image_positions": (8, 1), "image_segment_ids": (8, 1),
         }  # fmt: skip
         assert all(name.startswith("easy_vqa/train/") for name in host.sample_ids)

@@ -63,7 +63,7 @@ def test_smoothing() -> None:
 def test_units() -> None:
     assert [units.scaled(x) for x in (7.0, 1661952, 999.9e6, 41.96e12)] == ["7 ", "1.66 M", "1.00 G", "42.0 T"]
     assert units.flops(92_700_000) == "92.7 MFLOPs" and units.flops(8.5e12) == "8.50 TFLOPs"
-    assert [units.duration(x) for x in (8.2, 502, 4000)] == ["8 s", "8 min 22 s", "1 h 06 min"]
+    assert [units.duration(x) for x in (8.2, 502, 940, 4000)] == ["8 s", "8 min 22 s", "16 min", "1 h 06 min"]
     assert units.interval((0.9414, 0.9543)) == "94.1 to 95.4"
     assert units.percent(None) == units.flops(None) == units.duration(None)
 
