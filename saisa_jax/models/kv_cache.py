@@ -1,7 +1,9 @@
 """What generation remembers: the image's keys and values, and one preallocated buffer for the text.
 
-Under SAISA and NAAViT the image part depends on the image alone; it is written once and only read. Under LLaVA the
-visual tokens are part of the stream that asks: their keys stand at the front of the text buffer, and `visual` is None.
+Under SAISA and NAAViT the image part depends on the image alone: `ImageKV` is computed once for an image and serves
+every question about it (`inference/image_cache.py`); `VisualKV` is its copy at the positions of a row. Under LLaVA the
+visual tokens are part of the stream that asks: their keys depend on the text before them, stand at the front of the
+text buffer, and serve no other prompt; `visual` is None.
 """
 
 from __future__ import annotations
@@ -13,8 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class ImageKV(NamedTuple):
+    """Keys, not rotated, and values of images, for the layers that see them (Lv): they serve at any position."""
+
+    k: Float[Array, "Lv I K P H"]
+    v: Float[Array, "Lv I K P H"]
+
+
 class VisualKV(NamedTuple):
-    """Keys and values of visual tokens for the layers that see them (Lv of them)."""
+    """Keys, rotated to their rows' positions, and values of visual tokens for the layers that see them."""
 
     k: Float[Array, "Lv B K V H"]
     v: Float[Array, "Lv B K V H"]
@@ -31,6 +40,16 @@ class KVCache(NamedTuple):
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]  # columns in use, the same for every row
     visual: VisualKV | None
+
+
+def gather_images(image_kv: ImageKV, slots: Int[Array, "B M"]) -> ImageKV:
+    """The images of every row's slots as [Lv, B, K, V, H], V = M * P; `slots` are indices into I."""
+
+    def rows(x: Float[Array, "Lv I K P H"]) -> Float[Array, "Lv B K V H"]:
+        picked = jnp.moveaxis(x[:, slots], 2, 3)  # [Lv, B, K, M, P, H]
+        return picked.reshape(*picked.shape[:3], -1, picked.shape[-1])
+
+    return ImageKV(rows(image_kv.k), rows(image_kv.v))
 
 
 def allocate(
@@ -59,7 +78,8 @@ def append(
 ) -> KVCache:
     """Writes T new columns behind the last one (in place, inside the loop of `generate`).
 
-    The caller sees to it that they fit: `generate` allocates room for every token that it will ask for.
+    Columns of padding, on the right, are written and not counted: the next ones take their place. The caller sees to it
+    that all T fit: `generate` allocates room for every token that it will ask for.
     """
     update = jax.lax.dynamic_update_slice_in_dim
     return cache._replace(
@@ -67,5 +87,18 @@ def append(
         v=update(cache.v, v.astype(cache.v.dtype), cache.length, 3),
         positions=update(cache.positions, positions, cache.length, 1),
         segment_ids=update(cache.segment_ids, segment_ids, cache.length, 1),
-        length=cache.length + k.shape[3],
+        length=cache.length + (jnp.max(jnp.sum(segment_ids > 0, axis=1)) if k.shape[3] > 1 else 1),
+    )
+
+
+def rewind(cache: KVCache, length: Int[Array, ""]) -> KVCache:
+    """The cache as it was when its first `length` columns were in use."""
+    kept = jnp.arange(cache.segment_ids.shape[1]) < length
+    return cache._replace(segment_ids=jnp.where(kept, cache.segment_ids, 0), length=jnp.asarray(length, jnp.int32))
+
+
+def grow(cache: KVCache, extra: int) -> KVCache:
+    """The cache with room for `extra` more columns than it has."""
+    return allocate(cache.k, cache.v, cache.positions, cache.segment_ids, cache.visual, extra)._replace(
+        length=cache.length
     )

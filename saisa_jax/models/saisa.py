@@ -38,7 +38,7 @@ from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models import kv_cache
 from saisa_jax.models.decoder import Block, example_inputs
-from saisa_jax.models.kv_cache import KVCache, VisualKV
+from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV
 from saisa_jax.models.layers import (
     Params,
     RMSNorm,
@@ -179,60 +179,103 @@ class Saisa(nn.Module):
 
     # --- Generation --------------------------------------------------------------------------------------------------
 
+    def image_kv(self, features: Float[Array, "I P C"]) -> ImageKV:
+        """What every layer reads of images: keys and values, which depend on no text and on no position.
+
+        The same `Block.visual_kv` as in training, scanned alone. Under LLaVA there is no such thing: its visual tokens
+        attend to whatever stands before them.
+        """
+        x = features if self.config.per_layer_projectors else self.visual_proj(features)
+        outs = []
+        for run in layer_runs(self.config):
+            if run.sees_image:
+                x, kv = self._scan(lambda x, params: self._read_visual(params, x), x, self._take(run, True))
+                outs.append(kv)
+        return ImageKV(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs))
+
     def prefill(
-        self, batch: Batch, extra: int, features: Float[Array, "B V C"] | None = None
+        self,
+        batch: Batch,
+        extra: int,
+        features: Float[Array, "B V C"] | None = None,
+        image_kv: ImageKV | None = None,
     ) -> tuple[Float[Array, "B W"], KVCache]:
-        """Reads prompts: logits after each row's last token, and a cache with room for `extra` tokens."""
-        features = self.encode_images(batch["images"]) if features is None else features
-        visual, asking = self._streams(batch, features)
-        image = self.visual_kv(visual) if visual is not None else None
-        x, captured = self._run_layers(asking, image, capture=("kv",))
+        """Reads prompts: logits after each row's last token, and a cache with room for `extra` tokens.
+
+        Args:
+          batch: prompts. Without `images`, if one of the next two is given.
+          extra: columns of the cache beyond those of the prompts.
+          features: raw vision features of the rows' image slots.
+          image_kv: keys and values of the rows' image slots [Lv, B, K, V, H] (not under LLaVA).
+        """
+        if image_kv is None and features is None:
+            features = self.encode_images(batch["images"])
+        if self.config.alignment == "llava":
+            _, asking = self._streams(batch, features)
+            visual = None
+        else:
+            asking = self._text(batch)
+            if image_kv is None and features.shape[1] > 0:
+                image_kv = self.image_kv(features)
+            visual = None if image_kv is None else self.place_images(image_kv, batch)
+        x, captured = self._run_layers(asking, visual, capture=("kv",))
         k, v = captured["kv"]
-        cache = kv_cache.allocate(k, v, asking.positions, asking.segment_ids, image, extra)
-        # The last token is the one of the highest position, on whichever side the padding is.
-        last = jnp.argmax(jnp.where(asking.segment_ids > 0, asking.positions, -1), axis=1)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        return self.head(self.final_norm(x))[:, 0], cache
+        cache = kv_cache.allocate(k, v, asking.positions, asking.segment_ids, visual, extra)
+        return self._last_logits(x, asking), cache
+
+    def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
+        """Keys and values [Lv, B, K, V, H] where their rows want them: rotated, once, to the slots' positions."""
+        positions, segment_ids = _visual_places(batch, image_kv.k.shape[3])
+        rope = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """T more tokens a row, read after what the cache holds: logits after the last, and the cache with them.
+
+        Rows are padded on the right, to the same number of tokens (segment 0); padding leaves no column behind.
+        """
+        asking = Rows(self.embed_tokens(tokens), positions, segment_ids)
+        x, captured = self._run_layers(asking, cache.visual, past=cache, capture=("kv",))
+        k, v = captured["kv"]
+        return self._last_logits(x, asking), kv_cache.append(cache, k, v, positions, segment_ids)
 
     def decode(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B W"], KVCache]:
-        """One more token a row: the logits after it, and the cache with it."""
+        """One more token a row."""
         segments = jnp.max(cache.segment_ids, axis=1, keepdims=True)  # a row of generation is one sample
-        asking = Rows(self.embed_tokens(tokens[:, None]), positions[:, None], segments)
-        x, captured = self._run_layers(asking, cache.visual, past=cache, capture=("kv",))
-        k, v = captured["kv"]
-        cache = kv_cache.append(cache, k, v, asking.positions, segments)
-        return self.head(self.final_norm(x))[:, 0], cache
+        return self.extend(tokens[:, None], positions[:, None], segments, cache)
 
-    def visual_kv(self, visual: Rows) -> VisualKV:
-        """Keys and values of the visual stream for all layers that see it; they do not depend on any text."""
-        k, v = self._scan_visual(visual)
-        rope = rotation(visual.positions, self.config.head_dim, self.config.rope_theta)
-        return VisualKV(rotate_keys(k, rope), v, visual.positions, visual.segment_ids)
+    def _last_logits(self, x: Float[Array, "B S D"], rows: Rows) -> Float[Array, "B W"]:
+        # The last token is the one of the highest position, on whichever side the padding is.
+        last = jnp.argmax(jnp.where(rows.segment_ids > 0, rows.positions, -1), axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        return self.head(self.final_norm(x))[:, 0]
 
     # --- The streams -------------------------------------------------------------------------------------------------
 
-    def _streams(self, batch: Batch, features: Any) -> tuple[Rows | None, Rows]:
-        """The visual stream (None: there is none) and the stream that asks."""
-        batch = jax.tree.map(jnp.asarray, batch)  # numpy is as good
-        segments = batch["segment_ids"]
-        x = self.embed_tokens(batch["tokens"])
+    def _text(self, batch: Batch) -> Rows:
+        segments = jnp.asarray(batch["segment_ids"])
+        x = self.embed_tokens(jnp.asarray(batch["tokens"]))
         x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))
         # Padding is removed before any product, so that nothing in it can reach a result or a gradient.
-        asking = Rows(jnp.where(segments[..., None] > 0, x, 0), batch["positions"], segments)
+        return Rows(jnp.where(segments[..., None] > 0, x, 0), jnp.asarray(batch["positions"]), segments)
+
+    def _streams(self, batch: Batch, features: Any) -> tuple[Rows | None, Rows]:
+        """The visual stream (None: there is none) and the stream that asks."""
+        asking = self._text(batch)
         if features.shape[1] == 0:
             return None, asking
-
-        per_image = features.shape[1] // batch["image_positions"].shape[1]
-        positions = batch["image_positions"][:, :, None] + jnp.arange(per_image, dtype=jnp.int32)
-        image_segments = jnp.repeat(batch["image_segment_ids"], per_image, axis=1)
-        positions = positions.reshape(image_segments.shape)
-        features = jnp.where(image_segments[..., None] > 0, features, 0)
+        positions, segments = _visual_places(batch, features.shape[1])
+        features = jnp.where(segments[..., None] > 0, features, 0)
         features = nn.with_logical_constraint(features, ("activation_batch", "activation_visual", "activation_embed"))
-        visual = Rows(
-            features if self.config.per_layer_projectors else self.visual_proj(features), positions, image_segments
-        )
+        visual = Rows(features if self.config.per_layer_projectors else self.visual_proj(features), positions, segments)
         if self.config.alignment != "llava":
             return visual, asking
         joined = (jnp.concatenate(pair, axis=1) for pair in zip(visual, asking, strict=True))
@@ -256,15 +299,6 @@ class Saisa(nn.Module):
         """One layer's keys and values of the visual stream, and the stream as the next layer finds it."""
         kv = self._bind(params, Block.visual_kv, x)
         return self._bind(params, Block.update_visual, x) if self.config.alignment == "naavit" else x, kv
-
-    def _scan_visual(self, visual: Rows) -> Any:
-        """The visual stream alone through all layers that see it: keys and values [Lv, B, K, V, H]."""
-        outs, x = [], visual.x
-        for run in layer_runs(self.config):
-            if run.sees_image:
-                x, kv = self._scan(lambda x, params: self._read_visual(params, x), x, self._take(run, True))
-                outs.append(kv)
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
     def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
         c = self.config
@@ -342,6 +376,14 @@ class Saisa(nn.Module):
         if "attention" in captured:
             aux["attention"] = captured["attention"][:, :, :, -text_length:]
         return aux
+
+
+def _visual_places(batch: Batch, visual_tokens: int) -> tuple[Int[Array, "B V"], Int[Array, "B V"]]:
+    """Positions and segments of a row's visual tokens, from those of its image slots."""
+    starts, segments = jnp.asarray(batch["image_positions"]), jnp.asarray(batch["image_segment_ids"])
+    per_image = visual_tokens // starts.shape[1]
+    positions = starts[:, :, None] + jnp.arange(per_image, dtype=jnp.int32)
+    return positions.reshape(starts.shape[0], -1), jnp.repeat(segments, per_image, axis=1)
 
 
 def init_params(config: ModelConfig, key: Any) -> Params:
