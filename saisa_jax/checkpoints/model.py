@@ -86,8 +86,8 @@ def load_model(
 
     Args:
       directory: what `save_model` was given.
-      sharding: where the parameters go: one sharding for all, or a tree of them; None: one CPU device, or where
-        `abstract` says.
+      sharding: where the parameters go: one sharding for all, a tree of them, or a function that makes either of
+        (config, metadata); None: one CPU device, or where `abstract` says.
       abstract: the expected parameters (`shape`, `dtype`, perhaps `sharding`); the stored ones must have these paths
         and shapes, and are cast to these dtypes. None: as they are stored.
       dtype: cast parameters of floating type to this one, after their checksums were compared.
@@ -109,6 +109,8 @@ def load_model(
         raise CheckpointError(f"{where} is of another model: {'; '.join(lines)}")
     config, tokenizer = _read_config(where, document["files"]), _read_tokenizer(where, document["files"])
 
+    if callable(sharding):
+        sharding = sharding(config, document["metadata"])
     places = _places(stored, sharding, abstract)
     template = {
         path: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"], sharding=places[path])

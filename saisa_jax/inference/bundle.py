@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -9,17 +10,33 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Float
+from PIL import Image
 
+from saisa_jax import parallel
 from saisa_jax.batch import Batch
 from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ModelConfig, StageConfig
-from saisa_jax.data.conversation import Encoded, check_length, encode_prompt, end_token_id
-from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.data.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
+from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.packing import pack_rows
-from saisa_jax.data.sample import USER, Turn
-from saisa_jax.inference.generate import Generator, Sampling, bucket
-from saisa_jax.models.saisa import Saisa
+from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
+from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
+from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
+from saisa_jax.models.saisa import Saisa, abstract_params
+
+AnyImage = ImageSource | Image.Image | EncodedImage
+
+IMAGES_AT_ONCE = 16  # so many go through the vision encoder together
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One question as the model reads it."""
+
+    encoded: Encoded
+    images: tuple[EncodedImage, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +49,8 @@ class Bundle:
       tokenizer: a Hugging Face tokenizer.
       stage: the last stage of training, whose template the model knows.
       metadata: what was written beside the parameters.
+      mesh: the devices that hold the parameters; None: one.
+      image_cache: images that were asked about before.
     """
 
     params: Any
@@ -39,6 +58,8 @@ class Bundle:
     tokenizer: Any
     stage: str
     metadata: dict[str, Any]
+    mesh: Mesh | None = None
+    image_cache: ImageCache = dataclasses.field(default_factory=ImageCache)
 
     @property
     def model(self) -> ModelConfig:
@@ -50,72 +71,240 @@ class Bundle:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        return Generator(self.model, [end_token_id(self.stage_config.template, self.tokenizer)])
-
-    def prompts(self, questions: Sequence[str], images: Sequence[Sequence[Any]]) -> tuple[Batch, list[Encoded]]:
-        """Questions with their images as one batch of prompts, padded to a bucket of rows and of text length.
-
-        Args:
-          questions: one a row; `<image>` says where an image stands, otherwise images stand before the question.
-          images: for each question its images: paths, bytes or PIL images.
-        """
-        if not questions:
-            raise ValueError("no questions")
-        if len(questions) != len(images):
-            raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
-        vision, data = self.model.vision, self.config.data
-        encoded, pixels = [], []
-        for number, (question, sources) in enumerate(zip(questions, images, strict=True)):
-            name = f"question {number}"
-            encoded.append(
-                encode_prompt(
-                    (Turn(USER, question),),
-                    self.stage_config.template,
-                    self.tokenizer,
-                    vision.num_patches,
-                    num_images=len(sources),
-                    system_prompt=data.system_prompt,
-                    sample_id=name,
-                )
-            )
-            check_length(encoded[-1], len(encoded[-1].tokens), self.model.max_length)
-            loaded = (load_image(source, name) for source in sources)
-            prepared = [prepare_image(x, vision.image_size, vision.image_mode, vision.image_mean) for x in loaded]
-            pixels.append(None if data.blind else prepared)
-        batch = pack_rows(
-            encoded,
-            pixels,
-            rows=bucket(len(encoded), smallest=1),
-            text_length=bucket(max(len(row.tokens) for row in encoded)),
-            max_images=max(len(row.image_positions) for row in encoded),
-            image_size=vision.image_size,
+        return Generator(
+            self.model, [end_token_id(self.stage_config.template, self.tokenizer)], multiple_of=self.row_ways
         )
-        return batch, encoded
+
+    @functools.cached_property
+    def _loader(self) -> ImageLoader:
+        vision = self.model.vision
+        return ImageLoader(vision.image_size, vision.image_mode, vision.image_mean, cache_bytes=0)
+
+    # --- asking -------------------------------------------------------------------------------------------------------
 
     def generate(
         self,
         questions: Sequence[str],
-        images: Sequence[Sequence[Any]],
+        images: Sequence[Sequence[AnyImage]],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
-        """Answers, one for each question."""
-        batch, encoded = self.prompts(questions, images)
-        tokens = self.generator(self.params, batch, max_new_tokens, Sampling(temperature, top_p), seed)
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens[: len(encoded)]]
+        on_error: str = "raise",
+    ) -> list[Any]:
+        """Answers, one for each question.
 
-    def attention(self, question: str, images: Sequence[Any]) -> Float[np.ndarray, "L V"]:
+        Questions of any mixture share a batch: none, one or several images each, of any length. Rows, text, images and
+        answers are padded to buckets, so that a like batch compiles nothing.
+
+        Args:
+          questions: `<image>` in one says where an image stands; otherwise its images stand before it.
+          images: for each question its images: paths, bytes, PIL images, or what `encode_images` gave.
+          max_new_tokens: of an answer.
+          temperature, top_p, seed: greedy by default.
+          on_error: "raise": nothing is answered if a question cannot be, and the error names all of these;
+            "return": the others are answered, and the error stands in the place of the answer.
+
+        Returns:
+          strings (and DataErrors, with on_error="return").
+
+        Raises:
+          DataError: a question that is empty, too long, or does not fit its images; an image that cannot be read.
+        """
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error={on_error!r} is neither raise nor return")
+        sampling = Sampling(temperature, top_p)
+        check_sampling(sampling)
+        requests = self._requests(questions, images, max_new_tokens)
+        good = [request for request in requests if isinstance(request, Request)]
+        bad = [error for error in requests if isinstance(error, DataError)]
+        if bad and on_error == "raise":
+            raise (
+                bad[0]
+                if len(requests) == 1
+                else DataError(
+                    f"{len(bad)} of {len(requests)} questions cannot be answered: {'; '.join(map(str, bad))}"
+                )
+            )
+        answers = iter(self._answers(good, max_new_tokens, sampling, seed) if good else ())
+        return [next(answers) if isinstance(request, Request) else request for request in requests]
+
+    def encode_images(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
+        """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.
+
+        What the text reads of an image is computed once and kept (`image_cache`); `generate` finds images that it has
+        seen by itself as well, by content. Under LLaVA, whose visual tokens depend on the prompt, only the pixels are.
+
+        Raises:
+          DataError: an image that cannot be read.
+        """
+        return self._encode([self._pixels(image, f"image {n}") for n, image in enumerate(images)])
+
+    def attention(self, question: str, images: Sequence[AnyImage]) -> Float[np.ndarray, "L V"]:
         """How much the answer's first token reads each visual token, by layer, averaged over heads.
 
         It is the attention of the prompt's last token, from which the answer's first token is predicted.
         """
         batch, encoded = self.prompts([question], [images])
         last = len(encoded[0].tokens) - 1
-        weights = np.asarray(_attention(self.model, self.params, batch))  # [L, 1, N, T, V + T]
+        with self.on_mesh():
+            weights = np.asarray(_attention(self.model, self.params, batch))  # [L, 1, N, T, V + T]
         visual = weights.shape[-1] - weights.shape[-2]
         return weights[:, 0, :, last, :visual].mean(axis=1)
+
+    # --- from questions to batches ------------------------------------------------------------------------------------
+
+    def prompts(
+        self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]], max_new_tokens: int = 0
+    ) -> tuple[Batch, list[Encoded]]:
+        """Questions with their images as one batch of prompts with pixels, padded to buckets.
+
+        Raises:
+          DataError: the first question that cannot be asked.
+        """
+        requests = []
+        for request in self._requests(questions, images, max_new_tokens, encode=False):
+            if isinstance(request, DataError):
+                raise request
+            requests.append(request)
+        return self.batch(requests), [request.encoded for request in requests]
+
+    def request(
+        self, turns: Sequence[Turn], images: Sequence[EncodedImage], max_new_tokens: int, name: str = ""
+    ) -> Request:
+        """A conversation, ending with the user's turn, as the model reads it.
+
+        Raises:
+          DataError: the last turn is empty, the images do not fit the turns, or prompt and answer exceed
+            `model.max_length`.
+        """
+        if not turns[-1].text.replace(IMAGE, "").strip() and self.stage_config.template != "plain":
+            raise DataError("the question is empty: ask something", name)
+        encoded = encode_prompt(
+            turns,
+            self.stage_config.template,
+            self.tokenizer,
+            self.model.vision.num_patches,
+            num_images=len(images),
+            system_prompt=self.config.data.system_prompt,
+            sample_id=name,
+        )
+        check_length(encoded, len(encoded.tokens), self.model.max_length)
+        if encoded.length + max_new_tokens > self.model.max_length:
+            raise DataError(
+                f"a prompt of {encoded.length} positions leaves no room for {max_new_tokens} new tokens within "
+                f"model.max_length={self.model.max_length}; shorten it, or lower max_new_tokens",
+                name,
+            )
+        return Request(encoded, tuple(images))
+
+    def _requests(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[AnyImage]],
+        max_new_tokens: int,
+        encode: bool = True,
+    ) -> list[Request | DataError]:
+        """One request for each question, or why there is none. All new images are encoded together."""
+        if not questions:
+            raise ValueError("no questions")
+        if isinstance(questions, str) or len(questions) != len(images):
+            raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
+        requests: list[Request | DataError] = []
+        for number, (question, sources) in enumerate(zip(questions, images, strict=True)):
+            name = f"question {number}"
+            try:
+                prepared = [self._pixels(source, name) for source in sources]
+                requests.append(self.request((Turn(USER, question),), prepared, max_new_tokens, name))
+            except DataError as error:
+                requests.append(error)
+        if not encode:
+            return requests
+        different = {image.key: image for r in requests if isinstance(r, Request) for image in r.images}
+        encoded = dict(zip(different, self._encode(list(different.values())), strict=True))
+        return [
+            Request(r.encoded, tuple(encoded[image.key] for image in r.images)) if isinstance(r, Request) else r
+            for r in requests
+        ]
+
+    def _pixels(self, image: AnyImage, name: str) -> EncodedImage:
+        if isinstance(image, EncodedImage):
+            expected = (self.model.vision.image_size, self.model.vision.image_size, 3)
+            if image.pixels.shape != expected:
+                raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
+            return image
+        pixels = self._loader(image, name)
+        return EncodedImage(content_key(pixels), pixels, None)
+
+    def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
+        """The same images with keys and values, where the model has such: kept ones, or else new ones."""
+        if not self.generator.caches_images or self.config.data.blind:
+            return list(images)
+        done = {image.key: image for image in images if image.kv is not None}
+        for key in dict.fromkeys(image.key for image in images if image.kv is None):
+            found = self.image_cache.get(key)
+            if found is not None:
+                done[key] = found
+        missing = list({image.key: image for image in images if image.key not in done}.values())
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            some = missing[start : start + IMAGES_AT_ONCE]
+            with self.on_mesh():
+                new = self.generator.encode(self.params, np.stack([image.pixels for image in some]))
+            for image, kv in zip(some, new, strict=True):
+                done[image.key] = dataclasses.replace(image, kv=kv)
+                self.image_cache.put(done[image.key])
+        return [done[image.key] for image in images]
+
+    def batch(self, requests: Sequence[Request]) -> Batch:
+        """The requests, a row each, padded to buckets."""
+        blind = self.config.data.blind
+        slots = max(len(request.encoded.image_positions) for request in requests)
+        return pack_rows(
+            [request.encoded for request in requests],
+            [None if blind else [image.pixels for image in request.images] for request in requests],
+            rows=bucket(len(requests), smallest=self.row_ways),
+            text_length=bucket(max(len(request.encoded.tokens) for request in requests)),
+            max_images=bucket(slots, smallest=1) if slots else 0,
+            image_size=self.model.vision.image_size,
+        )
+
+    def image_slots(self, batch: Batch, requests: Sequence[Request]) -> ImageSlots | None:
+        """The requests' encoded images for the generator; None where it is to encode the batch's pixels.
+
+        The number of different images is padded to a bucket, with copies of the first.
+        """
+        different = {image.key: image.kv for request in requests for image in request.images if image.kv is not None}
+        if not different:
+            return None
+        numbers = {key: n for n, key in enumerate(different)}
+        slots = np.zeros(batch["image_positions"].shape, np.int32)
+        for row, request in enumerate(requests):
+            slots[row, : len(request.images)] = [numbers[image.key] for image in request.images]
+        kvs = list(different.values())
+        return ImageSlots(tuple(kvs + kvs[:1] * (bucket(len(kvs), smallest=1) - len(kvs))), slots)
+
+    def _answers(self, requests: Sequence[Request], max_new_tokens: int, sampling: Sampling, seed: int) -> list[str]:
+        batch = self.batch(requests)
+        with self.on_mesh():
+            tokens = self.generator(
+                self.params, batch, max_new_tokens, sampling, seed, self.image_slots(batch, requests)
+            )
+        return [self.text(row) for row in tokens[: len(requests)]]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Generated tokens as a person reads them."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    @property
+    def row_ways(self) -> int:
+        """Over so many devices the rows of a batch are split."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which programs run on this bundle's parameters."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return parallel.use(self.mesh, parallel.make_rules(self.model, self.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -123,12 +312,25 @@ def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
     return Saisa(model).apply({"params": params}, batch, capture=("attention",))[1]["attention"]
 
 
-def load(directory: str) -> Bundle:
-    """Loads a finished model (`WORKDIR/finetune/model`) onto the default device, whatever it was trained on.
+def load(directory: str, mesh: Mesh | None = None, dtype: Any = None, image_cache_bytes: int = DEFAULT_BYTES) -> Bundle:
+    """Loads a finished model (`WORKDIR/finetune/model`), whatever it was trained on.
+
+    Args:
+      directory: what a run, or `convert import`, left.
+      mesh: devices to spread the parameters over (`parallel.make_mesh`); None: the first device holds all.
+      dtype: cast the parameters to this one; None: as they are stored.
+      image_cache_bytes: of keys and values of images that are kept for further questions about them.
 
     Raises:
       CheckpointError: no such directory, something else in it, or damaged files.
+      ConfigError: the model does not divide by the mesh.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params, config, tokenizer, metadata = load_model(directory, sharding=device)
-    return Bundle(params, config, tokenizer, metadata["stage"], metadata)
+
+    def sharding(config: Config, metadata: dict[str, Any]) -> Any:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        model = config.model_for(metadata["stage"])
+        return parallel.shardings_of(abstract_params(model, boxed=True), mesh, parallel.make_rules(model, mesh))
+
+    params, config, tokenizer, metadata = load_model(directory, sharding=sharding, dtype=dtype)
+    return Bundle(params, config, tokenizer, metadata["stage"], metadata, mesh, ImageCache(image_cache_bytes))

@@ -1,0 +1,222 @@
+"""A conversation with a model: what was read in earlier turns is not read again.
+
+`Chat` keeps the keys and values of the conversation so far. A new turn is tokenised with all that came before; the
+longest beginning that the cache already holds, tokens, positions and images alike, is kept, and the rest is read after
+it. So an edited, a cut or an interrupted conversation needs no case of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from saisa_jax.data.sample import ASSISTANT, USER, Turn
+from saisa_jax.inference.bundle import AnyImage, Bundle, Request
+from saisa_jax.inference.generate import GREEDY, Sampling, bucket, check_sampling
+from saisa_jax.inference.image_cache import EncodedImage
+from saisa_jax.models import kv_cache
+from saisa_jax.models.kv_cache import KVCache
+
+MAX_NEW_TOKENS = 256  # of an answer, unless asked for otherwise
+
+
+@dataclass
+class _Read:
+    """What the cache holds: text tokens with their positions, and images with theirs."""
+
+    cache: KVCache
+    tokens: list[int]
+    positions: list[int]
+    images: list[tuple[str, int]]  # (key, position of the first visual token)
+    offset: int  # columns before the first text token (LLaVA's visual tokens)
+
+
+@dataclass
+class Chat:
+    """One conversation.
+
+        chat = Chat(bundle)
+        chat.add_image("table.jpg")
+        for words in chat.ask("What is on the table?"):
+            print(words, end="", flush=True)
+
+    Attributes:
+      turns: of user and assistant, `<image>` where an image stands.
+      images: of all turns, in their order.
+      reused: text tokens of the last prompt that were not read again.
+      generated: tokens of the last answer.
+    """
+
+    bundle: Bundle
+    turns: list[Turn] = field(default_factory=list)
+    images: list[EncodedImage] = field(default_factory=list)
+    reused: int = 0
+    generated: int = 0
+    _pending: list[EncodedImage] = field(default_factory=list)  # for the next question
+    _read: _Read | None = None
+
+    def __post_init__(self) -> None:
+        if self.bundle.row_ways != 1:
+            raise ValueError("a conversation is one row: load the model on a mesh with data=1 and fsdp=1, or without")
+
+    def add_image(self, image: AnyImage) -> None:
+        """Puts an image before the next question.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+        self._pending += self.bundle.encode_images([image])
+
+    def ask(
+        self, question: str, max_new_tokens: int | None = None, sampling: Sampling = GREEDY, seed: int = 0
+    ) -> Generator[str, None, None]:
+        """The answer, in pieces of text as they come. A caller who stops early leaves the answer as far as it got.
+
+        Args:
+          question: may say `<image>` where the images added since the last one stand; else they stand before it.
+          max_new_tokens: the most tokens of the answer; None: as many as `model.max_length` leaves, at most 256.
+          sampling, seed: greedy by default.
+
+        Raises:
+          DataError: an empty question, or a conversation that is too long; nothing is changed then.
+        """
+        check_sampling(sampling)
+        question = question.strip()
+        if "<image>" not in question:
+            question = "<image>\n" * len(self._pending) + question
+        turns = [*self.turns, Turn(USER, question)]
+        images = [*self.images, *self._pending]
+        request = self.bundle.request(turns, images, max_new_tokens or 1)
+        if max_new_tokens is None:
+            max_new_tokens = min(MAX_NEW_TOKENS, self.bundle.model.max_length - request.encoded.length)
+        return self._answer(turns, images, request, max_new_tokens, sampling, seed)
+
+    def _answer(
+        self,
+        turns: list[Turn],
+        images: list[EncodedImage],
+        request: Request,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+    ) -> Generator[str, None, None]:
+        tokens: list[int] = []
+        shown = ""
+        try:
+            for token in self._tokens(request, max_new_tokens, sampling, seed):
+                tokens.append(token)
+                text = self.bundle.text(tokens)
+                if not text.endswith("\ufffd"):  # a character of several tokens, not whole yet
+                    yield text[len(shown) :]
+                    shown = text
+            text = self.bundle.text(tokens)
+            if text != shown:
+                yield text[len(shown) :]
+        finally:
+            answer = self.bundle.text(tokens)
+            if answer:
+                self.turns, self.images, self._pending = [*turns, Turn(ASSISTANT, answer)], images, []
+            self.generated = len(tokens)
+
+    def _tokens(self, request: Request, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
+        """New tokens, one by one; `_read` says at any time what the cache holds."""
+        bundle, generator = self.bundle, self.bundle.generator
+        key = jax.random.key(seed)
+        with bundle.on_mesh():
+            logits, read = self._read_prompt(request, max_new_tokens)
+            token = generator.first(logits, jax.random.fold_in(key, 0), sampling)
+        position = request.encoded.length
+        for n in range(1, max_new_tokens + 1):
+            number = int(token[0])
+            if number in generator.eos_ids:
+                return
+            yield number
+            if n == max_new_tokens:
+                return
+            self._read = None  # whoever interrupts the next lines leaves no cache that was used up
+            with bundle.on_mesh():
+                now = np.asarray([position], np.int32)
+                token, read.cache = generator.step(
+                    bundle.params, token, now, read.cache, jax.random.fold_in(key, n), sampling
+                )
+            read.tokens.append(number)
+            read.positions.append(position)
+            self._read = read
+            position += 1
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _read_prompt(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
+        """The logits after the prompt; the part of it that the cache holds is kept."""
+        encoded = request.encoded
+        tokens, positions = encoded.tokens.tolist(), encoded.positions.tolist()
+        images = self._places(request)
+        old, self._read = self._read, None  # an error in between leaves no half-read cache
+        kept = 0 if old is None else self._kept(old, tokens, positions, images)
+        self.reused = kept
+        if old is None or kept == 0:
+            logits, read = self._prefill(request, max_new_tokens)
+        else:
+            logits, read = self._extend(old, request, kept, max_new_tokens)
+        read.tokens, read.positions, read.images = tokens, positions, images
+        self._read = read
+        return logits, read
+
+    def _places(self, request: Request) -> list[tuple[str, int]]:
+        positions = request.encoded.image_positions.tolist()
+        return [(image.key, position) for image, position in zip(request.images, positions, strict=True)]
+
+    def _kept(self, old: _Read, tokens: list[int], positions: list[int], images: list[tuple[str, int]]) -> int:
+        """How many text tokens of the prompt the cache holds, the images before them being the same."""
+        same = _common(old.images, images)
+        if not self.bundle.generator.caches_images and (same < len(images) or same < len(old.images)):
+            return 0  # LLaVA's visual tokens are in the cache themselves
+        changed = [place for _, place in (*old.images[same:], *images[same:])]
+        limit = min(changed, default=1 << 30)
+        kept = _common(list(zip(old.tokens, old.positions, strict=True)), list(zip(tokens, positions, strict=True)))
+        kept = sum(position < limit for position in positions[:kept])
+        return min(kept, len(tokens) - 1)  # the logits are those after the last token: one at least is read
+
+    def _prefill(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
+        bundle = self.bundle
+        batch = bundle.batch([request])
+        count = len(request.encoded.tokens)
+        padded = batch["tokens"].shape[1]
+        extra = bucket(count + max_new_tokens) - padded
+        logits, cache, _ = bundle.generator.prefill(
+            bundle.params, batch, max(extra, 0), bundle.image_slots(batch, [request])
+        )
+        offset = cache.k.shape[3] - padded - max(extra, 0)
+        return logits, _Read(kv_cache.rewind(cache, offset + count), [], [], [], offset)
+
+    def _extend(self, old: _Read, request: Request, kept: int, max_new_tokens: int) -> tuple[jax.Array, _Read]:
+        bundle, encoded = self.bundle, request.encoded
+        new = len(encoded.tokens) - kept
+        length = bucket(new)
+        cache = kv_cache.rewind(old.cache, old.offset + kept)
+        # All of the padded piece is written, and every new token after it.
+        needed = old.offset + kept + max(length, new + max_new_tokens)
+        room = cache.k.shape[3]
+        if needed > room:
+            cache = kv_cache.grow(cache, bucket(needed) - room)
+        batch = bundle.batch([request])
+        images = bundle.image_slots(batch, [request])
+        if images is not None and old.images != self._places(request):
+            cache = cache._replace(visual=bundle.generator.place(bundle.params, batch, images))
+        pad = lambda values: np.pad(np.asarray(values[kept:], np.int32), (0, length - new))[None]  # noqa: E731
+        logits, cache = bundle.generator.extend(
+            bundle.params,
+            pad(encoded.tokens),
+            pad(encoded.positions),
+            pad(np.ones(len(encoded.tokens), np.int32)),
+            cache,
+        )
+        return logits, _Read(cache, [], [], [], old.offset)
+
+
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """The length of the longest common beginning."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,77 @@
+"""Images that were encoded once: their keys and values for all layers, found again by content.
+
+Under SAISA and NAAViT what the text reads of an image depends on the image alone, so every further question and turn
+about it reuses this. Under LLaVA it cannot be done across different prefixes: an image's keys in layer l depend on what
+its tokens read in the layers below, which is everything before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from saisa_jax.models.kv_cache import ImageKV
+
+DEFAULT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image, ready to be asked about: give it to `generate` in place of the picture.
+
+    Attributes:
+      key: a hash of its pixels.
+      pixels: as prepared for the vision encoder.
+      kv: keys, not rotated, and values [Lv, 1, K, P, H]; None where they depend on the prompt (LLaVA).
+    """
+
+    key: str
+    pixels: UInt8[np.ndarray, "size size 3"]
+    kv: ImageKV | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return 0 if self.kv is None else self.kv.k.nbytes + self.kv.v.nbytes
+
+
+def content_key(pixels: UInt8[np.ndarray, "size size 3"]) -> str:
+    """The same for the same pixels, whatever file they came from."""
+    return hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=16).hexdigest()
+
+
+class ImageCache:
+    """The images used last, as many as fit into `max_bytes` of keys and values."""
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES):
+        self.max_bytes = max_bytes
+        self.nbytes = self.hits = self.misses = 0
+        self._images: OrderedDict[str, EncodedImage] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, key: str) -> EncodedImage | None:
+        """The image of that key, now the one used last."""
+        image = self._images.get(key)
+        if image is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._images.move_to_end(key)
+        return image
+
+    def put(self, image: EncodedImage) -> None:
+        """Keeps an image, and lets go of those that were used longest ago until all fit."""
+        if image.key in self._images:
+            self.nbytes -= self._images.pop(image.key).nbytes
+        if image.nbytes > self.max_bytes:
+            return
+        self._images[image.key] = image
+        self.nbytes += image.nbytes
+        while self.nbytes > self.max_bytes:
+            self.nbytes -= self._images.popitem(last=False)[1].nbytes

@@ -1,0 +1,161 @@
+"""`python -m saisa_jax chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from saisa_jax.checkpoints import CheckpointError
+from saisa_jax.config import DTYPES, ConfigError
+from saisa_jax.data.sample import ASSISTANT, DataError, Turn
+from saisa_jax.inference.bundle import load
+from saisa_jax.inference.chat import Chat
+from saisa_jax.inference.generate import Sampling, check_sampling
+
+HELP = """\
+/image FILE   show the model a picture with the next question
+/history      the conversation so far
+/reset        start anew, without pictures
+/save FILE    write the conversation (JSON: turns, and the pictures' files)
+/help         this list
+/exit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Terminal:
+    """Reads lines, answers them, obeys commands."""
+
+    def __init__(self, chat: Chat, console: Console, max_new_tokens: int | None, sampling: Sampling, seed: int):
+        self.chat, self.console = chat, console
+        self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
+        self.pictures: list[str] = []
+
+    def run(self) -> None:
+        """Until /exit or the end of the input."""
+        while True:
+            try:
+                line = self.console.input("[bold green]you[/] ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.console.print()
+                return
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self.command(*line.split(maxsplit=1))
+                elif line:
+                    self.answer(line)
+            except (DataError, OSError) as error:
+                self.console.print(f"[red]{escape(str(error))}[/]")
+
+    def command(self, name: str, argument: str = "") -> None:
+        """One of HELP's.
+
+        Raises:
+          DataError, OSError: a picture that cannot be read, a file that cannot be written.
+        """
+        if name == "/image" and argument:
+            self.chat.add_image(argument)
+            self.pictures.append(argument)
+            self.console.print(f"[dim]{escape(argument)} goes with the next question[/]")
+        elif name == "/reset":
+            self.chat, self.pictures = Chat(self.chat.bundle), []
+            self.console.print("[dim]a new conversation[/]")
+        elif name == "/save" and argument:
+            turns = [{"role": turn.role, "text": turn.text} for turn in self.chat.turns]
+            content = json.dumps({"images": self.pictures, "turns": turns}, indent=2, ensure_ascii=False)
+            Path(argument).write_text(content + "\n")
+            self.console.print(f"[dim]{len(turns)} turns written to {escape(argument)}[/]")
+        elif name == "/history":
+            for turn in self.chat.turns:
+                self.say(turn)
+        elif name == "/help":
+            self.console.print(HELP, markup=False, highlight=False)
+        else:
+            wanted = " FILE" if name in ("/image", "/save") else ""
+            self.console.print(f"[red]{escape(name + wanted)}: {'which file?' if wanted else 'no such command'}[/]")
+            self.console.print(HELP, markup=False, highlight=False)
+
+    def say(self, turn: Turn) -> None:
+        """A turn that was."""
+        color = "cyan" if turn.role == ASSISTANT else "green"
+        self.console.print(f"[bold {color}]{'model' if turn.role == ASSISTANT else 'you'}[/] ", end="")
+        self.console.print(turn.text, markup=False, highlight=False)
+
+    def answer(self, question: str) -> None:
+        """Prints the answer as it comes, and how fast it came. Ctrl-C stops it.
+
+        Raises:
+          DataError: the question cannot be asked.
+        """
+        started = time.perf_counter()
+        pieces = self.chat.ask(question, self.max_new_tokens, self.sampling, self.seed)
+        self.console.print("[bold cyan]model[/] ", end="")
+        first = None
+        try:
+            for piece in pieces:
+                first = first or time.perf_counter()
+                self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            pieces.close()
+            self.console.print(" [red]stopped[/]", end="")
+        self.console.print()
+        first = first or time.perf_counter()
+        later = self.chat.generated - 1
+        rate = f", {later / max(time.perf_counter() - first, 1e-9):.1f} tokens/s" if later > 0 else ""
+        self.console.print(
+            f"[dim]{self.chat.generated} tokens{rate}; first after {first - started:.2f} s, "
+            f"{self.chat.reused} tokens of the prompt were read before[/]",
+            highlight=False,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `chat`; 2 if the model cannot be loaded or a flag is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_jax chat", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a finished model: WORKDIR/finetune/model, or an import")
+    parser.add_argument("--image", action="append", default=[], help="a picture of the first question; may be repeated")
+    parser.add_argument("--max_new_tokens", type=int, help="of an answer; by default as many as fit, at most 256")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
+    parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters; by default as they are stored")
+    flags = parser.parse_args(argv)
+    sampling = Sampling(flags.temperature, flags.top_p)
+    try:
+        check_sampling(sampling)
+        if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
+        bundle = load(flags.checkpoint, dtype=flags.dtype)
+        chat = Chat(bundle)
+        for image in flags.image:
+            chat.add_image(image)
+    except (ConfigError, CheckpointError, DataError, ValueError) as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return 2
+    _line_editing()
+    console = Console()
+    model = bundle.model
+    console.print(
+        f"{bundle.config.name}: {model.alignment}, {model.num_layers} layers of width {model.embed_dim}. "
+        "/help lists the commands.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    terminal = Terminal(chat, console, flags.max_new_tokens, sampling, flags.seed)
+    terminal.pictures += flags.image
+    terminal.run()
+    return 0
+
+
+def _line_editing() -> None:
+    """Arrow keys and the history of lines, where the terminal's Python has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401

@@ -1,0 +1,172 @@
+"""Requests of any mixture: batch == single, cached == uncached, buckets reused, bad ones named, others unharmed."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from saisa_jax import parallel
+from saisa_jax.checkpoints import save_model
+from saisa_jax.config import MeshConfig
+from saisa_jax.data.sample import DataError
+from saisa_jax.inference.bundle import load
+from saisa_jax.inference.image_cache import EncodedImage, ImageCache
+from saisa_jax.models.kv_cache import ImageKV
+
+QUESTIONS = [
+    "what color is the shape?",
+    "is there a circle?",
+    "what is in <image> and what is in <image>? is it the same?",
+    "what shape is in the image?",
+]
+
+
+def images_for(pictures: list[str]) -> list[list[str]]:
+    return [[pictures[0]], [], [pictures[1], pictures[0]], [pictures[2]]]
+
+
+def test_a_mixed_batch_gives_what_each_question_gives_alone(bundle, pictures):
+    images = images_for(pictures)
+    together = bundle.generate(QUESTIONS, images, max_new_tokens=6)
+    alone = [bundle.generate([q], [i], max_new_tokens=6)[0] for q, i in zip(QUESTIONS, images, strict=True)]
+    assert together == alone
+    assert len(set(together)) > 1
+    handles = bundle.encode_images(pictures)
+    handled = [[handles[0]], [], [handles[1], handles[0]], [Image.open(pictures[2])]]
+    assert bundle.generate(QUESTIONS, handled, max_new_tokens=6) == together
+
+
+def test_encoded_images_give_the_logits_of_new_ones(bundle, pictures):
+    images = images_for(pictures)
+    requests = bundle._requests(QUESTIONS, images, 4)
+    batch = bundle.batch(requests)
+    slots = bundle.image_slots(batch, requests)
+    fresh, cache, positions = bundle.generator.prefill(bundle.params, batch, 16)
+    if bundle.model.alignment == "llava":
+        assert slots is None and all(image.kv is None for image in bundle.encode_images(pictures))
+        return
+    cached, cache_of_cached, positions_of_cached = bundle.generator.prefill(bundle.params, batch, 16, slots)
+    np.testing.assert_array_equal(positions, positions_of_cached)
+    inside = slice(bundle.model.vocab_size)
+    np.testing.assert_allclose(cached[:, inside], fresh[:, inside], atol=1e-5)
+    used = np.asarray(cache.visual.segment_ids)[None, :, None, :, None] > 0
+    for one, other in zip(cache.visual[:2], cache_of_cached.visual[:2], strict=True):
+        np.testing.assert_allclose(one * used, other * used, atol=1e-5)
+
+
+def test_an_image_is_encoded_once_whatever_it_comes_from(bundle, pictures):
+    content = Path(pictures[0]).read_bytes()
+    bundle.generate([QUESTIONS[0]], [[pictures[0]]], max_new_tokens=2)
+    bundle.generate([QUESTIONS[3]], [[content]], max_new_tokens=2)
+    bundle.generate([QUESTIONS[3]], [[Image.open(pictures[0])]], max_new_tokens=2)
+    if bundle.model.alignment == "llava":  # its visual tokens depend on the prompt: there is nothing to keep
+        assert (bundle.image_cache.misses, bundle.image_cache.hits, bundle.image_cache.nbytes) == (0, 0, 0)
+        return
+    assert (bundle.image_cache.misses, bundle.image_cache.hits) == (1, 2)
+    c = bundle.model
+    one = 2 * c.num_layers * c.num_kv_heads * c.vision.num_patches * c.head_dim * 4
+    assert bundle.image_cache.nbytes == one
+
+
+def test_a_second_batch_of_a_like_size_compiles_nothing(bundle, pictures):
+    images = images_for(pictures)
+    bundle.generate(QUESTIONS, images, max_new_tokens=6)
+    with compilations() as seen:
+        bundle.generate(QUESTIONS[::-1], images[::-1], max_new_tokens=9)
+        bundle.generate(["is it red?", *QUESTIONS[:3]], [[pictures[2]], *images[:3]], max_new_tokens=3, temperature=1.0)
+    assert seen == []
+    with compilations() as seen:
+        bundle.generate(QUESTIONS * 5, images * 5, max_new_tokens=6)
+    assert seen  # the counter counts
+
+
+class compilations:
+    """The names of the programs that are compiled within the block."""
+
+    def __enter__(self) -> list[str]:
+        self.names: list[str] = []
+        self.active = True
+
+        def listen(event: str, duration: float, **kwargs) -> None:
+            if self.active and event == "/jax/core/compile/backend_compile_duration":
+                self.names.append(kwargs.get("fun_name", event))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        return self.names
+
+    def __exit__(self, *error) -> None:
+        self.active = False
+
+
+def test_bad_requests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path):
+    broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
+    broken.write_bytes(Path(pictures[0]).read_bytes()[:60])
+    Image.new("1", (10_001, 10_001)).save(huge)
+    questions = [
+        QUESTIONS[0],
+        "what?",
+        "<image> <image> what?",
+        " ",
+        "is it red? " * 80,
+        "what?",
+        QUESTIONS[1],
+    ]
+    images = [[pictures[0]], [str(broken)], [pictures[0]], [], [], [str(huge)], []]
+    reasons = {
+        1: "cannot read",
+        2: "2 <image> placeholder",
+        3: "empty: ask something",
+        4: "model.max_length",
+        5: "10001 x 10001 pixels",
+    }
+    out = bundle.generate(questions, images, max_new_tokens=3, on_error="return")
+    for number, reason in reasons.items():
+        assert isinstance(out[number], DataError) and reason in str(out[number])
+        assert f"question {number}" in str(out[number])
+    good = bundle.generate([questions[0], questions[6]], [images[0], []], max_new_tokens=3)
+    assert [out[0], out[6]] == good
+    with pytest.raises(DataError, match="5 of 7 questions cannot be answered") as error:
+        bundle.generate(questions, images, max_new_tokens=3)
+    assert all(reason in str(error.value) for reason in reasons.values())
+    with pytest.raises(DataError, match=r"leaves no room for 100 new tokens.*model.max_length=128"):
+        bundle.generate([QUESTIONS[0]], [[]], max_new_tokens=100)
+    with pytest.raises(ValueError, match="2 questions came with 1 lists"):
+        bundle.generate(["a", "b"], [[]])
+    with pytest.raises(ValueError, match="on_error"):
+        bundle.generate(["a"], [[]], on_error="ignore")
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_bytes():
+    def image(key: str, size: int = 25) -> EncodedImage:
+        half = np.zeros((1, 1, 1, size, 1), np.float16)
+        return EncodedImage(key, np.zeros((2, 2, 3), np.uint8), ImageKV(half, half))
+
+    cache = ImageCache(max_bytes=250)
+    for key in "abc":
+        cache.put(image(key))  # 100 bytes each
+    assert (len(cache), cache.nbytes) == (2, 200)
+    assert cache.get("a") is None and cache.get("b") is not None
+    cache.put(image("d"))
+    assert cache.get("c") is None and cache.get("b") is not None
+    cache.put(image("b", 50))
+    assert (len(cache), cache.nbytes) == (1, 200)
+    cache.put(image("e", 100))
+    assert cache.get("e") is None and len(cache) == 1
+
+
+@pytest.mark.multi_device
+@pytest.mark.parametrize("alignment", ["saisa", "llava"])
+def test_load_spreads_a_model_over_a_mesh_and_casts_it(alignment, tiny_bundle, pictures, tmp_path):
+    whole = tiny_bundle(alignment)
+    save_model(tmp_path / "model", whole.params, whole.config, whole.tokenizer, {"stage": "finetune"})
+    mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = load(str(tmp_path / "model"), mesh=mesh)
+    kernel = spread.params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.size == kernel.size // 4
+    args = (QUESTIONS, images_for(pictures), 6)
+    assert spread.generate(*args) == whole.generate(*args)
+    half = load(str(tmp_path / "model"), dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(half.params)} == {1}

@@ -1,0 +1,152 @@
+"""Conversations: what the cache keeps changes no token; and the terminal around them."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from saisa_jax import __main__ as main
+from saisa_jax.checkpoints import save_model
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
+from saisa_jax.inference.chat import Chat
+from saisa_jax.inference.generate import GREEDY
+from saisa_jax.inference.terminal import Terminal
+
+NEW = 4
+
+
+def fresh(chat: Chat, question: str, new: int = NEW) -> str:
+    """The answer of a conversation that reads everything anew."""
+    other = Chat(chat.bundle, list(chat.turns), list(chat.images), _pending=list(chat._pending))
+    return "".join(other.ask(question, new))
+
+
+def ask(chat: Chat, question: str, new: int = NEW) -> str:
+    expected = fresh(chat, question, new)
+    pieces = list(chat.ask(question, new))
+    assert "".join(pieces) == expected
+    return expected
+
+
+def test_later_turns_read_only_what_is_new(bundle, pictures):
+    chat = Chat(bundle)
+    chat.add_image(pictures[0])
+    first = ask(chat, "what color is the shape?")
+    assert chat.reused == 0 and chat.turns[-1] == Turn(ASSISTANT, first)
+    before = len(chat._read.tokens)
+    ask(chat, "is it red?")
+    assert chat.reused >= before - NEW  # all of the prompt; of the answer at least what a tokenizer writes alike
+    ask(chat, "is it a circle?")
+    assert chat.reused > before
+    chat.add_image(pictures[1])
+    ask(chat, "what color is the shape?")
+    assert (chat.reused > before) == (bundle.model.alignment != "llava")
+    ask(chat, "is it blue?")
+    assert chat.reused > before
+    assert [turn.role for turn in chat.turns] == [USER, ASSISTANT] * 5
+    assert chat.turns[0].text.startswith("<image>\n") and chat.turns[6].text.startswith("<image>\n")
+
+
+def test_the_cache_holds_what_a_new_prefill_would(bundle, pictures):
+    chat = Chat(bundle)
+    chat.add_image(pictures[0])
+    list(chat.ask("what color is the shape?", NEW))
+    request = bundle.request([*chat.turns, Turn(USER, "is it red?")], chat.images, NEW)
+    logits, _ = chat._read_prompt(request, NEW)
+    assert chat.reused > 0
+    alone, _ = Chat(bundle)._read_prompt(request, NEW)
+    inside = slice(bundle.model.vocab_size)
+    np.testing.assert_allclose(logits[:, inside], alone[:, inside], atol=1e-5)
+
+
+def test_an_answer_that_was_stopped_and_a_turn_that_was_taken_back(bundle, pictures):
+    chat = Chat(bundle)
+    chat.add_image(pictures[2])
+    whole = fresh(chat, "what color is the shape?", 8)
+    pieces = chat.ask("what color is the shape?", 8)
+    seen = next(pieces) + next(pieces)
+    pieces.close()
+    assert whole.startswith(seen) and chat.turns[-1].text == seen
+    ask(chat, "is it red?")
+    del chat.turns[-2:]
+    ask(chat, "is it green?")
+    chat.turns[0] = Turn(USER, "<image>\nis this another question?")
+    ask(chat, "is it green?")
+
+
+def test_a_question_that_cannot_be_asked_changes_nothing(bundle, pictures):
+    chat = Chat(bundle)
+    list(chat.ask("is there a circle?", NEW))
+    turns = list(chat.turns)
+    for question, reason in (("", "empty"), ("is it red? " * 80, "max_length"), ("<image> what?", "placeholder")):
+        with pytest.raises(DataError, match=reason):
+            chat.ask(question, NEW)
+    with pytest.raises(DataError, match="there is no image"):
+        chat.add_image("nowhere.png")
+    assert chat.turns == turns
+    ask(chat, "is it red?")
+
+
+def terminal(chat: Chat, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(console, "input", read)
+    Terminal(chat, console, NEW, GREEDY, 0).run()
+    return out.getvalue()
+
+
+def test_the_terminal(tiny_bundle, pictures, tmp_path, monkeypatch):
+    chat = Chat(tiny_bundle("saisa"))
+    saved = tmp_path / "saved.json"
+    lines = [
+        f"/image {pictures[0]}",
+        "what color is the shape?",
+        "/history",
+        f"/save {saved}",
+        "/image",
+        "/image no.png",
+    ]
+    lines += ["/nothing", "", "is it red? " * 80, "/reset", "/history", "is it red?", "/help", "/exit", "never read"]
+    out = terminal(chat, lines, monkeypatch)
+    expected = fresh(Chat(chat.bundle, _pending=chat.bundle.encode_images(pictures[:1])), "what color is the shape?")
+    content = json.loads(saved.read_text())
+    assert content["images"] == [pictures[0]]
+    assert content["turns"][1] == {"role": "assistant", "text": expected}
+    assert out.count(expected) >= 2  # answered, and in the history
+    for words in (
+        "tokens/s",
+        "first after",
+        "which file?",
+        "there is no image no.png",
+        "no such command",
+        "max_length",
+    ):
+        assert words in out
+    assert "/reset" in out and "never read" not in out
+
+
+def test_the_verb(tiny_bundle, pictures, tmp_path, monkeypatch, capsys):
+    bundle = tiny_bundle("saisa")
+    save_model(tmp_path / "model", bundle.params, bundle.config, bundle.tokenizer, {"stage": "finetune"})
+    monkeypatch.setattr("sys.stdin", io.StringIO("is it red?\n/exit\n"))
+    command = ["chat", f"--checkpoint={tmp_path / 'model'}", f"--image={pictures[0]}", "--max_new_tokens=3"]
+    assert main.main(command) == 0
+    assert "3 tokens" in capsys.readouterr().out
+    for wrong, reason in (
+        (["--checkpoint=nowhere"], "there is no directory"),
+        ([command[1], "--image=nowhere.png"], "there is no image"),
+        ([command[1], "--temperature=-1"], "temperature"),
+        ([command[1], "--max_new_tokens=0"], "at least 1"),
+    ):
+        assert main.main(["chat", *wrong]) == 2
+        assert reason in capsys.readouterr().err
