@@ -18,6 +18,7 @@ _TASK = flags.DEFINE_string("task", None, "The benchmark; this and the next thre
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many questions.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Questions answered at once.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "The most tokens of an answer.", lower_bound=1)
+_QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Answers with 8-bit weights (needs qwix).")
 _QUESTION = flags.DEFINE_string("question", None, "Asks this instead of a benchmark's questions.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "An image of --question; may be repeated.")
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     try:
         checkpoint = _CHECKPOINT.value or command.model_of(_WORKDIR.value or "")
         if _QUESTION.value:
-            print(command.ask(checkpoint, _QUESTION.value, _IMAGE.value, _MAX_NEW_TOKENS.value))
+            print(command.ask(checkpoint, _QUESTION.value, _IMAGE.value, _MAX_NEW_TOKENS.value, _QUANTIZE.value))
             return
         output = _OUTPUT.value or _WORKDIR.value or f"{checkpoint.rstrip('/')}-evaluation"
         command.run(
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
             limit=_LIMIT.value,
             batch_size=_BATCH_SIZE.value,
             max_new_tokens=_MAX_NEW_TOKENS.value,
+            quantize=_QUANTIZE.value,
         )
     except command.USER_ERRORS as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -21,9 +21,15 @@ from saisa_jax.inference import bundle as bundles
 USER_ERRORS = (ConfigError, CheckpointError, DataError)
 
 
-def ask(checkpoint: str, question: str, images: Sequence[str], max_new_tokens: int | None = None) -> str:
+def ask(
+    checkpoint: str,
+    question: str,
+    images: Sequence[str],
+    max_new_tokens: int | None = None,
+    quantize: str | None = None,
+) -> str:
     """The model's answer to one question about some images."""
-    bundle = bundles.load(checkpoint)
+    bundle = bundles.load(checkpoint, quantize=quantize)
     tokens = max_new_tokens or bundle.config.evaluation.max_new_tokens
     return bundle.generate([question], [list(images)], tokens)[0]
 
@@ -36,6 +42,7 @@ def run(
     limit: int | None = None,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Evaluates a model and prints its table. What is None is as the model's configuration says.
 
@@ -46,12 +53,13 @@ def run(
     benchmark = tasks.get(task) if task else None  # a typo is answered before anything is loaded
     console = Console()
     console.print(f"Evaluating {checkpoint}", highlight=False, soft_wrap=True)
-    bundle = bundles.load(checkpoint)
+    bundle = bundles.load(checkpoint, quantize=quantize)
     defaults = bundle.config.evaluation
     settings = runner.Settings(
         batch_size=defaults.batch_size if batch_size is None else batch_size,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
         limit=defaults.limit if limit is None else limit,
+        quantize=quantize,
     )
     benchmark = benchmark or tasks.get(defaults.task)
     with terminable():

@@ -42,11 +42,13 @@ class Settings:
       batch_size: questions that are answered at once.
       max_new_tokens: of an answer.
       limit: only the first so many questions; None: all.
+      quantize: how the weights were rounded; for the record.
     """
 
     batch_size: int = 64
     max_new_tokens: int = 16
     limit: int | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):

@@ -24,6 +24,8 @@ from saisa_jax.data.packing import pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
+from saisa_jax.inference.quantize import quantize as quantize_params
+from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.saisa import Saisa, abstract_params
 
 AnyImage = ImageSource | Image.Image | EncodedImage
@@ -44,7 +46,7 @@ class Bundle:
     """What `load` gives: ask it with `generate`.
 
     Attributes:
-      params: the parameters.
+      params: the parameters, or quantised ones.
       config: the configuration of the run that made them.
       tokenizer: a Hugging Face tokenizer.
       stage: the last stage of training, whose template the model knows.
@@ -309,16 +311,23 @@ class Bundle:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
-    return Saisa(model).apply({"params": params}, batch, capture=("attention",))[1]["attention"]
+    return Saisa(model).apply(variables_of(params), batch, capture=("attention",))[1]["attention"]
 
 
-def load(directory: str, mesh: Mesh | None = None, dtype: Any = None, image_cache_bytes: int = DEFAULT_BYTES) -> Bundle:
+def load(
+    directory: str,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    quantize: str | None = None,
+    image_cache_bytes: int = DEFAULT_BYTES,
+) -> Bundle:
     """Loads a finished model (`WORKDIR/finetune/model`), whatever it was trained on.
 
     Args:
       directory: what a run, or `convert import`, left.
       mesh: devices to spread the parameters over (`parallel.make_mesh`); None: the first device holds all.
       dtype: cast the parameters to this one; None: as they are stored.
+      quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
       image_cache_bytes: of keys and values of images that are kept for further questions about them.
 
     Raises:
@@ -333,4 +342,6 @@ def load(directory: str, mesh: Mesh | None = None, dtype: Any = None, image_cach
         return parallel.shardings_of(abstract_params(model, boxed=True), mesh, parallel.make_rules(model, mesh))
 
     params, config, tokenizer, metadata = load_model(directory, sharding=sharding, dtype=dtype)
+    if quantize:
+        params = quantize_params(params, quantize)
     return Bundle(params, config, tokenizer, metadata["stage"], metadata, mesh, ImageCache(image_cache_bytes))

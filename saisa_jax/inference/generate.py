@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
+from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV, gather_images
 from saisa_jax.models.saisa import Saisa
 
@@ -118,7 +119,7 @@ class Generator:
         """New tokens of every row, up to and without its end token.
 
         Args:
-          params: the model's parameters.
+          params: the model's parameters, or quantised ones.
           batch: prompts (`pack_rows`); rows without any token are padding and give an empty list.
           max_new_tokens: the most tokens to generate.
           sampling: greedy by default.
@@ -181,7 +182,7 @@ class Generator:
     # --- what is compiled ---------------------------------------------------------------------------------------------
 
     def _apply(self, params: Any, *args: Any, method: Any) -> Any:
-        return self._model.apply({"params": params}, *args, method=method)
+        return self._model.apply(variables_of(params), *args, method=method)
 
     def _run_encode(self, params: Any, images: Any) -> ImageKV:
         return self._apply(params, images, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))

@@ -19,6 +19,7 @@ from saisa_jax.data.sample import ASSISTANT, DataError, Turn
 from saisa_jax.inference.bundle import load
 from saisa_jax.inference.chat import Chat
 from saisa_jax.inference.generate import Sampling, check_sampling
+from saisa_jax.inference.quantize import QUANTIZATIONS
 
 HELP = """\
 /image FILE   show the model a picture with the next question
@@ -127,13 +128,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this mass")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--dtype", choices=DTYPES, help="of the parameters; by default as they are stored")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="int8: 8-bit weights (needs qwix)")
     flags = parser.parse_args(argv)
     sampling = Sampling(flags.temperature, flags.top_p)
     try:
         check_sampling(sampling)
         if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
-        bundle = load(flags.checkpoint, dtype=flags.dtype)
+        bundle = load(flags.checkpoint, dtype=flags.dtype, quantize=flags.quantize)
         chat = Chat(bundle)
         for image in flags.image:
             chat.add_image(image)

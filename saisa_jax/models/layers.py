@@ -6,7 +6,7 @@ Parameters carry logical axis names (`parallel.py` maps them to the mesh); activ
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -164,6 +164,28 @@ def scan_stack(
         body = jax.checkpoint(body, policy=_POLICIES[remat_policy], prevent_cse=not scan)
     length = jax.tree.leaves(xs)[0].shape[0]
     return jax.lax.scan(body, carry, xs, unroll=1 if scan else length)
+
+
+def with_scales(module: nn.Module, name: str, stack: Params) -> Params:
+    """A stack as `dequantized` wants it: (int8 kernel, scale) where the module was given a scale for a kernel."""
+    if not module.has_variable("scales", name):
+        return stack
+    join = lambda kernel, scale: (kernel, scale)  # noqa: E731
+    return _merge(stack, module.get_variable("scales", name), join)
+
+
+def _merge(tree: Params, part: Params, join: Callable[[Any, Any], Any]) -> Params:
+    """`tree` with `join(leaf, other)` for the leaves that `part` has as well."""
+    if not isinstance(tree, Mapping):
+        return join(tree, part)
+    return {name: _merge(leaf, part[name], join) if name in part else leaf for name, leaf in tree.items()}
+
+
+def dequantized(params: Params, dtype: Any) -> Params:
+    """One layer's parameters, int8 kernels as floating point."""
+    is_pair = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    restore = lambda leaf: (leaf[0] * leaf[1]).astype(dtype) if isinstance(leaf, tuple) else leaf  # noqa: E731
+    return jax.tree.map(restore, params, is_leaf=is_pair)
 
 
 def take_layers(stack: Params, start: int, stop: int) -> Params:

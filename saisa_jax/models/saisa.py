@@ -43,12 +43,14 @@ from saisa_jax.models.layers import (
     Params,
     RMSNorm,
     dense,
+    dequantized,
     init_stack,
     named,
     rotate_keys,
     rotation,
     scan_stack,
     take_layers,
+    with_scales,
 )
 from saisa_jax.models.naavit import KeyBlock, may_attend
 from saisa_jax.models.projector import Projector
@@ -102,7 +104,7 @@ class Saisa(nn.Module):
         )
         self.vision = VisionEncoder(c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
         self.block = Block(c, parent=None)
-        self.layers: Params = self.param("layers", self._init_layers)
+        self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
         if not c.per_layer_projectors:
             self.visual_proj = Projector(c)
         self.final_norm = RMSNorm(c.norm_eps, param_dtype)
@@ -284,6 +286,7 @@ class Saisa(nn.Module):
     # --- The layers --------------------------------------------------------------------------------------------------
 
     def _bind(self, params: Params, method: Any, *args: Any) -> Any:
+        params = dequantized(params, jnp.dtype(self.config.dtype))
         return self.block.apply({"params": params}, *args, method=method)
 
     def _take(self, run: Run, with_projectors: bool) -> Params:

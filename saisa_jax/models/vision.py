@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from saisa_jax.config import VisionConfig
-from saisa_jax.models.layers import ACTIVATIONS, Params, dense, init_stack, layer_norm, named, scan_stack
+from saisa_jax.models.layers import (
+    ACTIVATIONS,
+    Params,
+    dense,
+    dequantized,
+    init_stack,
+    layer_norm,
+    named,
+    scan_stack,
+    with_scales,
+)
 
 
 class VisionBlock(nn.Module):
@@ -112,7 +122,8 @@ class VisionEncoder(nn.Module):
         self.block = VisionBlock(c, self.dtype, self.param_dtype, parent=None)
         if c.num_used_layers:
             example = jnp.zeros((1, 1, c.embed_dim))
-            self.layers: Params = self.param("layers", init_stack(self.block, c.num_used_layers, example))
+            layers = self.param("layers", init_stack(self.block, c.num_used_layers, example))
+            self.layers: Params = with_scales(self, "layers", layers)
         if c.post_norm:
             self.post_norm = layer_norm(c.norm_eps, self.param_dtype)
 
@@ -124,7 +135,7 @@ class VisionEncoder(nn.Module):
         if self.config.num_used_layers:
 
             def body(x: Any, params: Params) -> tuple[Any, Any]:
-                x = self.block.apply({"params": params}, x)
+                x = self.block.apply({"params": dequantized(params, self.dtype)}, x)
                 return x, x if capture else None
 
             x, hidden = scan_stack(body, x, self.layers, remat_policy=self.remat_policy, scan=self.scan_layers)
