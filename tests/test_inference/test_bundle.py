@@ -40,7 +40,7 @@ def test_a_mixed_batch_gives_what_each_question_gives_alone(bundle, pictures):
 
 def test_encoded_images_give_the_logits_of_new_ones(bundle, pictures):
     images = images_for(pictures)
-    requests = bundle._requests(QUESTIONS, images, 4)
+    requests = bundle.requests(QUESTIONS, images, 4)
     batch = bundle.batch(requests)
     slots = bundle.image_slots(batch, requests)
     fresh, cache, positions = bundle.generator.prefill(bundle.params, batch, 16)
@@ -100,7 +100,7 @@ class compilations:
         self.active = False
 
 
-def test_bad_requests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path):
+def test_badrequests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path):
     broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
     broken.write_bytes(Path(pictures[0]).read_bytes()[:60])
     Image.new("1", (10_001, 10_001)).save(huge)
@@ -170,3 +170,14 @@ def test_load_spreads_a_model_over_a_mesh_and_casts_it(alignment, tiny_bundle, p
     half = load(str(tmp_path / "model"), dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(half.params)} == {1}
+
+
+def test_the_bench(tiny_bundle, tmp_path, capsys):
+    from saisa_jax import __main__ as main
+
+    whole = tiny_bundle("saisa")
+    save_model(tmp_path / "model", whole.params, whole.config, whole.tokenizer, {"stage": "finetune"})
+    assert main.main(["bench", f"--checkpoint={tmp_path / 'model'}", "--repeat=2"]) == 0
+    out = capsys.readouterr().out
+    assert "a second one" in out and "An image's keys and values take 8 KiB" in out
+    assert main.main(["bench", "--checkpoint=nowhere"]) == 2

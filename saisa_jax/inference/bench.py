@@ -1,0 +1,107 @@
+"""`python -m saisa_jax bench`: what a first and a second question about a picture cost, and what a compilation costs.
+
+First and second questions alternate in one run, so that whatever else the machine does falls on both alike; the ratio
+is that of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from saisa_jax.checkpoints import CheckpointError
+from saisa_jax.config import ConfigError
+from saisa_jax.data.sample import DataError
+from saisa_jax.inference.bundle import Bundle, load
+from saisa_jax.inference.generate import bucket
+
+QUESTION = "what is in the image?"
+
+
+def seconds(act: Callable[[], Any]) -> float:
+    """How long a call takes until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(act())
+    return time.perf_counter() - start
+
+
+def bench(bundle: Bundle, repeat: int, question: str = QUESTION) -> dict[str, Any]:
+    """Times of prefill, in seconds.
+
+    Args:
+      bundle: any model; where images cannot be kept (LLaVA) both questions cost the same.
+      repeat: pairs of questions that are timed.
+      question: asked about a picture of noise, another one for each pair.
+
+    Returns:
+      {"first": [...], "second": [...], "compile": seconds of the first call with a new bucket, "reuse": of the next}.
+    """
+    rng = np.random.default_rng(0)
+    size = bundle.model.vision.image_size
+
+    def prefill(pixels: Any, text: str) -> Any:
+        (request,) = bundle.requests([text], [[Image.fromarray(pixels)]], 1)
+        batch = bundle.batch([request])
+        with bundle.on_mesh():
+            return bundle.generator.prefill(bundle.params, batch, 16, bundle.image_slots(batch, [request]))[0]
+
+    times: dict[str, list[float]] = {"first": [], "second": []}
+    for n in range(repeat + 1):
+        pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        pair = {"first": seconds(lambda p=pixels: prefill(p, question))}
+        pair["second"] = seconds(lambda p=pixels: prefill(p, question))
+        if n:  # the first pair compiles
+            for name, value in pair.items():
+                times[name].append(value)
+    (request,) = bundle.requests([question], [[Image.fromarray(pixels)]], 1)
+    room = bucket(len(request.encoded.tokens)) - len(request.encoded.tokens)
+    longer = question + " what?" * (room + 1)  # the next bucket of text
+    return {
+        **times,
+        "compile": seconds(lambda: prefill(pixels, longer)),
+        "reuse": seconds(lambda: prefill(pixels, longer)),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `bench`; 2 if the model cannot be loaded."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a finished model")
+    parser.add_argument("--repeat", type=int, default=20, help="pairs of questions (default 20)")
+    parser.add_argument("--question", default=QUESTION)
+    flags = parser.parse_args(argv)
+    if flags.repeat < 1:
+        raise ConfigError(f"--repeat={flags.repeat} must be at least 1")
+    try:
+        bundle = load(flags.checkpoint)
+        times = bench(bundle, flags.repeat, flags.question)
+    except (CheckpointError, DataError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    table = Table(title=f"prefill of {bundle.config.name} ({bundle.model.alignment}), median of {flags.repeat}")
+    for name in ("", "ms", "of a first question"):
+        table.add_column(name, justify="right" if name else "left")
+    first = statistics.median(times["first"])
+    for name, value in (
+        ("a first question about a picture", first),
+        ("a second one", statistics.median(times["second"])),
+        ("with a compilation for a new bucket", times["compile"]),
+        ("the same bucket again", times["reuse"]),
+    ):
+        table.add_row(name, f"{1e3 * value:.1f}", f"{value / first:.2f}")
+    console = Console()
+    console.print(table)
+    cache = bundle.image_cache
+    if len(cache):
+        console.print(f"An image's keys and values take {cache.nbytes / len(cache) / 2**10:,.0f} KiB.", highlight=False)
+    return 0
