@@ -208,7 +208,7 @@ class Saisa(nn.Module):
     def visual_kv(self, visual: Rows) -> VisualKV:
         """Keys and values of the visual stream for all layers that see it; they do not depend on any text."""
         k, v = self._scan_visual(visual)
-        rope = rotation(visual.positions, self.config.head_dim, self.config.rope_theta)
+        rope = rotation(visual.positions, self.config)
         return VisualKV(rotate_keys(k, rope), v, visual.positions, visual.segment_ids)
 
     # --- The streams -------------------------------------------------------------------------------------------------
@@ -283,14 +283,14 @@ class Saisa(nn.Module):
         (generation: computed before), or None.
         """
         c = self.config
-        rope = rotation(asking.positions, c.head_dim, c.rope_theta)
+        rope = rotation(asking.positions, c)
         places = asking.positions, asking.segment_ids
         own_mask = may_attend(*places, *places, c.sliding_window)
         if past is not None:
             past_mask = may_attend(*places, past.positions, past.segment_ids, c.sliding_window)
         if visual is not None:
             visual_mask = may_attend(*places, visual.positions, visual.segment_ids, c.sliding_window)
-            visual_rope = rotation(visual.positions, c.head_dim, c.rope_theta)
+            visual_rope = rotation(visual.positions, c)
         streaming = isinstance(visual, Rows)
 
         def layer(carry: Any, inputs: Any) -> Any:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from saisa_jax.batch import Batch, empty_batch
-from saisa_jax.config import ModelConfig
+from saisa_jax.config import ModelConfig, RopeScalingConfig
 from saisa_jax.convert.exporter import export_params
 from saisa_jax.convert.importer import config_from_hf, import_model, import_params
+from saisa_jax.models.layers import rotary_frequencies
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.models.vision import VisionEncoder
 
@@ -29,9 +30,15 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+LLAMA3 = {  # of a first context so short that some frequencies are kept, some divided, some in between
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_theta": 5e5}),
     "llama-wide-heads": ("Llama", {"head_dim": 20, "rms_norm_eps": 1e-5}),
+    "llama3": ("Llama", {"head_dim": 20, "rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_theta": 1e5}),
     "mistral": ("Mistral", {"sliding_window": 100}),
     "mistral-full": ("Mistral", {"sliding_window": None}),
@@ -92,6 +99,20 @@ def test_decoder(family: str, tmp_path: Path) -> None:
     assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for key, value in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "llama-linear"])
+def test_rotary_frequencies_to_the_bit(family: str, tmp_path: Path) -> None:
+    _, options = DECODERS[family]
+    theirs = transformers.LlamaConfig(**SMALL, **options)
+    theirs.save_pretrained(tmp_path)
+    expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs).inv_freq.numpy()
+    config = config_from_hf(tmp_path, layout="hf-llm")
+    np.testing.assert_array_equal(rotary_frequencies(config), expected)
+    if family == "llama3":
+        plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=RopeScalingConfig()))
+        share = expected / plain
+        assert (share == 1).any() and (share == 1 / 8).any() and ((share > 1 / 8) & (share < 1)).any()
 
 
 def encoder(family: str) -> Any:
