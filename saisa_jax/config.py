@@ -59,7 +59,7 @@ def _positive(flag: str, value: float) -> None:
 class VisionConfig:
     """A ViT encoder: CLIP, SigLIP or DINOv2, told apart by what they switch on."""
 
-    image_size: int = 336
+    image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
     patch_size: int = 14
     embed_dim: int = 1024  # C
     num_layers: int = 24
@@ -84,10 +84,8 @@ class VisionConfig:
         for name in ("image_size", "patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
             _positive(f"{where}.{name}", getattr(self, name))
         _check(
-            self.image_size % self.patch_size == 0,
-            f"{where}.image_size={self.image_size} is not a multiple of {where}.patch_size={self.patch_size}; "
-            f"the nearest legal sizes are {self.image_size // self.patch_size * self.patch_size} and "
-            f"{(self.image_size // self.patch_size + 1) * self.patch_size}",
+            self.image_size >= self.patch_size,
+            f"{where}.image_size={self.image_size} holds no patch of {where}.patch_size={self.patch_size}",
         )
         _check(
             self.embed_dim % self.num_heads == 0,
@@ -111,8 +109,13 @@ class VisionConfig:
         return self.select_layer % (self.num_layers + 1)
 
     @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        """P, visual tokens of an image: a square of patches, row by row."""
+        return self.patches_per_side**2
 
 
 @dataclass(frozen=True)

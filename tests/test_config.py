@@ -57,7 +57,7 @@ def test_a_typo_is_answered_with_the_nearest_keys():
 MODEL = ModelConfig()
 IMPOSSIBLE = [
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), r"num_heads=6 is not divisible by model.num_kv_heads=4"),
-    (lambda: VisionConfig(image_size=100, patch_size=14), r"image_size=100 is not a multiple .* 98 and 112"),
+    (lambda: VisionConfig(image_size=13, patch_size=14), r"image_size=13 holds no patch of model.vision.patch_size=14"),
     (lambda: VisionConfig(embed_dim=10, num_heads=4), r"embed_dim=10 is not divisible"),
     (lambda: VisionConfig(num_layers=4, select_layer=-6), r"select_layer=-6 is out of range"),
     (lambda: ModelConfig(visual_layers=(0, 40)), r"visual_layers names \[40\], out of range .* 0..31"),

@@ -124,9 +124,8 @@ VISIONS: dict[str, VisionConfig] = {
         image_std=(0.26862954, 0.26130258, 0.27577711),
         image_mode="pad",
     ),
-    # Made for 384 pixels, of which its 27 x 27 patches of 14 see 378: the published convolution never reads the rest.
     "siglip-so400m-384": VisionConfig(
-        image_size=378,
+        image_size=384,  # of which 27 x 27 patches of 14 see 378
         patch_size=14,
         embed_dim=1152,
         num_layers=27,

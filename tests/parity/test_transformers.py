@@ -122,22 +122,30 @@ def encoder(family: str) -> Any:
         return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER, hidden_act="gelu"))
     if family == "siglip":
         return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER))
+    if family == "siglip-remainder":  # 61 // 14 patches a side: as many as of 56, as 384 // 14 of so400m
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**(TOWER | {"image_size": 61})))
     small = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
     return transformers.Dinov2Model(transformers.Dinov2Config(**small, mlp_ratio=2))
 
 
+def pictures(config: ModelConfig, count: int) -> tuple[np.ndarray, Any]:
+    """Images as we take them, uint8, and as torch does."""
+    size = config.vision.image_size
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
+    return images, torch.tensor(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("select_layer", [-1, -2])
-@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "dinov2"])
+@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2"])
 def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
-    images = np.random.default_rng(0).integers(0, 256, (2, PIXELS, PIXELS, 3), dtype=np.uint8)
-    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
-    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    images, pixels = pictures(config, 2)
     with torch.no_grad():
-        states = theirs(torch.tensor(pixels), output_hidden_states=True).hidden_states
-    first = int(family != "siglip")  # the class token
+        states = theirs(pixels, output_hidden_states=True).hidden_states
+    first = int(config.vision.class_token)
     params = import_params(tmp_path, config).params["vision"]
     features, hidden = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
     np.testing.assert_allclose(features, states[select_layer][:, first:].numpy(), rtol=0, atol=1e-4)
@@ -145,20 +153,18 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(hidden, torch.stack(states[:used]).numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["siglip", "dinov2"])
+@pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])
 def test_encoder_with_its_final_norm(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, post_norm=True))
-    images = np.random.default_rng(0).integers(0, 256, (1, PIXELS, PIXELS, 3), dtype=np.uint8)
-    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
-    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    images, pixels = pictures(config, 1)
     with torch.no_grad():
-        expected = theirs(torch.tensor(pixels)).last_hidden_state
+        expected = theirs(pixels).last_hidden_state
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
-    np.testing.assert_allclose(features, expected[:, int(family != "siglip") :].numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(features, expected[:, int(config.vision.class_token) :].numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -178,13 +184,11 @@ def test_llava(tower: str, tmp_path: Path) -> None:
     ours = dataclasses.replace(imported.config, dtype="float32")
     patches = ours.vision.num_patches
     before, after = [1, 5, 9], [7, 30, 31, 32]
-    images = np.random.default_rng(0).integers(0, 256, (1, PIXELS, PIXELS, 3), dtype=np.uint8)
-    mean, std = np.float32(ours.vision.image_mean), np.float32(ours.vision.image_std)
-    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    images, pixels = pictures(ours, 1)
     ids = torch.tensor([before + [149] * patches + after])
     with torch.no_grad():
-        expected = theirs(input_ids=ids, pixel_values=torch.tensor(pixels)).logits[0].numpy()
-    batch = empty_batch(1, len(before + after), 1, PIXELS)
+        expected = theirs(input_ids=ids, pixel_values=pixels).logits[0].numpy()
+    batch = empty_batch(1, len(before + after), 1, ours.vision.image_size)
     batch["tokens"][0] = before + after
     batch["positions"][0] = places = np.array([0, 1, 2, *(patches + np.arange(3, 7))])
     batch["segment_ids"][0], batch["images"][0] = 1, images
