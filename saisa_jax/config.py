@@ -27,6 +27,7 @@ STAGES = ("pretrain", "finetune")  # in this order
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTION_IMPLS = ("xla",)
+ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_MODES = ("pad", "square", "resize")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,7 +59,7 @@ def _positive(flag: str, value: float) -> None:
 class VisionConfig:
     """A ViT encoder: CLIP, SigLIP or DINOv2, told apart by what they switch on."""
 
-    image_size: int = 336
+    image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
     patch_size: int = 14
     embed_dim: int = 1024  # C
     num_layers: int = 24
@@ -83,10 +84,8 @@ class VisionConfig:
         for name in ("image_size", "patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
             _positive(f"{where}.{name}", getattr(self, name))
         _check(
-            self.image_size % self.patch_size == 0,
-            f"{where}.image_size={self.image_size} is not a multiple of {where}.patch_size={self.patch_size}; "
-            f"the nearest legal sizes are {self.image_size // self.patch_size * self.patch_size} and "
-            f"{(self.image_size // self.patch_size + 1) * self.patch_size}",
+            self.image_size >= self.patch_size,
+            f"{where}.image_size={self.image_size} holds no patch of {where}.patch_size={self.patch_size}",
         )
         _check(
             self.embed_dim % self.num_heads == 0,
@@ -110,8 +109,13 @@ class VisionConfig:
         return self.select_layer % (self.num_layers + 1)
 
     @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        """P, visual tokens of an image: a square of patches, row by row."""
+        return self.patches_per_side**2
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,34 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """How the rotary frequencies are stretched for a context longer than the first one trained on.
+
+    `linear` divides every frequency by `factor`. `llama3` (Llama 3.1 and later) divides only those of which less than
+    `low_freq_factor` turns fit into `original_max_length`, leaves those of more than `high_freq_factor` turns alone,
+    and interpolates between; the defaults are Llama 3.1's.
+    """
+
+    kind: str = "none"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+    def __post_init__(self) -> None:
+        where = "model.rope_scaling"
+        _choice(f"{where}.kind", self.kind, ROPE_SCALINGS)
+        _check(self.factor >= 1, f"{where}.factor={self.factor} must be at least 1")
+        _positive(f"{where}.low_freq_factor", self.low_freq_factor)
+        _check(
+            self.low_freq_factor < self.high_freq_factor,
+            f"{where}.low_freq_factor={self.low_freq_factor} must be less than "
+            f"{where}.high_freq_factor={self.high_freq_factor}",
+        )
+        _positive(f"{where}.original_max_length", self.original_max_length)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-family decoder with a vision encoder and an alignment (paper section 3)."""
 
@@ -140,6 +172,7 @@ class ModelConfig:
     head_dim: int = 128  # H
     mlp_dim: int = 11008  # F
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5
     max_length: int = 2048  # expanded positions of a sample, visual ones included
     tie_embeddings: bool = False

@@ -10,6 +10,7 @@ from saisa_jax.config import (
     GroupConfig,
     ModelConfig,
     ProjectorConfig,
+    RopeScalingConfig,
     StageConfig,
     VisionConfig,
     from_config_dict,
@@ -29,10 +30,13 @@ def test_round_trips():
 def test_overrides_reach_the_dataclasses():
     config = to_config_dict(Config())
     config.model.sliding_window = 64
+    config.model.rope_scaling.kind, config.model.rope_scaling.factor = "llama3", 32.0
     config.finetune.optimizer.lr = 1
     config.stages = ("finetune",)
     built = from_config_dict(Config, config)
     assert built.model.sliding_window == 64 and built.finetune.optimizer.lr == 1.0 and built.stages == ("finetune",)
+    assert built.model.rope_scaling == RopeScalingConfig("llama3", factor=32.0)
+    assert from_config_dict(Config, to_dict(built)) == built
 
 
 def test_a_typo_is_answered_with_the_nearest_keys():
@@ -53,13 +57,17 @@ def test_a_typo_is_answered_with_the_nearest_keys():
 MODEL = ModelConfig()
 IMPOSSIBLE = [
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), r"num_heads=6 is not divisible by model.num_kv_heads=4"),
-    (lambda: VisionConfig(image_size=100, patch_size=14), r"image_size=100 is not a multiple .* 98 and 112"),
+    (lambda: VisionConfig(image_size=13, patch_size=14), r"image_size=13 holds no patch of model.vision.patch_size=14"),
     (lambda: VisionConfig(embed_dim=10, num_heads=4), r"embed_dim=10 is not divisible"),
     (lambda: VisionConfig(num_layers=4, select_layer=-6), r"select_layer=-6 is out of range"),
     (lambda: ModelConfig(visual_layers=(0, 40)), r"visual_layers names \[40\], out of range .* 0..31"),
     (lambda: ModelConfig(visual_layers=(3, 1)), r"strictly increasing"),
     (lambda: ModelConfig(visual_layers=()), r"non-empty"),
     (lambda: ModelConfig(head_dim=7), r"head_dim=7 must be even"),
+    (lambda: RopeScalingConfig("yarn"), r"model.rope_scaling.kind='yarn' is not one of none, linear, llama3"),
+    (lambda: RopeScalingConfig("linear", factor=0.5), r"model.rope_scaling.factor=0.5 must be at least 1"),
+    (lambda: RopeScalingConfig("llama3", low_freq_factor=4.0), r"must be less than .*high_freq_factor=4.0"),
+    (lambda: RopeScalingConfig("llama3", original_max_length=0), r"original_max_length=0 must be positive"),
     (lambda: ModelConfig(alignment="sasia"), r"did you mean 'saisa'"),
     (lambda: ModelConfig(alignment="llava"), r"set model.projector.sharing=shared"),
     (lambda: ModelConfig(dtype="float64"), r"model.dtype='float64' is not one of"),

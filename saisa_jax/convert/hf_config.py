@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
+from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig
 from saisa_jax.convert.tables import ConvertError
 
 _LLAMA: dict[str, Any] = {
@@ -46,6 +46,18 @@ DECODERS = {
     "llava_llama": _LLAMA,
     "llava_mistral": _MISTRAL,
     "llava_qwen": _QWEN2,
+}
+_LINEAR = {"factor": ("factor", float)}
+_LLAMA3 = _LINEAR | {
+    "low_freq_factor": ("low_freq_factor", float),
+    "high_freq_factor": ("high_freq_factor", float),
+    "original_max_position_embeddings": ("original_max_length", int),
+}
+# Their rope_type -> our kind, and the fields that come with it.
+ROPE_SCALINGS: dict[str, tuple[str, dict[str, tuple[str, type]]]] = {
+    "default": ("none", {}),
+    "linear": ("linear", _LINEAR),
+    "llama3": ("llama3", _LLAMA3),
 }
 MAY_BE_NULL = ("sliding_window", "num_key_value_heads", "head_dim")  # where null is not the class default
 _VIT: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
@@ -131,7 +143,8 @@ def decoder_config_from_hf(
             num_kv_heads=fields.get("num_key_value_heads") or heads,
             head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
             mlp_dim=fields["intermediate_size"],
-            rope_theta=_rope_theta(fields, source),
+            rope_theta=float(_rope(fields).get("rope_theta", fields["rope_theta"])),
+            rope_scaling=_rope_scaling(_rope(fields), source),
             norm_eps=float(fields["rms_norm_eps"]),
             max_length=fields["max_position_embeddings"],
             tie_embeddings=fields["tie_word_embeddings"],
@@ -144,13 +157,23 @@ def decoder_config_from_hf(
         raise ConvertError(f"{source}: {error}") from error
 
 
-def _rope_theta(fields: Mapping[str, Any], source: Path) -> float:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 both in one as rope_parameters."""
-    scaling = fields.get("rope_parameters", fields.get("rope_scaling")) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ConvertError(f"{source}: rotary embeddings of type {kind!r} are not supported, only 'default'")
-    return float(scaling.get("rope_theta", fields["rope_theta"]))
+def _rope(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 4 writes rope_theta beside rope_scaling, transformers 5 both in one as rope_parameters."""
+    return fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+
+
+def _rope_scaling(rope: Mapping[str, Any], source: Path) -> RopeScalingConfig:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_SCALINGS:
+        known = ", ".join(ROPE_SCALINGS)
+        raise ConvertError(f"{source}: rotary embeddings of type {kind!r} are not supported; known: {known}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ConvertError(f"{source}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1")
+    ours, wanted = ROPE_SCALINGS[kind]
+    missing = [name for name in wanted if rope.get(name) is None]
+    if missing:
+        raise ConvertError(f"{source}: rotary embeddings of type {kind!r} lack {', '.join(missing)}")
+    return RopeScalingConfig(ours, **{field: type_(rope[name]) for name, (field, type_) in wanted.items()})
 
 
 def vision_config_from_hf(

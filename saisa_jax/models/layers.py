@@ -16,6 +16,8 @@ import numpy as np
 from flax.core import meta
 from jaxtyping import Array, Float, Int
 
+from saisa_jax.config import ModelConfig
+
 Params = Any
 
 
@@ -105,14 +107,30 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B S half"]
 
 
-def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
+def rotation(positions: Int[Array, "B S"], config: ModelConfig) -> Rotation:
     """Angles of `positions`, in float32."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
+    """theta ** (-2i / H), scaled as `config.rope_scaling` says, in float32."""
     # Computed once on the host, rounded where torch rounds: libraries differ in the last bit of these, which the angles
     # of far positions magnify.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / (config.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor)
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    # Turns of each within the context first trained on. torch divides a number by a tensor as 1 / tensor * number.
+    one = np.float32(1)
+    wavelengths = one / frequencies * np.float32(2 * np.pi)
+    turns = one / wavelengths * np.float32(scaling.original_max_length)
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: as it is, 0: divided by the factor
+    return (1 - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
 
 
 def rotate_keys(k: Float[Array, "*L B K S H"], rope: Rotation) -> Float[Array, "*L B K S H"]:

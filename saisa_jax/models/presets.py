@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
+from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig
 
 # Fields of ModelConfig. `max_length` is the context that the weights were trained for.
 LLMS: dict[str, dict[str, Any]] = {
@@ -49,6 +49,20 @@ LLMS: dict[str, dict[str, Any]] = {
         "rope_theta": 5e5,
         "norm_eps": 1e-5,
         "max_length": 8192,
+    },
+    "llama3.2-1b": {
+        "vocab_size": 128256,
+        "embed_dim": 2048,
+        "num_layers": 16,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 64,
+        "mlp_dim": 8192,
+        "rope_theta": 5e5,
+        "rope_scaling": RopeScalingConfig("llama3", factor=32.0),
+        "norm_eps": 1e-5,
+        "max_length": 131072,
+        "tie_embeddings": True,
     },
     "mistral-7b": {  # v0.1, the one with a sliding window
         "vocab_size": 32000,
@@ -110,9 +124,8 @@ VISIONS: dict[str, VisionConfig] = {
         image_std=(0.26862954, 0.26130258, 0.27577711),
         image_mode="pad",
     ),
-    # Made for 384 pixels, of which its 27 x 27 patches of 14 see 378: the published convolution never reads the rest.
     "siglip-so400m-384": VisionConfig(
-        image_size=378,
+        image_size=384,  # of which 27 x 27 patches of 14 see 378
         patch_size=14,
         embed_dim=1152,
         num_layers=27,

@@ -228,7 +228,7 @@ class Saisa(nn.Module):
     def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
         """Keys and values [Lv, B, K, V, H] where their rows want them: rotated, once, to the slots' positions."""
         positions, segment_ids = _visual_places(batch, image_kv.k.shape[3])
-        rope = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rotation(positions, self.config)
         return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
 
     def extend(
@@ -320,14 +320,14 @@ class Saisa(nn.Module):
         (generation: computed before), or None.
         """
         c = self.config
-        rope = rotation(asking.positions, c.head_dim, c.rope_theta)
+        rope = rotation(asking.positions, c)
         places = asking.positions, asking.segment_ids
         own_mask = may_attend(*places, *places, c.sliding_window)
         if past is not None:
             past_mask = may_attend(*places, past.positions, past.segment_ids, c.sliding_window)
         if visual is not None:
             visual_mask = may_attend(*places, visual.positions, visual.segment_ids, c.sliding_window)
-            visual_rope = rotation(visual.positions, c.head_dim, c.rope_theta)
+            visual_rope = rotation(visual.positions, c)
         streaming = isinstance(visual, Rows)
 
         def layer(carry: Any, inputs: Any) -> Any:

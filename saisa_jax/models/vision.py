@@ -150,7 +150,8 @@ class VisionEncoder(nn.Module):
         c = self.config
         mean, std = jnp.asarray(c.image_mean), jnp.asarray(c.image_std)
         pixels = (images.astype(jnp.float32) / 255.0 - mean) / std
-        side, patch = c.image_size // c.patch_size, c.patch_size
+        side, patch = c.patches_per_side, c.patch_size
+        pixels = pixels[:, : side * patch, : side * patch]  # torch's convolutions leave the remainder out as well
         patches = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch_embed(patches.reshape(-1, side * side, patch, patch, 3).astype(self.dtype)).astype(jnp.float32)
         if c.class_token:

@@ -50,6 +50,8 @@ def _look(bundle: Any, row: dict[str, Any]) -> Looked:
     vision: VisionConfig = bundle.config.model.vision
     image = load_image(row["image"], row["id"])
     pixels = prepare_image(image, vision.image_size, vision.image_mode, vision.image_mean, row["id"])
+    seen = vision.patches_per_side * vision.patch_size  # so that the patches fit the picture
+    pixels = pixels[:seen, :seen]
     weights = np.asarray(bundle.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
     shown = [Picture("the image", pictures.tile(pixels))]
     for layer in layers_to_show(len(weights)):

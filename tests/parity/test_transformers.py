@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from saisa_jax.batch import Batch, empty_batch
-from saisa_jax.config import ModelConfig
+from saisa_jax.config import ModelConfig, RopeScalingConfig
 from saisa_jax.convert.exporter import export_params
 from saisa_jax.convert.importer import config_from_hf, import_model, import_params
+from saisa_jax.models.layers import rotary_frequencies
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.models.vision import VisionEncoder
 
@@ -29,9 +30,15 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+LLAMA3 = {  # of a first context so short that some frequencies are kept, some divided, some in between
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_theta": 5e5}),
     "llama-wide-heads": ("Llama", {"head_dim": 20, "rms_norm_eps": 1e-5}),
+    "llama3": ("Llama", {"head_dim": 20, "rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_theta": 1e5}),
     "mistral": ("Mistral", {"sliding_window": 100}),
     "mistral-full": ("Mistral", {"sliding_window": None}),
@@ -94,6 +101,20 @@ def test_decoder(family: str, tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("family", ["llama", "llama3", "llama-linear"])
+def test_rotary_frequencies_to_the_bit(family: str, tmp_path: Path) -> None:
+    _, options = DECODERS[family]
+    theirs = transformers.LlamaConfig(**SMALL, **options)
+    theirs.save_pretrained(tmp_path)
+    expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs).inv_freq.numpy()
+    config = config_from_hf(tmp_path, layout="hf-llm")
+    np.testing.assert_array_equal(rotary_frequencies(config), expected)
+    if family == "llama3":
+        plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=RopeScalingConfig()))
+        share = expected / plain
+        assert (share == 1).any() and (share == 1 / 8).any() and ((share > 1 / 8) & (share < 1)).any()
+
+
 def encoder(family: str) -> Any:
     if family == "clip":
         return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))
@@ -101,22 +122,30 @@ def encoder(family: str) -> Any:
         return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER, hidden_act="gelu"))
     if family == "siglip":
         return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER))
+    if family == "siglip-remainder":  # 61 // 14 patches a side: as many as of 56, as 384 // 14 of so400m
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**(TOWER | {"image_size": 61})))
     small = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
     return transformers.Dinov2Model(transformers.Dinov2Config(**small, mlp_ratio=2))
 
 
+def pictures(config: ModelConfig, count: int) -> tuple[np.ndarray, Any]:
+    """Images as we take them, uint8, and as torch does."""
+    size = config.vision.image_size
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
+    return images, torch.tensor(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("select_layer", [-1, -2])
-@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "dinov2"])
+@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2"])
 def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
-    images = np.random.default_rng(0).integers(0, 256, (2, PIXELS, PIXELS, 3), dtype=np.uint8)
-    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
-    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    images, pixels = pictures(config, 2)
     with torch.no_grad():
-        states = theirs(torch.tensor(pixels), output_hidden_states=True).hidden_states
-    first = int(family != "siglip")  # the class token
+        states = theirs(pixels, output_hidden_states=True).hidden_states
+    first = int(config.vision.class_token)
     params = import_params(tmp_path, config).params["vision"]
     features, hidden = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
     np.testing.assert_allclose(features, states[select_layer][:, first:].numpy(), rtol=0, atol=1e-4)
@@ -124,20 +153,18 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(hidden, torch.stack(states[:used]).numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["siglip", "dinov2"])
+@pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])
 def test_encoder_with_its_final_norm(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, post_norm=True))
-    images = np.random.default_rng(0).integers(0, 256, (1, PIXELS, PIXELS, 3), dtype=np.uint8)
-    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
-    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    images, pixels = pictures(config, 1)
     with torch.no_grad():
-        expected = theirs(torch.tensor(pixels)).last_hidden_state
+        expected = theirs(pixels).last_hidden_state
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
-    np.testing.assert_allclose(features, expected[:, int(family != "siglip") :].numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(features, expected[:, int(config.vision.class_token) :].numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -157,13 +184,11 @@ def test_llava(tower: str, tmp_path: Path) -> None:
     ours = dataclasses.replace(imported.config, dtype="float32")
     patches = ours.vision.num_patches
     before, after = [1, 5, 9], [7, 30, 31, 32]
-    images = np.random.default_rng(0).integers(0, 256, (1, PIXELS, PIXELS, 3), dtype=np.uint8)
-    mean, std = np.float32(ours.vision.image_mean), np.float32(ours.vision.image_std)
-    pixels = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    images, pixels = pictures(ours, 1)
     ids = torch.tensor([before + [149] * patches + after])
     with torch.no_grad():
-        expected = theirs(input_ids=ids, pixel_values=torch.tensor(pixels)).logits[0].numpy()
-    batch = empty_batch(1, len(before + after), 1, PIXELS)
+        expected = theirs(input_ids=ids, pixel_values=pixels).logits[0].numpy()
+    batch = empty_batch(1, len(before + after), 1, ours.vision.image_size)
     batch["tokens"][0] = before + after
     batch["positions"][0] = places = np.array([0, 1, 2, *(patches + np.arange(3, 7))])
     batch["segment_ids"][0], batch["images"][0] = 1, images

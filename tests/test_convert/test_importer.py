@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from saisa_jax.config import ModelConfig, ProjectorConfig, VisionConfig
+from saisa_jax.config import ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig
 from saisa_jax.convert.exporter import export_params, to_tensors
 from saisa_jax.convert.importer import config_from_hf, detect_layout, import_model, import_params
 from saisa_jax.convert.tables import LAYOUTS, ConvertError, table
@@ -295,6 +295,19 @@ def test_decoder_configs(tmp_path: Path) -> None:
     assert config_of(tmp_path, {"model_type": "llama"}, "hf-llm").norm_eps == 1e-6  # the class default
 
 
+def test_rope_scaling_in_both_spellings(tmp_path: Path) -> None:
+    llama3 = {
+        "rope_type": "llama3", "factor": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    old = config_of(tmp_path, TEXT | {"rope_theta": 5e5, "rope_scaling": llama3}, "hf-llm")
+    new = config_of(tmp_path, TEXT | {"rope_parameters": llama3 | {"rope_theta": 5e5}}, "hf-llm")
+    assert old == new and new.rope_theta == 5e5
+    assert new.rope_scaling == RopeScalingConfig("llama3", factor=32.0, original_max_length=4096)
+    linear = config_of(tmp_path, TEXT | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "hf-llm")
+    assert linear.rope_scaling == RopeScalingConfig("linear", factor=2.0)
+
+
 def test_vision_configs(tmp_path: Path) -> None:
     assert config_of(tmp_path, VISION, "hf-vision").vision == CONFIG.vision
     siglip = config_of(tmp_path, {"vision_config": VISION | {"model_type": "siglip_vision_model"}}, "hf-vision").vision
@@ -316,7 +329,10 @@ def test_llava_hf_config(tmp_path: Path) -> None:
     ("raw", "message"),
     [
         ({"model_type": "gpt2"}, "known: llama, mistral"),
-        (TEXT | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary embeddings of type 'llama3'"),
+        (TEXT | {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "type 'yarn' .* default, linear, llama3"),
+        (TEXT | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lack low_freq_factor, high_freq"),
+        (TEXT | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be at least 1"),
+        (TEXT | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         (TEXT | {"attention_bias": True}, "attention_bias=True is not supported"),
         (TEXT | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (TEXT | {"num_key_value_heads": 3}, "not divisible"),

@@ -179,5 +179,5 @@ def test_the_bench(tiny_bundle, tmp_path, capsys):
     save_model(tmp_path / "model", whole.params, whole.config, whole.tokenizer, {"stage": "finetune"})
     assert main.main(["bench", f"--checkpoint={tmp_path / 'model'}", "--repeat=2"]) == 0
     out = capsys.readouterr().out
-    assert "a second one" in out and "An image's keys and values take 8 KiB" in out
+    assert "a second one" in out and "An image's keys and values take 4 KiB" in out
     assert main.main(["bench", "--checkpoint=nowhere"]) == 2

@@ -160,9 +160,9 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
                 k, v = block.apply({"params": own}, stream, method="visual_kv")
                 if config.alignment == "naavit":
                     stream = block.apply({"params": own}, stream, method="update_visual")
-                k = rotate_keys(k, rotation(visual.positions, config.head_dim, config.rope_theta))
+                k = rotate_keys(k, rotation(visual.positions, config))
                 others = [KeyBlock(k, v, may_attend(*places, visual.positions, visual.segment_ids))]
-            rope = rotation(asking.positions, config.head_dim, config.rope_theta)
+            rope = rotation(asking.positions, config)
             x, _, _ = block.apply({"params": own}, x, rope, may_attend(*places, *places), others)
     x = bound.final_norm(x[:, -batch["tokens"].shape[1] :])
     return np.asarray(bound.head(x))[..., : config.vocab_size]

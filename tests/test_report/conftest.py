@@ -95,7 +95,7 @@ class FakeBundle:
         self.config = config
 
     def attention(self, question: str, images: list[Any]) -> np.ndarray:
-        side = self.config.model.vision.image_size // self.config.model.vision.patch_size
+        side = self.config.model.vision.patches_per_side
         place = np.arange(side) - (side - 1) / 2
         weights = [
             np.exp(-(layer + 0.5) * 2 * (place[:, None] ** 2 + place**2) / side)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from saisa_jax.models import flops
 from saisa_jax.report import attention, pictures, units
@@ -78,6 +81,17 @@ def test_attention_tile_is_bright_where_attention_is() -> None:
     pictures.attention_tile(np.zeros((32, 32, 3), np.uint8), np.zeros(16, np.float32))  # a layer that looks at nothing
     with pytest.raises(ValueError, match="15 patches are not a square"):
         pictures.attention_tile(np.zeros((32, 32, 3), np.uint8), np.zeros(15, np.float32))
+
+
+def test_attention_is_drawn_over_what_the_encoder_reads() -> None:
+    config = tiny_config("saisa")
+    vision = dataclasses.replace(config.model.vision, image_size=39, patch_size=8, image_mode="resize")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision))
+    attends = lambda question, images: np.ones((1, 16), np.float32)  # noqa: E731
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (39, 39, 3), dtype=np.uint8))
+    row = {"id": "q", "image": image, "question": "?"}
+    (looked,) = attention.look(SimpleNamespace(config=config, attention=attends), [row])
+    np.testing.assert_array_equal(looked.pictures[0].pixels, pictures.tile(np.asarray(image)[:32, :32]))
 
 
 def test_deep_models_show_some_of_their_layers() -> None:
