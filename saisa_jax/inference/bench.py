@@ -21,8 +21,8 @@ from rich.table import Table
 
 from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import ConfigError
-from saisa_jax.data.sample import DataError
-from saisa_jax.inference.bundle import Bundle, load
+from saisa_jax.data.sample import USER, DataError, Turn
+from saisa_jax.inference.bundle import Bundle, Request, load
 from saisa_jax.inference.generate import bucket
 
 QUESTION = "what is in the image?"
@@ -49,8 +49,11 @@ def bench(bundle: Bundle, repeat: int, question: str = QUESTION) -> dict[str, An
     rng = np.random.default_rng(0)
     size = bundle.model.vision.image_size
 
+    def request_of(pixels: Any, text: str) -> Request:
+        return bundle.request((Turn(USER, text),), bundle.encode_images([Image.fromarray(pixels)]), 1)
+
     def prefill(pixels: Any, text: str) -> Any:
-        (request,) = bundle.requests([text], [[Image.fromarray(pixels)]], 1)
+        request = request_of(pixels, text)
         batch = bundle.batch([request])
         with bundle.on_mesh():
             return bundle.generator.prefill(bundle.params, batch, 16, bundle.image_slots(batch, [request]))[0]
@@ -63,7 +66,7 @@ def bench(bundle: Bundle, repeat: int, question: str = QUESTION) -> dict[str, An
         if n:  # the first pair compiles
             for name, value in pair.items():
                 times[name].append(value)
-    (request,) = bundle.requests([question], [[Image.fromarray(pixels)]], 1)
+    request = request_of(pixels, question)
     room = bucket(len(request.encoded.tokens)) - len(request.encoded.tokens)
     longer = question + " what?" * (room + 1)  # the next bucket of text
     return {

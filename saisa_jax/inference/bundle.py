@@ -117,7 +117,7 @@ class Bundle:
             raise ValueError(f"on_error={on_error!r} is neither raise nor return")
         sampling = Sampling(temperature, top_p)
         check_sampling(sampling)
-        requests = self.requests(questions, images, max_new_tokens)
+        requests = self._requests(questions, images, max_new_tokens)
         good = [request for request in requests if isinstance(request, Request)]
         bad = [error for error in requests if isinstance(error, DataError)]
         if bad and on_error == "raise":
@@ -165,7 +165,7 @@ class Bundle:
           DataError: the first question that cannot be asked.
         """
         requests = []
-        for request in self.requests(questions, images, max_new_tokens, encode=False):
+        for request in self._requests(questions, images, max_new_tokens, encode=False):
             if isinstance(request, DataError):
                 raise request
             requests.append(request)
@@ -200,7 +200,7 @@ class Bundle:
             )
         return Request(encoded, tuple(images))
 
-    def requests(
+    def _requests(
         self,
         questions: Sequence[str],
         images: Sequence[Sequence[AnyImage]],

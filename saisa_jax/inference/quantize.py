@@ -38,7 +38,7 @@ def quantize(params: Any, kind: str = "int8") -> Quantized:
     if kind not in QUANTIZATIONS:
         raise ConfigError(f"quantize={kind!r} is not one of {', '.join(QUANTIZATIONS)}")
     try:
-        import qwix
+        import qwix  # pyright: ignore[reportMissingImports]  (an option)
     except ImportError as error:
         raise ConfigError("int8 inference needs qwix: pip install qwix") from error
     kernels, scales = {}, {}

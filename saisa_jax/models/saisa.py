@@ -210,16 +210,15 @@ class Saisa(nn.Module):
           features: raw vision features of the rows' image slots.
           image_kv: keys and values of the rows' image slots [Lv, B, K, V, H] (not under LLaVA).
         """
-        if image_kv is None and features is None:
-            features = self.encode_images(batch["images"])
-        if self.config.alignment == "llava":
+        if image_kv is None:
+            features = self.encode_images(batch["images"]) if features is None else features
+            if self.config.alignment != "llava" and features.shape[1] > 0:
+                image_kv = self.image_kv(features)
+        if features is not None and self.config.alignment == "llava":
             _, asking = self._streams(batch, features)
-            visual = None
         else:
             asking = self._text(batch)
-            if image_kv is None and features.shape[1] > 0:
-                image_kv = self.image_kv(features)
-            visual = None if image_kv is None else self.place_images(image_kv, batch)
+        visual = None if image_kv is None else self.place_images(image_kv, batch)
         x, captured = self._run_layers(asking, visual, capture=("kv",))
         k, v = captured["kv"]
         cache = kv_cache.allocate(k, v, asking.positions, asking.segment_ids, visual, extra)

@@ -40,7 +40,7 @@ def test_a_mixed_batch_gives_what_each_question_gives_alone(bundle, pictures):
 
 def test_encoded_images_give_the_logits_of_new_ones(bundle, pictures):
     images = images_for(pictures)
-    requests = bundle.requests(QUESTIONS, images, 4)
+    requests = bundle._requests(QUESTIONS, images, 4)
     batch = bundle.batch(requests)
     slots = bundle.image_slots(batch, requests)
     fresh, cache, positions = bundle.generator.prefill(bundle.params, batch, 16)
