@@ -27,6 +27,7 @@ STAGES = ("pretrain", "finetune")  # in this order
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTION_IMPLS = ("xla",)
+ENCODERS = ("vit", "convnext")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_MODES = ("pad", "square", "resize")
@@ -57,8 +58,14 @@ def _positive(flag: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT encoder: CLIP, SigLIP or DINOv2, told apart by what they switch on."""
+    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, told apart by what they switch on) or a ConvNeXt.
 
+    The layers of a ConvNeXt are its stages: `depths` and `widths` say how many blocks each has and how wide they are,
+    `embed_dim` and `patch_size` are width and stride of what is put out. It has no heads, no class token and no
+    `mlp_dim` of its own, and reads images of any size.
+    """
+
+    kind: str = "vit"
     image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
     patch_size: int = 14
     embed_dim: int = 1024  # C
@@ -70,9 +77,11 @@ class VisionConfig:
     class_token: bool = True
     pre_norm: bool = True  # CLIP normalises the embeddings before the first layer
     patch_bias: bool = False
-    layer_scale: bool = False  # DINOv2
+    layer_scale: bool = False  # DINOv2, ConvNeXt
+    depths: tuple[int, ...] = ()  # ConvNeXt: blocks of each stage
+    widths: tuple[int, ...] = ()
     # Which entry of the hidden states [embeddings, layer 1, ..., layer num_layers] is put out; only the layers
-    # up to it exist. -2 is LLaVA's and SAISA's choice.
+    # up to it exist. -2 is LLaVA's and SAISA's choice; of a ConvNeXt it is -1, the raw map of the last stage.
     select_layer: int = -2
     post_norm: bool = False  # the encoder's final LayerNorm on the selected features
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
@@ -87,10 +96,7 @@ class VisionConfig:
             self.image_size >= self.patch_size,
             f"{where}.image_size={self.image_size} holds no patch of {where}.patch_size={self.patch_size}",
         )
-        _check(
-            self.embed_dim % self.num_heads == 0,
-            f"{where}.embed_dim={self.embed_dim} is not divisible by {where}.num_heads={self.num_heads}",
-        )
+        _choice(f"{where}.kind", self.kind, ENCODERS)
         _choice(f"{where}.activation", self.activation, ACTIVATIONS)
         _choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
         _check(
@@ -102,11 +108,44 @@ class VisionConfig:
             len(self.image_mean) == 3 and len(self.image_std) == 3 and all(std > 0 for std in self.image_std),
             f"{where}.image_mean and {where}.image_std need one value for each of R, G, B, the latter positive",
         )
+        if self.kind == "convnext":
+            self._check_convnext(where)
+        else:
+            _check(
+                self.embed_dim % self.num_heads == 0,
+                f"{where}.embed_dim={self.embed_dim} is not divisible by {where}.num_heads={self.num_heads}",
+            )
+            _check(not self.depths and not self.widths, f"{where}.depths and {where}.widths need {where}.kind=convnext")
+
+    def _check_convnext(self, where: str) -> None:
+        _check(
+            len(self.depths) == len(self.widths) == self.num_layers,
+            f"{where}.depths={self.depths} and {where}.widths={self.widths} need one entry for each of the "
+            f"{where}.num_layers={self.num_layers} stages",
+        )
+        for size in (*self.depths, *self.widths):
+            _positive(f"an entry of {where}.depths and .widths,", size)
+        for name in ("class_token", "pre_norm", "post_norm"):
+            _check(not getattr(self, name), f"{where}.kind=convnext has no {name}: set {where}.{name}=False")
+        last = max(self.num_used_layers, 1) - 1
+        _check(
+            self.embed_dim == self.widths[last],
+            f"{where}.embed_dim={self.embed_dim} is not the width {self.widths[last]} of the stage that is put out",
+        )
+        _check(
+            self.patch_size % 2**last == 0,
+            f"{where}.patch_size={self.patch_size} is no stride of the stage that is put out: a multiple of {2**last}",
+        )
 
     @property
     def num_used_layers(self) -> int:
         """Layers up to the selected hidden state; later ones have no parameters here."""
         return self.select_layer % (self.num_layers + 1)
+
+    @property
+    def stem_size(self) -> int:
+        """ConvNeXt: the side of the patches that the stem cuts; each further stage halves the sides of the map."""
+        return self.patch_size // 2 ** (max(self.num_used_layers, 1) - 1)
 
     @property
     def patches_per_side(self) -> int:

@@ -77,15 +77,18 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
       ConfigError: query heads that do not divide by `tensor`, or another parameter dimension that does not divide.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    vision = config.vision
+    of_encoder = [("widths", width, *axis) for width in vision.widths for axis in (("fsdp", fsdp), ("tensor", tensor))]
+    if vision.kind == "vit":
+        of_encoder = [("num_heads", vision.num_heads, "tensor", tensor), ("mlp_dim", vision.mlp_dim, "tensor", tensor)]
     for flag, size, axis, ways in (
         ("model.num_heads", config.num_heads, "tensor", tensor),
         ("model.vocab_size, padded,", config.padded_vocab_size, "tensor", tensor),
         ("model.mlp_dim", config.mlp_dim, "tensor", tensor),
         ("model.projector.hidden_dim", config.projector_dim, "tensor", tensor),
-        ("model.vision.num_heads", config.vision.num_heads, "tensor", tensor),
-        ("model.vision.mlp_dim", config.vision.mlp_dim, "tensor", tensor),
+        *((f"model.vision.{name}", *rest) for name, *rest in of_encoder),
         ("model.embed_dim", config.embed_dim, "fsdp", fsdp),
-        ("model.vision.embed_dim", config.vision.embed_dim, "fsdp", fsdp),
+        ("model.vision.embed_dim", vision.embed_dim, "fsdp", fsdp),
     ):
         if size % ways:
             raise ConfigError(f"{flag}={size} does not divide by mesh.{axis}={ways}; choose another --config.mesh")

@@ -55,11 +55,29 @@ def test_a_typo_is_answered_with_the_nearest_keys():
 
 
 MODEL = ModelConfig()
+
+
+def convnext(**changes):
+    fields = {
+        "image_size": 32, "patch_size": 8, "embed_dim": 16, "num_layers": 2, "depths": (2, 1), "widths": (8, 16),
+        "class_token": False, "pre_norm": False, "select_layer": -1,
+    }  # fmt: skip
+    return VisionConfig(kind="convnext", **(fields | changes))
+
+
 IMPOSSIBLE = [
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), r"num_heads=6 is not divisible by model.num_kv_heads=4"),
     (lambda: VisionConfig(image_size=13, patch_size=14), r"image_size=13 holds no patch of model.vision.patch_size=14"),
     (lambda: VisionConfig(embed_dim=10, num_heads=4), r"embed_dim=10 is not divisible"),
     (lambda: VisionConfig(num_layers=4, select_layer=-6), r"select_layer=-6 is out of range"),
+    (lambda: VisionConfig(depths=(2,), widths=(8,)), r"need model.vision.kind=convnext"),
+    (lambda: VisionConfig(kind="resnet"), r"model.vision.kind='resnet' is not one of vit, convnext"),
+    (lambda: convnext(num_layers=3), r"one entry for each of the model.vision.num_layers=3 stages"),
+    (lambda: convnext(widths=(8, 0)), r"entry of model.vision.depths and .widths,=0 must be positive"),
+    (lambda: convnext(class_token=True), r"has no class_token: set model.vision.class_token=False"),
+    (lambda: convnext(post_norm=True), r"has no post_norm"),
+    (lambda: convnext(embed_dim=8), r"embed_dim=8 is not the width 16 of the stage that is put out"),
+    (lambda: convnext(patch_size=7), r"patch_size=7 is no stride .* a multiple of 2"),
     (lambda: ModelConfig(visual_layers=(0, 40)), r"visual_layers names \[40\], out of range .* 0..31"),
     (lambda: ModelConfig(visual_layers=(3, 1)), r"strictly increasing"),
     (lambda: ModelConfig(visual_layers=()), r"non-empty"),
@@ -91,4 +109,8 @@ def test_derived_sizes():
     assert ModelConfig(vocab_size=129).padded_vocab_size == 256
     assert VisionConfig().num_used_layers == 23 and VisionConfig().num_patches == 576
     assert VisionConfig(select_layer=-1).num_used_layers == 24
+    assert VisionConfig(image_size=384).patches_per_side == 27
+    assert (convnext().stem_size, convnext().num_patches) == (4, 16)
+    earlier = convnext(select_layer=-2, embed_dim=8, patch_size=4)
+    assert (earlier.stem_size, earlier.num_patches, earlier.num_used_layers) == (4, 64, 1)
     assert Config().model_for("pretrain").projector.sharing == "shared"

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from saisa_jax import parallel
-from saisa_jax.config import TRAIN_ALL, ConfigError, MeshConfig, OptimizerConfig
+from saisa_jax.config import TRAIN_ALL, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, VisionConfig
+from saisa_jax.models.convnext import ConvNext
 from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.testing.batches import make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
@@ -17,6 +18,14 @@ from saisa_jax.training.state import create_state, param_shardings, state_shardi
 from saisa_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.multi_device
+
+
+def with_convnext(config: ModelConfig) -> ModelConfig:
+    """The same model behind another encoder."""
+    fields = {"depths": (1, 2), "widths": (16, 32), "num_layers": 2, "embed_dim": 32, "image_size": 32, "patch_size": 8}
+    off = {"class_token": False, "pre_norm": False}
+    vision = VisionConfig(kind="convnext", layer_scale=True, select_layer=-1, **fields, **off)
+    return dataclasses.replace(config, vision=vision)
 
 
 def train(alignment: str, sizes: tuple[int, int, int], steps: int = 3):
@@ -80,6 +89,29 @@ def test_kv_heads_that_do_not_divide_are_replicated_and_query_heads_are_an_error
         parallel.make_rules(config, mesh)
     with pytest.raises(ConfigError, match=r"model.num_heads=4 does not divide by mesh.tensor=8"):
         parallel.make_rules(config, parallel.make_mesh(MeshConfig(1, 1, 8)))
+
+
+def test_gradients_of_a_sharded_convnext_are_those_of_an_unsharded_one():
+    config = with_convnext(tiny_config().model)
+    encoder = ConvNext(config.vision)
+    params = init_params(config, jax.random.key(0))["vision"]
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    loss = lambda params, images: (encoder.apply({"params": params}, images)[0] ** 2).mean()  # noqa: E731
+    expected = flatten(jax.jit(jax.grad(loss))(params, images))
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    rules = parallel.make_rules(config, mesh)
+    with parallel.use(mesh, rules):
+        params = jax.tree.map(jax.device_put, params, param_shardings(config, mesh, rules)["vision"])
+        gradients = flatten(jax.jit(jax.grad(loss))(params, parallel.to_device(images, mesh)))
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[path], atol=1e-5, err_msg=path)
+
+
+def test_widths_of_a_convnext_that_do_not_divide_are_an_error():
+    config = with_convnext(tiny_config().model)
+    odd = dataclasses.replace(config, vision=dataclasses.replace(config.vision, widths=(18, 32)))
+    with pytest.raises(ConfigError, match=r"model.vision.widths=18 does not divide by mesh.fsdp=4"):
+        parallel.make_rules(odd, parallel.make_mesh(MeshConfig(2, 4, 1)))
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():

@@ -69,17 +69,28 @@ _SIGLIP = _VIT | {
     "layer_norm_eps": 1e-6,
 }
 _DINOV2 = _VIT | {"mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+_CONVNEXT: dict[str, Any] = {
+    "hidden_sizes": (96, 192, 384, 768),
+    "depths": (3, 3, 9, 3),
+    "patch_size": 4,
+    "image_size": 224,
+    "hidden_act": "gelu",
+    "layer_scale_init_value": 1e-6,
+}
 ENCODERS = {
     "clip_vision_model": _CLIP,
     "siglip_vision_model": _SIGLIP,
     "dinov2": _DINOV2,
+    "convnext": _CONVNEXT,
 }
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # What a directory without a preprocessor_config.json is taken to want.
 PIXELS = {
     "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "dinov2": IMAGENET,
+    "convnext": IMAGENET,
 }
 
 
@@ -177,14 +188,14 @@ def _rope_scaling(rope: Mapping[str, Any], source: Path) -> RopeScalingConfig:
 
 
 def vision_config_from_hf(
-    raw: Mapping[str, Any], source: Path, select_layer: int = -2, image_mode: str | None = None
+    raw: Mapping[str, Any], source: Path, select_layer: int | None = None, image_mode: str | None = None
 ) -> VisionConfig:
     """The encoder that a (vision) config describes.
 
     Args:
       raw: fields as in config.json, or in its vision_config.
       source: the directory, for messages and for its preprocessor_config.json (mean and standard deviation).
-      select_layer: which hidden state is put out.
+      select_layer: which hidden state is put out; None: LLaVA's choice, -1 of a ConvNeXt, -2 of all others.
       image_mode: None: pad.
 
     Raises:
@@ -193,37 +204,69 @@ def vision_config_from_hf(
     raw = raw.get("vision_config", raw)
     family = _family(raw, ENCODERS, "clip_vision_model", source)
     fields = ENCODERS[family] | {k: v for k, v in raw.items() if v is not None}
-    dinov2 = family == "dinov2"
     if fields["hidden_act"] not in ACTIVATIONS:
         raise ConvertError(f"{source}: hidden_act={fields['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
     for field, value in (("use_swiglu_ffn", False), ("qkv_bias", True), ("num_channels", 3)):
         if fields.get(field, value) != value:
             raise ConvertError(f"{source}: {field}={fields[field]!r} is not supported, only {value!r}")
-    mean, std = PIXELS[family]
-    if (source / "preprocessor_config.json").is_file():
-        preprocessor = read_json(source / "preprocessor_config.json")
-        mean, std = preprocessor.get("image_mean", mean), preprocessor.get("image_std", std)
+    if select_layer is None:
+        select_layer = -1 if family == "convnext" else -2
     if not isinstance(select_layer, int):
         raise ConvertError(f"{source}: features of several layers ({select_layer!r}) are not supported, only of one")
-    width = fields["hidden_size"]
+    preprocessor = {}
+    if (source / "preprocessor_config.json").is_file():
+        preprocessor = read_json(source / "preprocessor_config.json")
+    mean, std = PIXELS[family]
     try:
         return VisionConfig(
-            image_size=fields["image_size"],
-            patch_size=fields["patch_size"],
-            embed_dim=width,
-            num_layers=fields["num_hidden_layers"],
-            num_heads=fields["num_attention_heads"],
-            mlp_dim=int(width * fields["mlp_ratio"]) if dinov2 else fields["intermediate_size"],
+            **(_convnext(fields, preprocessor, select_layer) if family == "convnext" else _vit(fields, family)),
             activation=ACTIVATIONS[fields["hidden_act"]],
-            norm_eps=float(fields["layer_norm_eps"]),
-            class_token=family != "siglip_vision_model",
-            pre_norm=family == "clip_vision_model",
-            patch_bias=family != "clip_vision_model",
-            layer_scale=dinov2,
             select_layer=select_layer,
-            image_mean=tuple(mean),
-            image_std=tuple(std),
+            image_mean=tuple(preprocessor.get("image_mean", mean)),
+            image_std=tuple(preprocessor.get("image_std", std)),
             image_mode=image_mode or "pad",
         )
     except (ConfigError, TypeError) as error:
         raise ConvertError(f"{source}: {error}") from error
+
+
+def _vit(fields: Mapping[str, Any], family: str) -> dict[str, Any]:
+    dinov2, width = family == "dinov2", fields["hidden_size"]
+    return {
+        "image_size": fields["image_size"],
+        "patch_size": fields["patch_size"],
+        "embed_dim": width,
+        "num_layers": fields["num_hidden_layers"],
+        "num_heads": fields["num_attention_heads"],
+        "mlp_dim": int(width * fields["mlp_ratio"]) if dinov2 else fields["intermediate_size"],
+        "norm_eps": float(fields["layer_norm_eps"]),
+        "class_token": family != "siglip_vision_model",
+        "pre_norm": family == "clip_vision_model",
+        "patch_bias": family != "clip_vision_model",
+        "layer_scale": dinov2,
+    }
+
+
+def _convnext(fields: Mapping[str, Any], preprocessor: Mapping[str, Any], select_layer: int) -> dict[str, Any]:
+    depths, widths = tuple(fields["depths"]), tuple(fields["hidden_sizes"])
+    if len(depths) != len(widths):
+        raise ConfigError(f"depths={depths} and hidden_sizes={widths} are not of one length")
+    last = max(select_layer % (len(depths) + 1), 1) - 1  # the stage that is put out
+    # The weights fit every size; published ones were trained on the preprocessor's, whatever config.json says.
+    size = preprocessor.get("size", fields["image_size"])
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge", size.get("height"))
+    return {
+        "kind": "convnext",
+        "image_size": size,
+        "patch_size": fields["patch_size"] * 2**last,
+        "embed_dim": widths[last],
+        "num_layers": len(depths),
+        "depths": depths,
+        "widths": widths,
+        "norm_eps": 1e-6,  # of all norms but the one before the classifier, which is the one that layer_norm_eps sets
+        "class_token": False,
+        "pre_norm": False,
+        "patch_bias": True,
+        "layer_scale": fields["layer_scale_init_value"] > 0,
+    }

@@ -57,7 +57,11 @@ def _layout_of(tensors: TensorDirectory) -> str:
 
 
 def config_from_hf(
-    directory: str | Path, *, layout: str | None = None, vision: str | Path | None = None, select_layer: int = -2
+    directory: str | Path,
+    *,
+    layout: str | None = None,
+    vision: str | Path | None = None,
+    select_layer: int | None = None,
 ) -> ModelConfig:
     """The ModelConfig that a directory's config.json describes.
 
@@ -66,7 +70,8 @@ def config_from_hf(
       layout: one of `tables.LAYOUTS`; None: told from the tensors' names.
       vision: the directory of the vision tower, where the checkpoint does not describe its own (the layouts saisa and
         llava; None: the folder that `mm_vision_tower` names, if it is inside the directory).
-      select_layer: which hidden state of the tower is used, where the checkpoint does not say (hf-vision).
+      select_layer: which hidden state of the tower is used, where the checkpoint does not say (hf-vision); None:
+        LLaVA's choice, -1 of a ConvNeXt, -2 of all others.
 
     Raises:
       ConvertError: a config that is missing, contradictory, or of a family or option not supported.

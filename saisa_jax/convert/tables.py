@@ -10,7 +10,8 @@ Layouts:
     llava      the original LLaVA code: the same with one `model.mm_projector.{0,2}`
     llava-hf   `LlavaForConditionalGeneration`, as transformers 4 and 5 write it
     hf-llm     a decoder alone: Llama, Mistral, Qwen2
-    hf-vision  an encoder alone: CLIP, SigLIP (told from CLIP by what its config switches on), DINOv2 (layer scale)
+    hf-vision  an encoder alone: CLIP, SigLIP (told from CLIP by what its config switches on), DINOv2 (layer scale),
+               ConvNeXt
 
 The first three may carry the vision tower or leave it to a directory of its own.
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from saisa_jax.config import ModelConfig, VisionConfig
+from saisa_jax.models.convnext import EXPANSION, KERNEL
 
 LAYOUTS = ("saisa", "llava", "llava-hf", "hf-llm", "hf-vision")
 PARTS = ("decoder", "projector", "vision")
@@ -226,39 +228,43 @@ def _tied(config: ModelConfig, body: str, head: str) -> tuple[tuple[str, str], .
 
 
 def _vision_table(config: VisionConfig, tower: str = "") -> Table:
-    """CLIP's and SigLIP's names, or DINOv2's, below the prefix `tower` (which ends in a dot or is empty)."""
-    if config.layer_scale:
+    """CLIP's and SigLIP's names, DINOv2's or ConvNeXt's, below the prefix `tower` (which ends in a dot or is empty)."""
+    unused = range(config.num_used_layers, config.num_layers)
+    if config.kind == "convnext":
+        rows = tuple(_convnext_rows(config, tower))
+        root, aliases = tower, () if tower else ((r"convnext\.", ""),)
+        unread = [r"layernorm\.(weight|bias)", r"classifier\.(weight|bias)"]
+        unread += [rf"encoder\.stages\.{i}\..*" for i in unused]
+    elif config.layer_scale:
         rows = tuple(_dinov2_rows(config, tower))
-        root, stack, unread = tower, "layer", [r"embeddings\.mask_token"]
-        norm = r"layernorm\.(weight|bias)"
-        aliases = () if tower else ((r"dinov2\.", ""),)
+        root, aliases = tower, () if tower else ((r"dinov2\.", ""),)
+        unread = [r"embeddings\.mask_token"] + [rf"encoder\.layer\.{i}\..*" for i in unused]
+        unread += [] if config.post_norm else [r"layernorm\.(weight|bias)"]
     else:
-        root, stack = f"{tower}vision_model.", "layers"
+        root = f"{tower}vision_model."
         rows = tuple(_clip_rows(config, root))
-        unread, norm = [r"embeddings\.position_ids", r"head\..*"], r"post_layernorm\.(weight|bias)"
+        unread = [r"embeddings\.position_ids", r"head\..*"] + [rf"encoder\.layers\.{i}\..*" for i in unused]
+        unread += [] if config.post_norm else [r"post_layernorm\.(weight|bias)"]
         # transformers 5 leaves `vision_model.` out.
         bare = re.escape(tower) + r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
         aliases = ((bare, root),)
-    if not config.post_norm:
-        unread.append(norm)
-    unread += [rf"encoder\.{stack}\.{i}\..*" for i in range(config.num_used_layers, config.num_layers)]
     ignored = [re.escape(root) + pattern for pattern in unread]
-    if not tower and not config.layer_scale:  # the two-tower models
+    if root == "vision_model.":  # the two-tower models
         ignored += [r"text_model\..*", r"logit_(scale|bias)", r"(visual|text)_projection\.weight"]
     return Table("hf-vision", rows, aliases, tuple(ignored))
 
 
-def _patch_kernel(config: VisionConfig, key: str) -> Row:
+def _kernel(path: str, key: str, inputs: int, outputs: int, size: int, layers: Shape | None = None) -> Row:
     """torch's convolution (out, in, height, width) as ours (height, width, in, out)."""
-    C, p = config.embed_dim, config.patch_size
-    return Row("vision", "vision/patch_embed/kernel", key, (C, 3, p, p), (p, p, 3, C), (2, 3, 1, 0))
+    theirs, ours = (outputs, inputs, size, size), (size, size, inputs, outputs)
+    return Row("vision", f"{path}/kernel", f"{key}.weight", theirs, ours, (2, 3, 1, 0), layers)
 
 
 def _clip_rows(config: VisionConfig, root: str) -> Iterator[Row]:
     C, heads, part = config.embed_dim, config.num_heads, "vision"
     layers, places = tuple(range(config.num_used_layers)), config.num_patches + config.class_token
     embeddings, block = f"{root}embeddings.", f"{root}encoder.layers.{{i}}."
-    yield _patch_kernel(config, f"{embeddings}patch_embedding.weight")
+    yield _kernel("vision/patch_embed", f"{embeddings}patch_embedding", 3, C, config.patch_size)
     if config.patch_bias:
         yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embedding.bias", (C,), None)
     if config.class_token:
@@ -287,7 +293,7 @@ def _dinov2_rows(config: VisionConfig, root: str) -> Iterator[Row]:
     C, heads, part = config.embed_dim, config.num_heads, "vision"
     layers, places = tuple(range(config.num_used_layers)), config.num_patches + 1
     embeddings, block = f"{root}embeddings.", f"{root}encoder.layer.{{i}}."
-    yield _patch_kernel(config, f"{embeddings}patch_embeddings.projection.weight")
+    yield _kernel("vision/patch_embed", f"{embeddings}patch_embeddings.projection", 3, C, config.patch_size)
     if config.patch_bias:
         yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embeddings.projection.bias", (C,), None)
     yield _plain(part, "vision/class_embedding", f"{embeddings}cls_token", (1, 1, C), None, ours=(C,))
@@ -305,3 +311,25 @@ def _dinov2_rows(config: VisionConfig, root: str) -> Iterator[Row]:
         yield _plain(part, f"vision/layers/scale{n}", f"{block}layer_scale{n}.lambda1", (C,), layers)
     if config.post_norm:
         yield from _norm(part, "vision/post_norm", f"{root}layernorm", C, None)
+
+
+def _convnext_rows(config: VisionConfig, root: str) -> Iterator[Row]:
+    part, widths, embeddings = "vision", config.widths, f"{root}embeddings."
+    yield _kernel("vision/patch_embed", f"{embeddings}patch_embeddings", 3, widths[0], config.stem_size)
+    yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embeddings.bias", (widths[0],), None)
+    yield from _norm(part, "vision/embed_norm", f"{embeddings}layernorm", widths[0], None)
+    for stage in range(config.num_used_layers):
+        C, ours, theirs = widths[stage], f"vision/stages_{stage}", f"{root}encoder.stages.{stage}."
+        if stage:
+            before, downsampling = widths[stage - 1], f"{theirs}downsampling_layer."
+            yield from _norm(part, f"{ours}/norm", f"{downsampling}0", before, None)
+            yield _kernel(f"{ours}/downsample", f"{downsampling}1", before, C, 2)
+            yield _plain(part, f"{ours}/downsample/bias", f"{downsampling}1.bias", (C,), None)
+        layers, block, ours = tuple(range(config.depths[stage])), f"{theirs}layers.{{i}}.", f"{ours}/layers"
+        yield _kernel(f"{ours}/depthwise", f"{block}dwconv", 1, C, KERNEL, layers)
+        yield _plain(part, f"{ours}/depthwise/bias", f"{block}dwconv.bias", (C,), layers)
+        yield from _norm(part, f"{ours}/norm", f"{block}layernorm", C, layers)
+        yield from _dense(part, f"{ours}/mlp/fc1", f"{block}pwconv1", (C,), (EXPANSION * C,), layers, True)
+        yield from _dense(part, f"{ours}/mlp/fc2", f"{block}pwconv2", (EXPANSION * C,), (C,), layers, True)
+        if config.layer_scale:
+            yield _plain(part, f"{ours}/scale", f"{block}layer_scale_parameter", (C,), layers)

@@ -14,6 +14,7 @@ F mlp, C vision width, a decoder layer costs
 
 The last layer of llava and naavit also updates visual tokens that nobody reads any more. The paper's formula counts
 that, and so do we; a compiler may drop it (jax 0.12 does in part while lowering NAAViT: 0.988 of the formula at 7B).
+A ConvNeXt's depthwise convolutions, sums of k*k products a channel, are counted too.
 
 Three conventions: "end_to_end" counts all; "decoder" leaves out the vision encoder and the head; "paper" is the
 authors': the layers alone, so SAISA's projectors count (they stand in the layers) and the single one of LLaVA does not.
@@ -32,7 +33,8 @@ from flax import traverse_util
 from rich.table import Table
 
 from saisa_jax.batch import Batch, empty_batch
-from saisa_jax.config import ConfigError, Groups, ModelConfig
+from saisa_jax.config import ConfigError, Groups, ModelConfig, VisionConfig
+from saisa_jax.models.convnext import EXPANSION, KERNEL
 from saisa_jax.models.saisa import Saisa, abstract_params, layer_runs
 
 PARTS = ("vision", "projectors", "q", "kv", "o", "attention", "mlp", "head")
@@ -215,6 +217,8 @@ def _sum(products: Iterable[Product]) -> Breakdown:
 def _vision(config: ModelConfig, images: int) -> list[Product]:
     """The encoder, up to the layer that it puts out."""
     c = config.vision
+    if c.kind == "convnext":
+        return _convnext(c, images)
     patches = images * c.num_patches
     rows = images * (c.num_patches + c.class_token)
     square, attn = 2 * rows * c.embed_dim**2, "vision/layers/attn"
@@ -227,6 +231,26 @@ def _vision(config: ModelConfig, images: int) -> list[Product]:
     ]
     embed = 2 * patches * 3 * c.patch_size**2 * c.embed_dim
     return [Product("vision", embed, "pixels", "vision/patch_embed/kernel"), *of_layer * c.num_used_layers]
+
+
+def _convnext(c: VisionConfig, images: int) -> list[Product]:
+    """Stem and stages of a ConvNeXt; its depthwise convolutions in full, taps beyond the edge of the map included."""
+    places = images * (c.image_size // c.stem_size) ** 2
+    embed = 2 * places * 3 * c.stem_size**2 * c.widths[0]
+    products = [Product("vision", embed, "pixels", "vision/patch_embed/kernel")]
+    for stage in range(c.num_used_layers):
+        places = images * (c.image_size // (c.stem_size * 2**stage)) ** 2
+        path, width = f"vision/stages_{stage}", c.widths[stage]
+        if stage:
+            halving = 2 * places * 4 * c.widths[stage - 1] * width
+            products.append(Product("vision", halving, "patches", f"{path}/downsample/kernel"))
+        depthwise, mlp = 2 * places * KERNEL**2 * width, 2 * places * EXPANSION * width**2
+        of_block = [
+            Product("vision", depthwise, "patches", f"{path}/layers/depthwise/kernel"),
+            *(Product("vision", mlp, "patches", f"{path}/layers/mlp/{name}/kernel") for name in ("fc1", "fc2")),
+        ]
+        products += of_block * c.depths[stage]
+    return products
 
 
 def _projector(config: ModelConfig) -> str:

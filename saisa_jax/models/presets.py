@@ -160,6 +160,25 @@ VISIONS: dict[str, VisionConfig] = {
         image_std=(0.229, 0.224, 0.225),
         image_mode="square",
     ),
+    "convnext-xlarge-384": VisionConfig(
+        kind="convnext",
+        image_size=384,
+        patch_size=32,
+        embed_dim=2048,
+        num_layers=4,
+        depths=(3, 3, 27, 3),
+        widths=(256, 512, 1024, 2048),
+        activation="gelu",
+        norm_eps=1e-6,
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        layer_scale=True,
+        select_layer=-1,
+        image_mean=(0.485, 0.456, 0.406),
+        image_std=(0.229, 0.224, 0.225),
+        image_mode="pad",
+    ),
 }
 
 

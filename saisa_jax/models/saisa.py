@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models import kv_cache
+from saisa_jax.models.convnext import ConvNext
 from saisa_jax.models.decoder import Block, example_inputs
 from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV
 from saisa_jax.models.layers import (
@@ -56,6 +57,7 @@ from saisa_jax.models.naavit import KeyBlock, may_attend
 from saisa_jax.models.projector import Projector
 from saisa_jax.models.vision import VisionEncoder
 
+ENCODERS = {"vit": VisionEncoder, "convnext": ConvNext}
 CAPTURES = ("hidden", "attention", "features", "final_norm")
 
 
@@ -102,7 +104,7 @@ class Saisa(nn.Module):
             param_dtype=param_dtype,
             embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
         )
-        self.vision = VisionEncoder(c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
+        self.vision = ENCODERS[c.vision.kind](c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
         self.block = Block(c, parent=None)
         self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
         if not c.per_layer_projectors:

@@ -37,19 +37,18 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "I S C"]) -> Float[Array, "I S C"]:
         c = self.config
-        x = x + self._scale("scale1", self._attention(layer_norm(c.norm_eps, self.param_dtype, "norm1")(x)))
-        return x + self._scale("scale2", VisionMLP(c, self.dtype, self.param_dtype, name="mlp")(
-            layer_norm(c.norm_eps, self.param_dtype, "norm2")(x).astype(self.dtype)))  # fmt: skip
+        h = layer_norm(c.norm_eps, self.param_dtype, "norm1")(x).astype(self.dtype)
+        h = VisionAttention(c, self.dtype, self.param_dtype, name="attn")(h)
+        x = x + (scaled(self, "scale1", h) if c.layer_scale else h)
+        h = layer_norm(c.norm_eps, self.param_dtype, "norm2")(x).astype(self.dtype)
+        h = VisionMLP(c.mlp_dim, c.activation, self.dtype, self.param_dtype, name="mlp")(h)
+        return x + (scaled(self, "scale2", h) if c.layer_scale else h)
 
-    def _attention(self, h: Any) -> Any:
-        return VisionAttention(self.config, self.dtype, self.param_dtype, name="attn")(h.astype(self.dtype))
 
-    def _scale(self, name: str, branch: Any) -> Any:
-        if not self.config.layer_scale:
-            return branch
-        shape = (self.config.embed_dim,)
-        scale = self.param(name, named(nn.initializers.ones, "norm"), shape, self.param_dtype)
-        return branch * scale.astype(branch.dtype)
+def scaled(block: Any, name: str, branch: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
+    """The branch of a residual block times the block's own parameter `name`, one factor a channel."""
+    scale = block.param(name, named(nn.initializers.ones, "norm"), branch.shape[-1:], block.param_dtype)
+    return branch * scale.astype(branch.dtype)
 
 
 class VisionAttention(nn.Module):
@@ -73,16 +72,30 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """fc2(act(fc1(h)))."""
 
-    config: VisionConfig
+    hidden_dim: int
+    activation: str
     dtype: Any
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, h: Float[Array, "I S C"]) -> Float[Array, "I S C"]:
-        c = self.config
+    def __call__(self, h: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
         kinds = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = ACTIVATIONS[c.activation](dense(c.mlp_dim, ("vision_embed", "vision_mlp"), name="fc1", **kinds)(h))
-        return dense(c.embed_dim, ("vision_mlp", "vision_embed"), name="fc2", **kinds)(h)
+        hidden = dense(self.hidden_dim, ("vision_embed", "vision_mlp"), name="fc1", **kinds)(h)
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return dense(h.shape[-1], ("vision_mlp", "vision_embed"), name="fc2", **kinds)(hidden)
+
+
+def normalized(images: UInt8[Array, "I height width 3"], config: VisionConfig) -> Float[Array, "I height width 3"]:
+    """Pixels of zero mean and unit deviation, as the encoder was trained on, in float32."""
+    mean, std = jnp.asarray(config.image_mean), jnp.asarray(config.image_std)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def cut_patches(x: Float[Array, "I height width C"], size: int) -> Float[Array, "I rows columns size size C"]:
+    """A map cut into squares; a remainder at the right and the bottom is left out, as torch's convolutions do."""
+    rows, columns = x.shape[1] // size, x.shape[2] // size
+    x = x[:, : rows * size, : columns * size]
+    return x.reshape(len(x), rows, size, columns, size, x.shape[-1]).swapaxes(2, 3)
 
 
 class VisionEncoder(nn.Module):
@@ -148,12 +161,9 @@ class VisionEncoder(nn.Module):
     def embed(self, images: UInt8[Array, "I height width 3"]) -> Float[Array, "I S C"]:
         """Normalised pixels, cut into patches, projected, with positions."""
         c = self.config
-        mean, std = jnp.asarray(c.image_mean), jnp.asarray(c.image_std)
-        pixels = (images.astype(jnp.float32) / 255.0 - mean) / std
-        side, patch = c.patches_per_side, c.patch_size
-        pixels = pixels[:, : side * patch, : side * patch]  # torch's convolutions leave the remainder out as well
-        patches = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embed(patches.reshape(-1, side * side, patch, patch, 3).astype(self.dtype)).astype(jnp.float32)
+        patches = cut_patches(normalized(images, c), c.patch_size)
+        patches = patches.reshape(len(images), c.num_patches, *patches.shape[3:])
+        x = self.patch_embed(patches.astype(self.dtype)).astype(jnp.float32)
         if c.class_token:
             first = jnp.broadcast_to(self.class_embedding, (x.shape[0], 1, c.embed_dim))
             x = jnp.concatenate([first.astype(x.dtype), x], axis=1)

@@ -123,9 +123,10 @@ def _title(content: Content) -> str:
 def _header(title: str, content: Content) -> str:
     model = (content.shown or content.runs[0]).model
     vision = model.vision
+    layers = "stages" if vision.kind == "convnext" else "layers"
     text = (
         f"A decoder of {model.num_layers} layers of width {model.embed_dim} reads each image as {vision.num_patches} "
-        f"visual tokens from a vision encoder of {vision.num_used_layers} layers of width {vision.embed_dim}."
+        f"visual tokens from a vision encoder of {vision.num_used_layers} {layers} of width {vision.embed_dim}."
     )
     return f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(text)}</p>'
 

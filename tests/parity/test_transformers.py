@@ -15,6 +15,7 @@ from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig, RopeScalingConfig
 from saisa_jax.convert.exporter import export_params
 from saisa_jax.convert.importer import config_from_hf, import_model, import_params
+from saisa_jax.models.convnext import ConvNext
 from saisa_jax.models.layers import rotary_frequencies
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.models.vision import VisionEncoder
@@ -151,6 +152,27 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(features, states[select_layer][:, first:].numpy(), rtol=0, atol=1e-4)
     used = config.vision.num_used_layers + 1
     np.testing.assert_allclose(hidden, torch.stack(states[:used]).numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_size", [64, 75])
+@pytest.mark.parametrize("select_layer", [-1, -2])
+def test_convnext(select_layer: int, image_size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [24, 32, 40], "depths": [2, 1, 3], "num_stages": 3, "image_size": image_size}
+    theirs = randomized(transformers.ConvNextModel(transformers.ConvNextConfig(**sizes)))
+    config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
+    images, pixels = pictures(config, 2)
+    with torch.no_grad():
+        out = theirs(pixels, output_hidden_states=True)
+    states = [state.permute(0, 2, 3, 1).numpy() for state in out.hidden_states]
+    np.testing.assert_array_equal(states[-1], out.last_hidden_state.permute(0, 2, 3, 1))
+    params = import_params(tmp_path, config).params["vision"]
+    features, maps = ConvNext(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
+    expected = states[select_layer].reshape(2, config.vision.num_patches, config.vision.embed_dim)
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-4)
+    assert len(maps) == config.vision.num_used_layers + 1
+    for ours, state in zip(maps, states, strict=False):
+        np.testing.assert_allclose(ours, state, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])

@@ -320,6 +320,22 @@ def test_vision_configs(tmp_path: Path) -> None:
     assert dinov2.image_mean == (0.1, 0.2, 0.3)
 
 
+def test_convnext_config(tmp_path: Path) -> None:
+    raw = {"model_type": "convnext", "depths": [2, 1, 1], "hidden_sizes": [8, 12, 20], "image_size": 224}
+    last = config_of(tmp_path, raw, "hf-vision").vision
+    assert (last.kind, last.depths, last.widths, last.num_layers) == ("convnext", (2, 1, 1), (8, 12, 20), 3)
+    assert (last.select_layer, last.embed_dim, last.patch_size, last.num_patches) == (-1, 20, 16, 14**2)
+    assert last.layer_scale and last.norm_eps == 1e-6 and last.image_mean == (0.485, 0.456, 0.406)
+    earlier = config_of(tmp_path, raw | {"layer_scale_init_value": 0}, "hf-vision", select_layer=-2).vision
+    assert (earlier.embed_dim, earlier.patch_size, earlier.layer_scale) == (12, 8, False)
+    for size in (384, {"shortest_edge": 384}, {"height": 384, "width": 384}):  # what the weights were trained on
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size, "image_std": [0.5, 0.5, 0.5]}))
+        published = config_of(tmp_path, raw, "hf-vision").vision
+        assert (published.image_size, published.image_std) == (384, (0.5, 0.5, 0.5))
+    with pytest.raises(ConvertError, match=r"hidden_sizes=\(8, 12\) are not of one length"):
+        config_of(tmp_path, raw | {"hidden_sizes": [8, 12]}, "hf-vision")
+
+
 def test_llava_hf_config(tmp_path: Path) -> None:
     raw = {"text_config": TEXT, "vision_config": VISION, "vision_feature_layer": -2}
     assert config_of(tmp_path, raw, "llava-hf") == model("llava-hf")

@@ -16,7 +16,20 @@ from saisa_jax.models.saisa import abstract_params
 CLIP = VisionConfig(image_size=28, patch_size=14, embed_dim=8, num_layers=3, num_heads=2, mlp_dim=12)
 SIGLIP = dataclasses.replace(CLIP, class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh")
 DINOV2 = dataclasses.replace(CLIP, pre_norm=False, patch_bias=True, layer_scale=True, post_norm=True, select_layer=-1)
-TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2}
+CONVNEXT = VisionConfig(
+    kind="convnext",
+    image_size=32,
+    patch_size=8,
+    embed_dim=12,
+    num_layers=3,
+    depths=(2, 1, 2),
+    widths=(8, 12, 20),
+    layer_scale=True,
+    class_token=False,
+    pre_norm=False,
+    select_layer=-2,
+)
+TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2, "convnext": CONVNEXT}
 SMALL = ModelConfig(
     vocab_size=130, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10, vision=CLIP
 )
@@ -63,10 +76,12 @@ def test_rows_cover_every_preset(llm: str, vision: str) -> None:
     assert covered(config, "saisa") == covered(config, "saisa", "hf-vision", "hf-llm") == shapes(config)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_can_be_undone_bit_for_bit(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "tower"), [*((layout, "clip") for layout in LAYOUTS), *(("hf-vision", tower) for tower in TOWERS)]
+)
+def test_rows_can_be_undone_bit_for_bit(layout: str, tower: str) -> None:
     rng = np.random.default_rng(0)
-    for row in table(model(layout), layout).rows:
+    for row in table(model(layout, vision=TOWERS[tower]), layout).rows:
         theirs = rng.standard_normal(row.theirs, dtype=np.float32)
         ours = row.to_ours(theirs)
         assert ours.shape == row.ours
@@ -116,6 +131,8 @@ def test_other_spellings() -> None:
     assert table(SMALL, "hf-llm").canonical("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
     dinov2 = dataclasses.replace(SMALL, vision=DINOV2)
     assert table(dinov2, "hf-vision").canonical("dinov2.embeddings.cls_token") == "embeddings.cls_token"
+    convnext = table(dataclasses.replace(SMALL, vision=CONVNEXT), "hf-vision")
+    assert convnext.canonical("convnext.embeddings.layernorm.bias") == "embeddings.layernorm.bias"
 
 
 def test_every_key_is_named_once_and_ours_alone() -> None:
@@ -141,6 +158,14 @@ def test_what_is_ignored() -> None:
         assert saisa.ignores(key), key
     for key in ("model.layers.0.mm_projector.0.weight", "model.mm_projector.4.weight", f"{tower}encoder.layers.3.x"):
         assert not saisa.ignores(key), key
+
+
+def test_what_is_ignored_of_a_convnext() -> None:
+    rows = table(dataclasses.replace(SMALL, vision=CONVNEXT), "hf-vision")
+    for key in ("layernorm.weight", "classifier.bias", "encoder.stages.2.layers.0.dwconv.bias"):
+        assert rows.ignores(key), key
+    for key in ("embeddings.layernorm.weight", "encoder.stages.1.layers.0.dwconv.bias", "encoder.stages.3.x"):
+        assert not rows.ignores(key), key
 
 
 @pytest.mark.parametrize("layout", ["saisa", "llava", "llava-hf"])

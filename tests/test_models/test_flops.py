@@ -52,10 +52,23 @@ def small(alignment: str = "saisa", **overrides: Any) -> ModelConfig:
     return ModelConfig(alignment=alignment, **(fields | overrides))
 
 
+CONVNEXT = VisionConfig(
+    kind="convnext",
+    image_size=70,
+    patch_size=8,
+    embed_dim=48,
+    num_layers=2,
+    depths=(2, 1),
+    widths=(32, 48),
+    class_token=False,
+    pre_norm=False,
+    select_layer=-1,
+)
 VARIANTS = {
     "saisa": small(),
     "saisa, one projector": small(projector=ProjectorConfig(sharing="shared")),
     "saisa, some layers": small(visual_layers=(1,), tie_embeddings=True),
+    "saisa, convnext": small(vision=CONVNEXT),
     "naavit": small("naavit"),
     "llava": small("llava", num_kv_heads=4),
 }
@@ -139,6 +152,11 @@ def test_xla_counts_the_same_in_our_prefill_at_7b(alignment: str) -> None:
     assert flops.counted_prefill(config, text=64) == pytest.approx(flops.prefill(config, text=64).total, rel=0.02)
 
 
+def test_xla_counts_the_same_with_a_convnext() -> None:
+    config = presets.make("vicuna-7b", "convnext-xlarge-384")
+    assert flops.counted_prefill(config, text=64) == pytest.approx(flops.prefill(config, text=64).total, rel=0.02)
+
+
 def test_xla_counts_the_same_with_two_images_or_none() -> None:
     config = presets.make("llama3-8b", "clip-vit-l-336", visual_layers=(0, 1, 16), num_layers=20)
     for images in (0, 2):
@@ -147,13 +165,16 @@ def test_xla_counts_the_same_with_two_images_or_none() -> None:
 
 
 def products_in(jaxpr: Any) -> int:
-    """FLOPs of the matrix products in a program, loops multiplied out."""
+    """FLOPs of the matrix products and convolutions in a program, loops multiplied out."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * int(np.prod(equation.outvars[0].aval.shape) * np.prod([left[axis] for axis in contracted]))
+        if equation.primitive.name == "conv_general_dilated":
+            kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * int(np.prod(equation.outvars[0].aval.shape) * np.prod(kernel)) // kernel[outputs]
         is_program = lambda value: hasattr(value, "eqns") or hasattr(value, "jaxpr")  # noqa: E731
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
@@ -165,6 +186,13 @@ def products_in(jaxpr: Any) -> int:
 def shapes_of(config: ModelConfig, rows: int, images: int) -> Any:
     batch = empty_batch(rows, TEXT, images, config.vision.image_size)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+def test_the_convnext_preset_multiplies_exactly_what_the_formula_says() -> None:
+    config = presets.make("smollm2-135m", "convnext-xlarge-384")
+    forward = lambda params, batch: Saisa(config).apply({"params": params}, batch)[0]  # noqa: E731
+    program = jax.make_jaxpr(forward)(abstract_params(config), shapes_of(config, 1, 1))
+    assert products_in(program.jaxpr) == flops.prefill(config, TEXT, head_rows=TEXT).total
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -221,6 +249,7 @@ def products_of_a_step(variant: str, groups: str, rows: int) -> int:
     [
         *(("saisa", groups) for groups in GROUPS),
         *(("saisa, some layers", groups) for groups in ("projectors", "all")),
+        *(("saisa, convnext", groups) for groups in ("projectors", "all")),
         *(("naavit", groups) for groups in ("projectors", "all but vision", "keys")),
         *(("llava", groups) for groups in ("projectors", "all but vision")),
     ],

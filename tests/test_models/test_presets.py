@@ -27,6 +27,7 @@ ENCODERS = {
     "clip-vit-l-336": 303_507_456,
     "siglip-so400m-384": 428_225_600 - 15_238_352,
     "dinov2-small": 22_056_576 - 384,  # without the mask token of its pre-training
+    "convnext-xlarge-384": 350_196_968 - 2_049_000 - 4096,  # without classifier and the norm before it
 }
 PROJECTOR_7B = 20_979_712
 
@@ -54,7 +55,8 @@ def test_decoder_has_the_published_number_of_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_has_the_published_number_of_parameters(name: str) -> None:
-    whole = dataclasses.replace(presets.VISIONS[name], select_layer=-1, post_norm=True)
+    vision = presets.VISIONS[name]
+    whole = dataclasses.replace(vision, select_layer=-1, post_norm=vision.kind == "vit")
     assert count(abstract_params(presets.make("smollm2-135m", whole))["vision"]) == ENCODERS[name]
 
 
@@ -85,6 +87,7 @@ def test_patches_and_windows() -> None:
         "clip-vit-l-336": 576,
         "siglip-so400m-384": 729,
         "dinov2-small": 1369,
+        "convnext-xlarge-384": 144,
     }
     windows = {name: presets.make(name, "clip-vit-l-336").sliding_window for name in presets.LLMS}
     assert {name: window for name, window in windows.items() if window} == {"mistral-7b": 4096}
