@@ -11,6 +11,7 @@ from saisa_jax.config import ConfigError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
+    "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
 }

@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json, vision_config_from_hf
+from saisa_jax.convert.hf_config import DECODERS, ENCODERS, decoder_config_from_hf, read_json, vision_config_from_hf
 from saisa_jax.convert.safetensors_file import DTYPES
 from saisa_jax.convert.tables import ConvertError, Row, Table, table
 from saisa_jax.convert.tensors import TensorSource, open_source
@@ -63,11 +63,19 @@ def layout_of(tensors: TensorSource) -> str:
         return "hf-llm"
     if any(".patch_embedding" in f".{key}" for key in keys):
         return "hf-vision"
-    raise ConvertError(f"{tensors.where}: no known layout has tensors like {', '.join(keys[:5])}")
+    known = ", ".join((*DECODERS, *ENCODERS))
+    raise ConvertError(
+        f"{tensors.where}: no known layout has tensors like {', '.join(keys[:5])}; known families: {known}"
+    )
 
 
 def config_from_hf(
-    directory: str | Path, *, layout: str | None = None, vision: str | Path | None = None, select_layer: int = -2
+    directory: str | Path,
+    *,
+    layout: str | None = None,
+    vision: str | Path | None = None,
+    select_layer: int = -2,
+    raw: dict[str, Any] | None = None,
 ) -> ModelConfig:
     """The ModelConfig that a directory's config.json describes.
 
@@ -77,13 +85,14 @@ def config_from_hf(
       vision: the directory of the vision tower, where the checkpoint does not describe its own (the layouts saisa and
         llava; None: the folder that `mm_vision_tower` names, if it is inside the directory).
       select_layer: which hidden state of the tower is used, where the checkpoint does not say (hf-vision).
+      raw: the content of config.json; None: it is read.
 
     Raises:
       ConvertError: a config that is missing, contradictory, or of a family or option not supported.
     """
     directory = Path(directory)
     layout = layout or detect_layout(directory)
-    raw = read_json(directory / "config.json")
+    raw = raw or read_json(directory / "config.json")
     if layout == "hf-vision":
         raw_vision = raw.get("vision_config", raw)
         return dataclasses.replace(ModelConfig(), vision=vision_config_from_hf(raw_vision, directory, select_layer))
