@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
 import saisa_jax
 from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
-from saisa_jax.config import to_config_dict
+from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
 from saisa_jax.convert.checkpoint import Options, import_checkpoint
 from saisa_jax.convert.safetensors_file import read_header
+from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
+from saisa_jax.training.start import starting_params
 
 WHOLE = ("saisa", "llava", "llava-hf")
 
@@ -185,3 +192,45 @@ def test_inspect_tells_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureF
 def test_config_is_a_recipe(sources: Path, tmp_path: Path) -> None:
     convert("import", "--from", sources / "llava-hf", "--to", tmp_path / "ckpt")
     assert to_config_dict(load_model(tmp_path / "ckpt")[1]).model.alignment == tiny_model("llava").alignment
+
+
+def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
+    """The recipe `configs/imported.py` fits, and what cannot be trained from says what it lacks."""
+    recipe = importlib.import_module("configs.imported")
+    tower = ["--vision", sources / "hf-vision"]
+    convert("import", "--llm", sources / "hf-llm", *tower, "--to", tmp_path / "start")
+    config = from_config_dict(Config, recipe.get_config(str(tmp_path / "start")))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    make, params, source = starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
+    assert "visual_proj" in make(params) and source == str(tmp_path / "start")
+    convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "llm")
+    config = from_config_dict(Config, recipe.get_config(str(tmp_path / "llm")))
+    with pytest.raises(ConfigError, match="holds no vision tower and no projector, .* convert import --llm"):
+        starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
+
+
+def test_memory_stays_near_the_parameters(tmp_path: Path) -> None:
+    """In a process of its own; the slack of 2 GiB is for larger models, here the libraries' own memory is all of it."""
+    model = dataclasses.replace(tiny_model("hf-llm"), embed_dim=512, mlp_dim=2048, num_layers=24, max_length=64)
+    write_checkpoint(tmp_path / "in", "hf-llm", model)
+    small, to = sources_of("hf-llm", tmp_path), tmp_path / "out"
+    script = (
+        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
+        "from saisa_jax.convert import memory\n"
+        "from saisa_jax.checkpoints import read_account\n"
+        "from saisa_jax.convert.checkpoint import Options, import_checkpoint\n"
+        f"import_checkpoint(Options({str(small)!r}), {str(tmp_path / 'warm')!r})\n"
+        "before = memory.peak_bytes()\n"
+        f"import_checkpoint(Options({str(tmp_path / 'in')!r}, dtype='float32'), {str(to)!r})\n"
+        f"leaves = read_account({str(to)!r})[0]['leaves']\n"
+        "print(memory.peak_bytes() - before, memory.allowance(leaves, slack=0))\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    grown, allowed = map(int, done.stdout.split()[-2:])
+    assert allowed > 300e6 and grown < allowed + 200 * 2**20
+
+
+def sources_of(layout: str, root: Path) -> Path:
+    write_checkpoint(root / "small", layout)
+    return root / "small"
