@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import saisa_jax
+from saisa_jax.testing.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,7 +49,7 @@ def environment() -> dict[str, str]:
 def on_tiny(text: str, directory: Path) -> str:
     """The README's words with the tiny configuration, and with `directory` for `runs` and its picture."""
     text = text.replace("configs/demo.py", TINY).replace("picture.png", f"{directory}/picture.png")
-    return text.replace("runs/", f"{directory}/")
+    return text.replace("runs/", f"{directory}/").replace("weights/", f"{directory}/weights/")
 
 
 def run(command: str, directory: Path) -> str:
@@ -65,6 +66,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README calls `runs`, and its picture; a command finds there what those before it made."""
     path = tmp_path_factory.mktemp("runs")
     Image.new("RGB", (48, 32), "red").save(path / "picture.png")
+    for name, layout in (("saisa", "saisa"), ("llm", "hf-llm"), ("encoder", "hf-vision")):
+        write_checkpoint(path / "weights" / name, layout)
     return path
 
 

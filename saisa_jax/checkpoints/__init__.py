@@ -5,8 +5,18 @@ back here is compared with an account of it, shapes, dtypes and checksums, that 
 """
 
 from saisa_jax.checkpoints.checksums import checksums
-from saisa_jax.checkpoints.model import load_model, save_model
+from saisa_jax.checkpoints.model import copy_sidecar, load_model, read_account, save_model, sidecar_files
 from saisa_jax.checkpoints.run import RunCheckpointer
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 
-__all__ = ["CheckpointError", "DamagedError", "RunCheckpointer", "checksums", "load_model", "save_model"]
+__all__ = [
+    "CheckpointError",
+    "DamagedError",
+    "RunCheckpointer",
+    "checksums",
+    "copy_sidecar",
+    "load_model",
+    "read_account",
+    "save_model",
+    "sidecar_files",
+]

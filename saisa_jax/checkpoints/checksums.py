@@ -12,7 +12,9 @@ backend; any one changed element always changes it, and swapped elements do but 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +28,7 @@ from jaxtyping import Array, UInt32
 # How `checksums` is computed; a stored account under another name is refused.
 ALGORITHM = "mix32"
 
+PIECE_BYTES = 2**27
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
@@ -67,9 +70,19 @@ def checksums(tree: Any) -> dict[str, int]:
     sums = []
     for leaf in flat.values():
         with _own_mesh(leaf):
-            sums.append(_checksum(leaf))
+            sums.append([_checksum(leaf, start, rows) for start, rows in _pieces(leaf)])
+        if len(sums[-1]) > 1:  # a large leaf: done before the next one starts
+            jax.block_until_ready(sums[-1])
     sums = jax.device_get(sums)
-    return {path: int(value) for path, value in zip(flat, sums, strict=True)}
+    return {path: sum(map(int, values)) % 2**32 for path, values in zip(flat, sums, strict=True)}
+
+
+def _pieces(leaf: Any) -> list[tuple[int, int]]:
+    """(start, length) along the first axis; a large leaf of one device is summed in pieces, to save memory."""
+    if leaf.ndim == 0 or leaf.nbytes <= PIECE_BYTES or len(getattr(leaf, "devices", tuple)()) > 1:
+        return [(0, leaf.shape[0] if leaf.ndim else 1)]
+    rows = max(1, leaf.shape[0] * PIECE_BYTES // leaf.nbytes)
+    return [(start, min(rows, leaf.shape[0] - start)) for start in range(0, leaf.shape[0], rows)]
 
 
 def _supported(dtype: Any) -> bool:
@@ -89,13 +102,18 @@ def _own_mesh(leaf: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(mesh if isinstance(mesh, Mesh) else Mesh(np.asarray([*leaf.sharding.device_set]), ("all",)))
 
 
-@jax.jit
-def _checksum(x: Array) -> UInt32[Array, ""]:
+@functools.partial(jax.jit, static_argnums=2)
+def _checksum(x: Array, start: Any, rows: int) -> UInt32[Array, ""]:
+    """The part of the sum that comes from x[start : start + rows]."""
+    first = jnp.zeros((), jnp.uint32)
+    if x.ndim and rows != x.shape[0]:
+        x = jax.lax.dynamic_slice_in_dim(x, start, rows)
+        first = jnp.uint32(start) * jnp.uint32(math.prod(x.shape[1:]) % 2**32)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
     # The flat index from one iota for each axis: a reshape would gather a sharded array.
-    index, stride = jnp.zeros((), jnp.uint32), 1
+    index, stride = first, 1
     for axis in reversed(range(x.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]

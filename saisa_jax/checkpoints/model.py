@@ -4,6 +4,7 @@ model.json    metadata, number of parameters, shape, dtype and checksum of every
 config.json   the configuration of the run
 params/       the arrays
 tokenizer/    a Hugging Face tokenizer; absent if there is none
+sidecar/      what an imported checkpoint held besides (see `convert/sidecar.py`); absent if nothing
 """
 
 from __future__ import annotations
@@ -40,9 +41,18 @@ from saisa_jax.checkpoints.checksums import (
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 from saisa_jax.config import Config, ConfigError, from_config_dict, to_dict
 
+SIDECAR = "sidecar"
+# Writes further files into the directory of an unfinished model: (directory, account of the parameters).
+Attach = Callable[[epath.Path, Mapping[str, Any]], None]
+
 
 def save_model(
-    directory: str | os.PathLike[str], params: Any, config: Config, tokenizer: Any, metadata: Mapping[str, Any]
+    directory: str | os.PathLike[str],
+    params: Any,
+    config: Config,
+    tokenizer: Any,
+    metadata: Mapping[str, Any],
+    attach: Attach | None = None,
 ) -> None:
     """Writes a finished model, under its final name only when it is complete.
 
@@ -53,6 +63,7 @@ def save_model(
       params: nested dictionaries of arrays, on whatever mesh.
       tokenizer: has `save_pretrained`; None: the model has none.
       metadata: JSON-ready.
+      attach: called in the first process; what it writes is checksummed like the other files.
 
     Raises:
       CheckpointError: something else stands under that name, or writing failed.
@@ -64,10 +75,8 @@ def save_model(
     leaves = account(params)
     try:
         _on_first(lambda: _prepare(final, unfinished, old))
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(unfinished / "params", storage.stored_tree(params))
-            checkpointer.wait_until_finished()
-        _on_first(lambda: _write_files(unfinished, leaves, config, tokenizer, metadata))
+        storage.write_tree(unfinished / "params", params)
+        _on_first(lambda: _write_files(unfinished, leaves, config, tokenizer, metadata, attach))
         _on_first(lambda: _put_in_place(final, unfinished, old))
     except Exception as error:  # Orbax raises almost anything
         if unfinished.exists() and jax.process_index() == 0:
@@ -129,6 +138,57 @@ def load_model(
     return unflatten_dict(flat), config, tokenizer, document["metadata"]
 
 
+def read_account(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:
+    """What a finished model says of itself, without its arrays: the content of model.json, and the configuration.
+
+    Raises:
+      CheckpointError, DamagedError: as `load_model`.
+    """
+    where = epath.Path(directory).resolve()
+    document = _read_document(where)
+    return document, _read_config(where, document["files"])
+
+
+def sidecar_files(directory: str | os.PathLike[str]) -> list[epath.Path]:
+    """The files of a finished model's sidecar, which are checked to be what was saved.
+
+    Raises:
+      DamagedError: one that is missing or changed, by name.
+    """
+    where = epath.Path(directory).resolve()
+    files = _read_document(where)["files"]
+    found = []
+    for name in sorted(name for name in files if name.startswith(f"{SIDECAR}/")):
+        try:
+            seen = _crc32(where / name)
+        except OSError as error:
+            raise DamagedError(f"{where / name} cannot be read: {error}") from error
+        if seen != files[name]:
+            raise DamagedError(f"{where / name} is damaged: it is not what was saved")
+        found.append(where / name)
+    return found
+
+
+def copy_sidecar(source: str | os.PathLike[str]) -> Attach:
+    """For `save_model(attach=)`: hands on the sidecar of the model that training started from.
+
+    A sidecar that is gone or damaged by then costs a warning, not the trained model.
+    """
+
+    def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
+        try:
+            files, root = sidecar_files(source), epath.Path(source).resolve()
+        except CheckpointError as error:
+            logging.warning("the sidecar of %s is not handed on: %s", source, error)
+            return
+        for file in files:
+            target = directory / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(target)
+
+    return attach
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +228,7 @@ def _write_files(
     config: Config,
     tokenizer: Any,
     metadata: Mapping[str, Any],
+    attach: Attach | None,
 ) -> None:
     contents = {"config.json": (json.dumps(to_dict(config), indent=2) + "\n").encode()}
     if tokenizer is not None:
@@ -178,14 +239,38 @@ def _write_files(
     for name, content in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
+    files = {name: zlib.crc32(content) for name, content in contents.items()}
+    if attach is not None:
+        attach(directory, leaves)
+        files |= {name: _crc32(directory / name) for name in _tree(directory / SIDECAR, SIDECAR)}
     document = {
         **storage.header(),
         "parameters": sum(math.prod(leaf["shape"]) for leaf in leaves.values()),
         "metadata": metadata,
-        "files": {name: zlib.crc32(content) for name, content in contents.items()},
+        "files": files,
         "leaves": leaves,
     }
     (directory / "model.json").write_text(json.dumps(seal(document), indent=2) + "\n")
+
+
+def _tree(directory: epath.Path, prefix: str) -> list[str]:
+    """The names of all files below a directory."""
+    if not directory.exists():
+        return []
+    names = []
+    for path in sorted(directory.iterdir()):
+        name = f"{prefix}/{path.name}"
+        names += _tree(path, name) if path.is_dir() else [name]
+    return names
+
+
+def _crc32(path: epath.Path) -> int:
+    """Of a file that may be too large to be held."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

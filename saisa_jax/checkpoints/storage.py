@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging as python_logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from saisa_jax.checkpoints.checksums import ALGORITHM, flatten, unflatten_dict
@@ -51,6 +54,15 @@ def check_format(document: Mapping[str, Any], where: str) -> None:
 def stored_tree(tree: Any) -> dict[str, Any]:
     """A tree as nested dictionaries without empty arrays, which Orbax cannot store (their account can)."""
     return unflatten_dict({path: leaf for path, leaf in flatten(tree).items() if 0 not in leaf.shape})
+
+
+def write_tree(path: epath.Path, tree: Any) -> None:
+    """Writes arrays, and returns when they are there; Orbax holds copies of one large array at a time."""
+    stored = stored_tree(tree)
+    largest = max((leaf.nbytes for leaf in jax.tree.leaves(stored)), default=0)
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=math.ceil(largest / 1e9) or 1)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.StandardSave(stored))
 
 
 def template(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -9,38 +9,71 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from saisa_jax.config import ModelConfig
+from saisa_jax.convert.safetensors_file import DTYPES, FLOATS, NAMES, nbytes, write_file
 from saisa_jax.convert.tables import PARTS, ConvertError, Row, table
-from saisa_jax.convert.tensors import INDEX, SINGLE
+from saisa_jax.convert.tensors import INDEX, SINGLE, TensorSource
 
 SHARD_BYTES = 5_000_000_000
 
 
-def to_tensors(
-    params: Mapping[str, Any], config: ModelConfig, layout: str, *, parts: Sequence[str] = PARTS, dtype: Any = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (key, tensor) in the layout, one tensor at a time.
+class ParamsSource:
+    """Parameters of ours as the tensors of a layout.
 
     Args:
       params: our tree, numpy or jax leaves, boxes removed.
       parts: of decoder, projector, vision, those of the layout that are wanted.
-      dtype: of the tensors; None: that of the parameters.
+      dtype: of the tensors: one for all; or by key, the others as the parameters are; None: as the parameters are.
 
     Raises:
       ConvertError: parameters that the rows want and the tree lacks, or that have another shape; all are listed.
     """
-    for row, leaf in _leaves(params, config, layout, parts):
-        array = np.asarray(leaf)
-        array = array if dtype is None else array.astype(dtype)
-        for i, key in enumerate(row.keys):
-            yield key, row.to_theirs(array if row.layers is None else array[i])
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: ModelConfig,
+        layout: str,
+        *,
+        parts: Sequence[str] = PARTS,
+        dtype: Any = None,
+    ):
+        self.where = Path("the parameters")
+        flat: dict[str, Any] = flatten_dict(params, sep="/")
+        rows = table(config, layout).only(parts)
+        _check(flat, rows)
+        self._leaf = {row.path: flat[row.path] for row in rows}
+        self._row = {key: (row, i) for row in rows for i, key in enumerate(row.keys)}
+        self._dtype = dtype
+        self._held: tuple[str, Any] = ("", None)  # the parameter read last, on the host
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of the rows, so that a stacked parameter is read as one."""
+        return tuple(self._row)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._row[key][0].theirs
+
+    def dtype_name(self, key: str) -> str:
+        named = self._dtype.get(key) if isinstance(self._dtype, Mapping) else self._dtype
+        return NAMES[np.dtype(named if named is not None else self._leaf[self._row[key][0].path].dtype)]
+
+    def is_float(self, key: str) -> bool:
+        return self.dtype_name(key) in FLOATS
+
+    def read(self, key: str) -> np.ndarray:
+        row, i = self._row[key]
+        if self._held[0] != row.path:
+            self._held = ("", None)  # let go of the last one before the next comes
+            self._held = (row.path, np.asarray(self._leaf[row.path]))
+        array = self._held[1]
+        tensor = row.to_theirs(array if row.layers is None else array[i])
+        return tensor.astype(DTYPES[self.dtype_name(key)], copy=False)
 
 
-def _leaves(params: Mapping[str, Any], config: ModelConfig, layout: str, parts: Sequence[str]) -> list[tuple[Row, Any]]:
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    rows = table(config, layout).only(parts)
+def _check(flat: Mapping[str, Any], rows: Sequence[Row]) -> None:
     problems = [f"missing    {row.path} {list(row.shape)}" for row in rows if row.path not in flat]
     problems += [
         f"misshaped  {row.path} is {list(flat[row.path].shape)}, expected {list(row.shape)}"
@@ -49,7 +82,15 @@ def _leaves(params: Mapping[str, Any], config: ModelConfig, layout: str, parts: 
     ]
     if problems:
         raise ConvertError("these parameters are not those of the config:\n  " + "\n  ".join(problems))
-    return [(row, flat[row.path]) for row in rows]
+
+
+def to_tensors(
+    params: Mapping[str, Any], config: ModelConfig, layout: str, *, parts: Sequence[str] = PARTS, dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (key, tensor) in the layout, one tensor at a time; arguments and errors as of `ParamsSource`."""
+    source = ParamsSource(params, config, layout, parts=parts, dtype=dtype)
+    for key in source.names:
+        yield key, source.read(key)
 
 
 def export_params(
@@ -64,54 +105,56 @@ def export_params(
 ) -> list[Path]:
     """Writes safetensors into `directory`: one file, or shards of at most `shard_bytes` with an index.
 
-    At most one shard is held in memory. The index, or the single file, is written last and under its final name only
-    when whole, so that an interrupted export does not look finished.
+    The index, or the single file, is written last and under its final name only when whole, so that an interrupted
+    export does not look finished.
 
     Returns:
       The files written.
 
     Raises:
-      ConvertError: see `to_tensors`; or the directory already holds a checkpoint.
+      ConvertError: see `ParamsSource`; or the directory already holds a checkpoint.
     """
     directory = Path(directory)
     taken = sorted(path.name for path in directory.glob("*.safetensors*"))
     if taken:
         raise ConvertError(f"{directory} already holds {', '.join(taken)}; export into an empty directory")
-    shards = _plan(_leaves(params, config, layout, parts), dtype, shard_bytes)
+    source = ParamsSource(params, config, layout, parts=parts, dtype=dtype)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = to_tensors(params, config, layout, parts=parts, dtype=dtype)
-    if len(shards) == 1:
-        return [_write(dict(tensors), directory / SINGLE)]
-    written, where, total = [], {}, 0
-    for n, keys in enumerate(shards, start=1):
-        file = f"model-{n:05d}-of-{len(shards):05d}.safetensors"
-        held = dict(next(tensors) for _ in keys)
-        written.append(_write(held, directory / file))
-        where.update(dict.fromkeys(held, file))
-        total += sum(tensor.nbytes for tensor in held.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    partial = directory / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
-    return [*written, partial.rename(directory / INDEX)]
+    return write_shards({key: (source, key) for key in source.names}, directory, shard_bytes)
 
 
-def _plan(leaves: list[tuple[Row, Any]], dtype: Any, shard_bytes: int) -> list[list[str]]:
-    """The keys of each shard, in the order of `to_tensors`, from shapes alone."""
-    shards: list[list[str]] = [[]]
+def write_shards(
+    tensors: Mapping[str, tuple[TensorSource, str]], directory: Path, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Writes tensors of any sources, one after the other, as `export_params` does.
+
+    Args:
+      tensors: the name in the files -> (source, its name there).
+    """
+    specs = [(name, source.dtype_name(key), source.shape(key)) for name, (source, key) in tensors.items()]
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     room = shard_bytes
-    for row, leaf in leaves:
-        size = int(np.prod(row.theirs)) * np.dtype(dtype or leaf.dtype).itemsize
-        for key in row.keys:
-            if shards[-1] and size > room:
-                shards.append([])
-                room = shard_bytes
-            shards[-1].append(key)
-            room -= size
-    return shards
-
-
-def _write(tensors: dict[str, np.ndarray], path: Path) -> Path:
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata={"format": "pt"})  # transformers asks for this entry
-    partial.chmod(0o644)  # save_file makes files private
-    return partial.rename(path)
+    for spec in specs:
+        size = nbytes(*spec[1:])
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(spec)
+        room -= size
+    read = lambda name: tensors[name][0].read(tensors[name][1])  # noqa: E731
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    written = []
+    for file, shard in zip(names, shards, strict=True):
+        partial = directory / f"{file}.partial"
+        write_file(partial, shard, read)
+        written.append(partial.rename(directory / file))
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+        total = sum(nbytes(*spec[1:]) for spec in specs)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        partial = directory / f"{INDEX}.partial"
+        partial.write_text(json.dumps(index, indent=2) + "\n")
+        written.append(partial.rename(directory / INDEX))
+    return written

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json, vision_config_from_hf
+from saisa_jax.convert.hf_config import DECODERS, ENCODERS, decoder_config_from_hf, read_json, vision_config_from_hf
+from saisa_jax.convert.safetensors_file import DTYPES
 from saisa_jax.convert.tables import ConvertError, Row, Table, table
-from saisa_jax.convert.tensors import TensorDirectory
+from saisa_jax.convert.tensors import TensorSource, open_source
 
 NEAREST_FOR = 50  # so many missing tensors get the nearest names; the rest are listed alone
 
@@ -32,16 +33,25 @@ class Imported:
     """What came of a checkpoint directory."""
 
     config: ModelConfig
-    params: dict[str, Any]  # nested, numpy leaves
+    params: dict[str, Any]  # nested, numpy leaves or what `place` made of them
     ignored: tuple[str, ...]  # tensors in the files that the model never reads
+
+
+# What becomes of a parameter as soon as it is read: (path, array) -> leaf.
+Place = Callable[[str, np.ndarray], Any]
 
 
 def detect_layout(directory: str | Path) -> str:
     """The layout of a checkpoint directory, told from the names of its tensors."""
-    return _layout_of(TensorDirectory(directory))
+    return layout_of(open_source(directory))
 
 
-def _layout_of(tensors: TensorDirectory) -> str:
+def layout_of(tensors: TensorSource) -> str:
+    """The same for an open source.
+
+    Raises:
+      ConvertError: no known layout.
+    """
     keys = tensors.names
     if any(".multi_modal_projector." in f".{key}" for key in keys):
         return "llava-hf"
@@ -53,7 +63,10 @@ def _layout_of(tensors: TensorDirectory) -> str:
         return "hf-llm"
     if any(".patch_embedding" in f".{key}" for key in keys):
         return "hf-vision"
-    raise ConvertError(f"{tensors.directory}: no known layout has tensors like {', '.join(keys[:5])}")
+    known = ", ".join((*DECODERS, *ENCODERS))
+    raise ConvertError(
+        f"{tensors.where}: no known layout has tensors like {', '.join(keys[:5])}; known families: {known}"
+    )
 
 
 def config_from_hf(
@@ -62,6 +75,7 @@ def config_from_hf(
     layout: str | None = None,
     vision: str | Path | None = None,
     select_layer: int | None = None,
+    raw: dict[str, Any] | None = None,
 ) -> ModelConfig:
     """The ModelConfig that a directory's config.json describes.
 
@@ -72,13 +86,14 @@ def config_from_hf(
         llava; None: the folder that `mm_vision_tower` names, if it is inside the directory).
       select_layer: which hidden state of the tower is used, where the checkpoint does not say (hf-vision); None:
         LLaVA's choice, -1 of a ConvNeXt, -2 of all others.
+      raw: the content of config.json; None: it is read.
 
     Raises:
       ConvertError: a config that is missing, contradictory, or of a family or option not supported.
     """
     directory = Path(directory)
     layout = layout or detect_layout(directory)
-    raw = read_json(directory / "config.json")
+    raw = raw or read_json(directory / "config.json")
     if layout == "hf-vision":
         raw_vision = raw.get("vision_config", raw)
         return dataclasses.replace(ModelConfig(), vision=vision_config_from_hf(raw_vision, directory, select_layer))
@@ -128,7 +143,7 @@ def vision_directory(directory: str | Path, vision: str | Path | None = None) ->
 
 
 def read_params(
-    tensors: TensorDirectory, layout: Table, parts: Sequence[str], dtype: Any = None
+    tensors: TensorSource, layout: Table, parts: Sequence[str], dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, array) for each row of the parts, reading tensor by tensor; nothing but the one array is held.
 
@@ -139,30 +154,43 @@ def read_params(
       ConvertError: missing, unexpected or misshaped tensors; the message lists all of them. Raised before the first
         array is read, so that nothing half done comes out.
     """
-    spelt = _match(tensors, layout, parts)
+    spelt = match(tensors, layout, parts, dtype).checked()
     for row in layout.only(parts):
         yield row.path, _read_row(tensors, row, spelt, dtype)
 
 
-def _read_row(tensors: TensorDirectory, row: Row, spelt: dict[str, str], dtype: Any) -> np.ndarray:
-    first = tensors.read(spelt[row.keys[0]])
-    target = np.dtype(dtype) if dtype is not None else first.dtype
-    if row.layers is None:
-        return row.to_ours(first).astype(target)  # a copy: the file's pages are let go
-    stacked = np.empty(row.shape, target)
-    for i, key in enumerate(row.keys):
-        tensor = first if i == 0 else tensors.read(spelt[key])
-        if dtype is None and tensor.dtype != target:
-            raise ConvertError(
-                f"{row.path} stacks tensors of different dtypes: {row.keys[0]} is {target}, {key} is {tensor.dtype}; "
-                "say which is wanted with dtype="
-            )
-        stacked[i] = row.to_ours(tensor)
-    return stacked
+def _read_row(tensors: TensorSource, row: Row, spelt: dict[str, str], dtype: Any) -> np.ndarray:
+    first = DTYPES[tensors.dtype_name(spelt[row.keys[0]])]
+    array = np.zeros(row.shape, dtype if dtype is not None else first)
+    for i, key in enumerate(row.keys):  # straight into its place: at most one tensor of theirs is held beside it
+        row.fill(array if row.layers is None else array[i], tensors.read(spelt[key]))
+    return array
 
 
-def _match(tensors: TensorDirectory, layout: Table, parts: Sequence[str]) -> dict[str, str]:
-    """Canonical key -> the file's spelling, after checking that names and shapes are exactly what the rows want."""
+@dataclass(frozen=True)
+class Match:
+    """How a source's tensors meet the rows of a layout."""
+
+    spelt: dict[str, str]  # canonical key -> the source's spelling, of all its tensors
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]  # as the source spells them
+    ignored: tuple[str, ...]  # likewise: nobody reads them
+    problems: tuple[str, ...]  # a line each: missing, unexpected, misshaped, ...
+    summary: str
+
+    def checked(self) -> dict[str, str]:
+        """The spellings.
+
+        Raises:
+          ConvertError: anything that does not fit; all of it is listed.
+        """
+        if self.problems:
+            raise ConvertError(f"{self.summary} ({len(self.problems)} tensors):\n  " + "\n  ".join(self.problems))
+        return self.spelt
+
+
+def match(tensors: TensorSource, layout: Table, parts: Sequence[str], dtype: Any = None) -> Match:
+    """Compares names, shapes and dtypes with what the rows of the parts want; reads no tensor but a tied head."""
     spelt, problems = _spellings(tensors, layout)
     wanted = {key: row for row in layout.only(parts) for key in row.keys}
     others = {key for row in layout.rows for key in row.keys} - set(wanted)
@@ -181,18 +209,40 @@ def _match(tensors: TensorDirectory, layout: Table, parts: Sequence[str]) -> dic
             problems.append(f"misshaped   {spelt[key]} is {list(seen)}, expected {list(row.theirs)} for {row.path}")
         if not tensors.is_float(spelt[key]):
             problems.append(f"wrong dtype {spelt[key]} is {tensors.dtype_name(spelt[key])}, expected a float")
+    problems += _mixed_dtypes(tensors, layout.only(parts), spelt) if dtype is None else []
     for key, other in layout.tied:
-        if key in spelt and other in spelt and not np.array_equal(tensors.read(spelt[key]), tensors.read(spelt[other])):
+        if key in spelt and other in spelt and not _equal(tensors, spelt[key], spelt[other]):
             problems.append(f"not tied    {spelt[key]} differs from {spelt[other]}: set model.tie_embeddings=False")
-    if problems:
-        raise ConvertError(
-            f"{tensors.directory} does not fit the layout {layout.layout!r} of this model "
-            f"({len(problems)} tensors):\n  " + "\n  ".join(problems)
-        )
-    return spelt
+    return Match(
+        spelt,
+        tuple(missing),
+        tuple(spelt[key] for key in unexpected),
+        tuple(name for key, name in spelt.items() if key not in wanted and key not in unexpected),
+        tuple(problems),
+        f"{tensors.where} does not fit the layout {layout.layout!r} of this model",
+    )
 
 
-def _spellings(tensors: TensorDirectory, layout: Table) -> tuple[dict[str, str], list[str]]:
+def _mixed_dtypes(tensors: TensorSource, rows: Sequence[Row], spelt: dict[str, str]) -> list[str]:
+    """Rows that would stack tensors of several dtypes."""
+    found = []
+    for row in rows:
+        dtypes = {
+            key: tensors.dtype_name(spelt[key]) for key in row.keys if key in spelt and tensors.is_float(spelt[key])
+        }
+        first = next(iter(dtypes), None)
+        odd = next((key for key in dtypes if dtypes[key] != dtypes[first]), None)
+        if odd:
+            seen = f"{first} is {dtypes[first]}, {odd} is {dtypes[odd]}"
+            found.append(f"mixed       {row.path}: {seen}; say which is wanted, --dtype=float32")
+    return found
+
+
+def _equal(tensors: TensorSource, key: str, other: str) -> bool:
+    return tensors.shape(key) == tensors.shape(other) and np.array_equal(tensors.read(key), tensors.read(other))
+
+
+def _spellings(tensors: TensorSource, layout: Table) -> tuple[dict[str, str], list[str]]:
     spelt: dict[str, str] = {}
     twice = []
     for key in tensors.names:
@@ -203,7 +253,7 @@ def _spellings(tensors: TensorDirectory, layout: Table) -> tuple[dict[str, str],
     return spelt, twice
 
 
-def parts_in(tensors: TensorDirectory, layout: Table) -> tuple[str, ...]:
+def parts_in(tensors: TensorSource, layout: Table) -> tuple[str, ...]:
     """Which parts a directory holds: all of the layout's, but a vision tower only if there is a tensor of it."""
     have = {layout.canonical(key) for key in tensors.names}
     parts = dict.fromkeys(row.part for row in layout.rows)
@@ -218,22 +268,29 @@ def import_params(
     layout: str | None = None,
     parts: Sequence[str] | None = None,
     dtype: Any = None,
+    tensors: TensorSource | None = None,
+    place: Place | None = None,
 ) -> Imported:
     """The parameters that one directory holds for a model of `config`: a whole tree, or the branches that are there.
 
     Args:
-      directory: safetensors, single or sharded.
+      directory: safetensors, single or sharded, or a GGUF file.
       layout: one of `tables.LAYOUTS`; None: told from the tensors' names.
       parts: of decoder, projector, vision; None: what the layout holds, the tower only if it is in the directory.
       dtype: of the parameters; None: that of the files.
+      tensors: the directory's, if they are open already.
+      place: takes each parameter as soon as it is read, for example to its devices; None: they stay numpy arrays.
 
     Raises:
       ConvertError: see `read_params`.
     """
-    tensors = TensorDirectory(directory)
-    rows = table(config, layout or _layout_of(tensors))
+    tensors = tensors or open_source(directory)
+    rows = table(config, layout or layout_of(tensors))
     parts = parts_in(tensors, rows) if parts is None else parts
-    flat = dict(read_params(tensors, rows, parts, dtype))
+    flat = {}
+    for path, array in read_params(tensors, rows, parts, dtype):
+        flat[path] = array if place is None else place(path, array)
+        del array  # or it would be held while the next one is read
     read = {key for row in rows.only(parts) for key in row.keys}
     ignored = tuple(key for key in tensors.names if rows.canonical(key) not in read)
     return Imported(config, unflatten_dict(flat, sep="/"), ignored)
@@ -261,7 +318,7 @@ def import_model(
     if layout == "llava-hf" and vision is not None:
         raise ConvertError(f"{directory} holds its own vision tower, as the layout {layout!r} does: leave out vision=")
     config = config_from_hf(directory, layout=layout, vision=vision)
-    tensors = TensorDirectory(directory)
+    tensors = open_source(directory)
     held = parts_in(tensors, table(config, layout))
     if layout != "llava-hf" and (vision is not None or "vision" not in held):
         body = import_params(directory, config, layout=layout, parts=("decoder", "projector"), dtype=dtype)

@@ -64,12 +64,19 @@ class Row:
     def _transposed(self) -> Shape:
         return tuple(self.theirs[axis] for axis in self.axes)
 
+    def fill(self, out: np.ndarray, tensor: np.ndarray) -> None:
+        """Writes one tensor of theirs into one layer of ours, `out`, which holds zeros."""
+        array = tensor.transpose(self.axes)
+        if math.prod(self.ours) == tensor.size:
+            out[...] = array.reshape(self.ours)
+        else:  # a padded vocabulary; such rows never split an axis
+            out[tuple(slice(size) for size in array.shape)] = array
+
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """One tensor of theirs as one layer of ours."""
-        array = tensor.transpose(self.axes)
-        if math.prod(self.ours) != tensor.size:  # a padded vocabulary; such rows never split an axis
-            array = np.pad(array, [(0, big - small) for big, small in zip(self.ours, array.shape, strict=True)])
-        return array.reshape(self.ours)
+        out = np.zeros(self.ours, tensor.dtype)
+        self.fill(out, tensor)
+        return out
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_ours`; entries of the padded vocabulary are cropped."""
@@ -101,6 +108,13 @@ class Table:
     def ignores(self, key: str) -> bool:
         """Whether a file may hold `key` (canonical) although the model has no use for it."""
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
+
+    def part_of(self, key: str) -> str:
+        """The part that a key (canonical) belongs to, one of the ignored ones too."""
+        parts = {row.part for row in self.rows}
+        if len(parts) == 1:
+            return parts.pop()
+        return "vision" if "vision_tower." in key else "projector" if "_projector." in key else "decoder"
 
     def only(self, parts: Sequence[str]) -> tuple[Row, ...]:
         """The rows of the parts named."""

@@ -1,25 +1,111 @@
-"""The tensors of a directory of safetensors: one file, or shards with an index. Nothing is loaded until asked for."""
+"""Where tensors come from: a protocol, a directory of safetensors, and `open_source`, which tells the kinds apart.
+
+Nothing is loaded until it is asked for, and nothing stays mapped: a tensor is read into memory of its own, so that what
+a conversion holds is what it was given and no more.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy before safetensors looks for it)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from saisa_jax.convert.safetensors_file import FLOATS, Header, read_header, read_tensor
 from saisa_jax.convert.tables import ConvertError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+
+
+@runtime_checkable  # the tests check annotations
+class TensorSource(Protocol):
+    """Named tensors that can be described without being read."""
+
+    @property
+    def where(self) -> Path:
+        """The directory or file, for messages."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, sorted."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        ...
+
+    def dtype_name(self, key: str) -> str:
+        """Its dtype in safetensors' spelling: F32, BF16, U8, ..."""
+        ...
+
+    def is_float(self, key: str) -> bool:
+        """Whether it holds floating-point numbers (quantised checkpoints hold bytes)."""
+        ...
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in its own dtype, in memory of its own."""
+        ...
+
+
+def open_source(path: str | Path, allow_pickle: bool = False) -> TensorSource:
+    """The tensors of a GGUF file or of a checkpoint directory.
+
+    Args:
+      allow_pickle: read a directory's `.bin` files if it holds no safetensors (with `weights_only=True`).
+
+    Raises:
+      ConvertError: nothing there that can be read; says what was found.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from saisa_jax.convert.gguf_file import GgufFile
+
+        return GgufFile(path)
+    if allow_pickle and path.is_dir() and not any(path.glob("*.safetensors")):
+        from saisa_jax.convert.pickled import PickledDirectory
+
+        return PickledDirectory(path)
+    return TensorDirectory(path)
+
+
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """The weight map of an index: tensor -> file of the index's own directory.
+
+    Raises:
+      ConvertError: no index, files that leave the directory or are not there.
+    """
+    try:
+        where = json.loads(path.read_text())["weight_map"]
+        where = {str(key): str(file) for key, file in where.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConvertError(f"{path} is not an index of {suffix} shards: {error!r}") from error
+    # A name with a separator could leave the directory, and no tool that writes shards makes one.
+    legal = rf"[^/\\\0:]+\.{suffix}"
+    outside = sorted({file for file in where.values() if not re.fullmatch(legal, file)})
+    if outside:
+        raise ConvertError(f"{path} names files that are not {suffix} of its own directory: {', '.join(outside)}")
+    missing = sorted({file for file in where.values() if not (path.parent / file).is_file()})
+    if missing:
+        raise ConvertError(f"{path} names shards that are not there: {', '.join(missing)}")
+    return where
+
+
+def check_index(path: Path, where: dict[str, str], held: dict[str, set[str]]) -> None:
+    """Raises ConvertError where an index says other than its shards, each tensor listed."""
+    lacking = [f"{key} (said to be in {file})" for key, file in where.items() if key not in held[file]]
+    unlisted = [f"{key} (in {file}, not in the index)" for file in held for key in held[file] if key not in where]
+    if lacking or unlisted:
+        raise ConvertError(f"{path} contradicts its shards:\n  " + "\n  ".join(sorted(lacking + unlisted)))
 
 
 class TensorDirectory:
-    """The tensors of a checkpoint directory, by name; the files are memory-mapped and read tensor by tensor.
+    """The tensors of a directory of safetensors: one file, or shards with an index.
 
     Raises:
       ConvertError: no such directory, no safetensors in it, a broken or missing shard, or an index that names files
@@ -27,83 +113,52 @@ class TensorDirectory:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ConvertError(f"{self.directory} is not a directory")
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
-        if (self.directory / INDEX).exists():
-            self._read_index()
+        self.where = Path(directory)
+        if not self.where.is_dir():
+            raise ConvertError(f"{self.where} is not a directory")
+        self._headers: dict[str, Header] = {}
+        if (self.where / INDEX).exists():
+            self._file_of = read_index(self.where / INDEX, "safetensors")
+            files = sorted(set(self._file_of.values()))
+            check_index(self.where / INDEX, self._file_of, {file: set(self._header(file)) for file in files})
         else:
             single = self._single_file()
-            self._where = dict.fromkeys(self._open(single).keys(), single)
+            self._file_of = dict.fromkeys(self._header(single), single)
 
     def _single_file(self) -> str:
-        if (self.directory / SINGLE).exists():
+        if (self.where / SINGLE).exists():
             return SINGLE
-        found = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        found = sorted(path.name for path in self.where.glob("*.safetensors"))
         if len(found) == 1:
             return found[0]
         if found:
-            raise ConvertError(
-                f"{self.directory} holds {', '.join(found)} but no {INDEX} that says which belong together"
-            )
-        pickled = sorted(path.name for path in self.directory.glob("*.bin"))
-        hint = f"; {', '.join(pickled)} would have to be saved as safetensors first" if pickled else ""
-        raise ConvertError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{hint}")
+            raise ConvertError(f"{self.where} holds {', '.join(found)} but no {INDEX} that says which belong together")
+        pickled = sorted(path.name for path in self.where.glob("*.bin"))
+        hint = (
+            f"; {', '.join(pickled)} would have to be saved as safetensors first, or be asked for: --allow_pickle"
+            if pickled
+            else ""
+        )
+        raise ConvertError(f"{self.where} holds neither {SINGLE} nor {INDEX}{hint}")
 
-    def _read_index(self) -> None:
-        path = self.directory / INDEX
-        try:
-            where = json.loads(path.read_text())["weight_map"]
-            where = {str(key): str(file) for key, file in where.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConvertError(f"{path} is not an index of safetensors shards: {error!r}") from error
-        # A name with a separator could leave the directory, and no tool that writes shards makes one.
-        outside = sorted({file for file in where.values() if not re.fullmatch(r"[^/\\\0:]+\.safetensors", file)})
-        if outside:
-            raise ConvertError(
-                f"{path} names files that are not safetensors of its own directory: {', '.join(outside)}"
-            )
-        missing = sorted({file for file in where.values() if not (self.directory / file).is_file()})
-        if missing:
-            raise ConvertError(f"{path} names shards that are not there: {', '.join(missing)}")
-        held = {file: set(self._open(file).keys()) for file in sorted(set(where.values()))}
-        lacking = [f"{key} (said to be in {file})" for key, file in where.items() if key not in held[file]]
-        unlisted = [f"{key} (in {file}, not in the index)" for file in held for key in held[file] if key not in where]
-        if lacking or unlisted:
-            raise ConvertError(f"{path} contradicts its shards:\n  " + "\n  ".join(sorted(lacking + unlisted)))
-        self._where = where
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            path = self.directory / file
-            try:
-                self._files[file] = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise ConvertError(f"{path} is no whole safetensors file (truncated?): {error}") from error
-        return self._files[file]
+    def _header(self, file: str) -> Header:
+        if file not in self._headers:
+            self._headers[file] = read_header(self.where / file)
+        return self._headers[file]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all tensors, sorted."""
-        return tuple(sorted(self._where))
+        return tuple(sorted(self._file_of))
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a tensor, from its file's header."""
-        return tuple(self._slice(key).get_shape())
-
-    def is_float(self, key: str) -> bool:
-        """Whether a tensor holds floating-point numbers (quantised checkpoints hold bytes)."""
-        return self._slice(key).get_dtype() in FLOATS
+        return self._headers[self._file_of[key]][key].shape
 
     def dtype_name(self, key: str) -> str:
-        """The dtype in safetensors' spelling: F32, BF16, U8, ..."""
-        return self._slice(key).get_dtype()
+        return self._headers[self._file_of[key]][key].dtype
+
+    def is_float(self, key: str) -> bool:
+        return self.dtype_name(key) in FLOATS
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, in the dtype of its file."""
-        return self._open(self._where[key]).get_tensor(key)
-
-    def _slice(self, key: str) -> Any:
-        return self._open(self._where[key]).get_slice(key)
+        file = self._file_of[key]
+        return read_tensor(self.where / file, self._headers[file][key])

@@ -16,7 +16,7 @@ from etils import epath
 
 from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
-from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, save_model
+from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import eval_batches, steps_in_stage, train_iterator
 from saisa_jax.data.sample import DataError
@@ -223,4 +223,6 @@ class Stage:
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2))
         # Last: a stage is finished when its model is there.
         params = merge(self.state.trainable, self.state.frozen)
-        save_model(model_directory(self.directory.parent, self.name), params, self.config, self.tokenizer, summary)
+        final = model_directory(self.directory.parent, self.name)
+        attach = None if self.source == "random" else copy_sidecar(self.source)
+        save_model(final, params, self.config, self.tokenizer, summary, attach)

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from saisa_jax.checkpoints import load_model
+from saisa_jax.checkpoints.checksums import describe, differences
 from saisa_jax.config import STAGES, Config, ConfigError, to_dict
 from saisa_jax.data.conversation import end_token_id
 from saisa_jax.data.pipeline import steps_in_stage
@@ -52,6 +53,14 @@ def starting_params(
             f"set it to {source}/tokenizer"
         )
     params = jax.tree.map(np.asarray, params)  # not bound to a device
+    absent = [
+        part for part, held in (("vision tower", "vision" in params), ("projector", _projects(params))) if not held
+    ]
+    if absent:
+        raise ConfigError(
+            f"{source} holds no {' and no '.join(absent)}, so that training cannot start from it; import the LLM "
+            "together with an encoder: python -m saisa_jax convert import --llm=... --vision=... --to=..."
+        )
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
     if model.per_layer_projectors and "visual_proj" in params:
         logging.info("every layer's projector starts from a copy of the shared one of %s", source)
@@ -61,8 +70,14 @@ def starting_params(
             f"{source} has a projector for each layer, and {stage}.sharing=shared wants one: "
             f"set --config.{stage}.sharing=per_layer"
         )
-    _check_shapes(jax.eval_shape(convert, params), abstract_params(model), source)
+    lines = differences(describe(jax.eval_shape(convert, params)), describe(abstract_params(model)), dtypes=False)
+    if lines:
+        raise ConfigError(f"{source} does not fit --config.model: {'; '.join(lines)}")
     return convert, params, source
+
+
+def _projects(params: Any) -> bool:
+    return "visual_proj" in params or "visual_proj" in params.get("layers", {})
 
 
 def check_stages(config: Config, tokenizer: Any) -> None:
@@ -105,16 +120,3 @@ def _recipe(raw: dict[str, Any]) -> dict[str, str]:
     raw = {name: value for name, value in raw.items() if name not in free}
     raw["data"] = {name: value for name, value in raw["data"].items() if name not in ("num_threads", "prefetch")}
     return {path.replace("/", "."): json.dumps(value) for path, value in flatten(raw).items()}
-
-
-def _check_shapes(seen: Any, expected: Any, source: str) -> None:
-    have, want = flatten(seen), flatten(expected)
-    problems = [f"{path} is missing" for path in want if path not in have]
-    problems += [f"{path} is unexpected" for path in have if path not in want]
-    problems += [
-        f"{path} is {have[path].shape}, expected {want[path].shape}"
-        for path in want
-        if path in have and have[path].shape != want[path].shape
-    ]
-    if problems:
-        raise ConfigError(f"{source} does not fit --config.model: " + "; ".join(problems))

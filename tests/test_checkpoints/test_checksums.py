@@ -1,5 +1,7 @@
 """Checksums see every changed bit and nothing else; accounts list every difference."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +127,11 @@ def test_sealed_documents():
     for other in ([], {"x": 1}):
         with pytest.raises(ValueError, match="no checksum"):
             unseal(other)
+
+
+def test_large_leaves_are_summed_in_pieces(monkeypatch):
+    tree = {"a": jnp.arange(7 * 5 * 3, dtype=jnp.bfloat16).reshape(7, 5, 3), "b": np.arange(11, dtype=np.float32)}
+    whole = checksums(tree)
+    for size in (1, 64, 100):
+        monkeypatch.setattr(sys.modules[checksums.__module__], "PIECE_BYTES", size)
+        assert checksums(tree) == whole

@@ -202,7 +202,9 @@ def test_dtypes_that_differ_within_one_parameter(tmp_path: Path) -> None:
     held = tensors("hf-llm")
     held["model.layers.1.mlp.up_proj.weight"] = held["model.layers.1.mlp.up_proj.weight"].astype(BFLOAT16)
     directory = write(tmp_path, held)
-    with pytest.raises(ConvertError, match="dtype="):
+    with pytest.raises(
+        ConvertError, match=r"mixed +layers/mlp/up_proj/kernel: .*\.0\..* is F32, .*\.1\..* BF16; .*--dtype="
+    ):
         import_params(directory, model("hf-llm"))
     import_params(directory, model("hf-llm"), dtype=np.float32)
 

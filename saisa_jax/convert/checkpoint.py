@@ -1,0 +1,280 @@
+"""Weights in: somebody else's files -> a finished model of ours that answers, or that training can start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from saisa_jax.checkpoints import save_model
+from saisa_jax.checkpoints.checksums import flatten, unflatten_dict
+from saisa_jax.config import STAGES, Config, ConfigError, DataConfig, ModelConfig, ProjectorConfig, StageConfig
+from saisa_jax.convert import sidecar
+from saisa_jax.convert.dialogue import find_dialogue
+from saisa_jax.convert.hub import resolve
+from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in, read_params, vision_directory
+from saisa_jax.convert.safetensors_file import DTYPES, nbytes
+from saisa_jax.convert.tables import ConvertError, Table, table
+from saisa_jax.convert.tensors import TensorSource, open_source
+from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.models.saisa import init_params
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `convert import` is told.
+
+    Attributes:
+      source: a whole multimodal checkpoint, or an LLM: a directory, a GGUF file or a repository of the hub.
+      vision: the vision tower, where the source does not hold it.
+      layout: of the source; None: told from its tensors.
+      dtype: of the parameters; None: that of the files.
+      template: None: told from the tokenizer.
+      system_prompt: None: the one in the tokenizer's chat template, or else the template's.
+      tokenizer: a directory, or "easy_vqa"; None: the source's own; "none": the model has none.
+      alignment: what an LLM and a tower are to become.
+      select_layer: the tower's hidden state that is used, where the source does not say.
+      seed: of the fresh projectors.
+      allow_pickle: read `.bin` files.
+    """
+
+    source: str
+    vision: str | None = None
+    layout: str | None = None
+    dtype: str | None = None
+    template: str | None = None
+    system_prompt: str | None = None
+    tokenizer: str | None = None
+    alignment: str = "saisa"
+    select_layer: int | None = None
+    seed: int = 0
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One source, matched: what is read from it, and what goes into the sidecar."""
+
+    name: str  # in the sidecar
+    tensors: TensorSource
+    layout: Table
+    parts: tuple[str, ...]
+    match: Match
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An import before anything is read or written."""
+
+    model: ModelConfig  # as stage 2 and inference see it
+    stage: str  # whose template and sharing the result has
+    pieces: tuple[Piece, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for piece in self.pieces for part in piece.parts)
+
+
+def stored_dtype(piece: Piece) -> np.dtype:
+    """The dtype of a source's decoder or tower: of the first tensor that is read."""
+    key = piece.layout.only(piece.parts)[0].keys[0]
+    return DTYPES[piece.tensors.dtype_name(piece.match.spelt[key])]
+
+
+def plan_import(options: Options) -> Plan:
+    """Reads configs and headers, and checks that every tensor is there.
+
+    Raises:
+      ConvertError: whatever does not fit, before anything was written.
+    """
+    where = resolve(options.source, options.allow_pickle)
+    vision = resolve(options.vision, options.allow_pickle) if options.vision else None
+    tensors = open_source(where, options.allow_pickle)
+    layout = options.layout or layout_of(tensors)
+    if layout == "hf-vision":
+        raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
+    raw = getattr(tensors, "config", None)  # a GGUF file has no config.json
+    model = config_from_hf(where, layout=layout, vision=vision, select_layer=options.select_layer, raw=raw)
+    stage = STAGES[-1]
+    if layout == "hf-llm":
+        sharing = "per_layer" if options.alignment == "saisa" else "shared"
+        try:
+            projector = ProjectorConfig(sharing=sharing)
+            model = dataclasses.replace(model, alignment=options.alignment, projector=projector)
+        except ConfigError as error:
+            raise ConvertError(str(error)) from error
+        stage = STAGES[0] if vision else stage
+    pieces = _pieces(options, model, layout, where, tensors, vision)
+    exact = np.dtype(options.dtype or stored_dtype(pieces[0]))
+    activations = "float32" if exact == np.float32 else "bfloat16"
+    return Plan(dataclasses.replace(model, dtype=activations), stage, pieces)
+
+
+def _pieces(
+    options: Options, model: ModelConfig, layout: str, where: Path, tensors: TensorSource, vision: Path | None
+) -> tuple[Piece, ...]:
+    rows = table(model, layout)
+    held = parts_in(tensors, rows)
+    if layout == "llava-hf" and (vision or "vision" not in held):
+        raise ConvertError(
+            f"{where} is in layout {layout!r}, which holds its own vision tower: leave out --vision"
+            if vision
+            else f"{where} holds no vision tower, which the layout {layout!r} requires"
+        )
+    pieces = [("model", tensors, rows, held)]
+    if layout in ("saisa", "llava") and (vision or "vision" not in held):
+        pieces = [("model", tensors, rows, ("decoder", "projector"))]
+        vision = vision_directory(where, vision)
+    if vision:
+        tower = open_source(vision, options.allow_pickle)
+        pieces.append(("vision", tower, table(model, "hf-vision"), ("vision",)))
+    found = []
+    for name, source, layout_table, parts in pieces:
+        matched = match(source, layout_table, parts, options.dtype)
+        matched.checked()
+        found.append(Piece(name, source, layout_table, tuple(parts), matched))
+    return tuple(found)
+
+
+def import_checkpoint(options: Options, to: str | Path, sharding: Any = None) -> Plan:
+    """Writes a finished model that holds what the sources hold, and a sidecar with the rest of them.
+
+    Parameters are read tensor by tensor into their sharding: beside them, at most one parameter is held twice.
+
+    Args:
+      to: a directory that does not exist yet, or is empty.
+      sharding: where the parameters go meanwhile: one sharding for all, or a tree of them; None: one CPU device.
+
+    Raises:
+      ConvertError: sources that do not fit, or a target that cannot be written; nothing is left of it.
+      CheckpointError: writing failed; nothing is left of it.
+      DataError: a tokenizer that cannot be read.
+    """
+    to = check_target(to)
+    plan = plan_import(options)
+    tokenizer = _tokenizer(options, plan)
+    config = _config(options, plan, tokenizer, to)
+    _check_room(plan, options, to)
+    flat = _read(plan, options, _places(sharding))
+    params = unflatten_dict(flat)
+    if "projector" not in plan.parts and "vision" in plan.parts:
+        params["visual_proj"] = _fresh_projector(config.model_for(STAGES[0]), options.seed)
+
+    def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
+        for piece in plan.pieces:
+            source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match)
+            target = Path(directory) / "sidecar" / piece.name
+            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves)
+
+    imported = {
+        "from": [str(piece.tensors.where) for piece in plan.pieces],
+        "layouts": [piece.layout.layout for piece in plan.pieces],
+        "parts": plan.parts,
+    }
+    save_model(to, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
+    return plan
+
+
+def _read(plan: Plan, options: Options, place: Any) -> dict[str, Any]:
+    flat = {}
+    for piece in plan.pieces:
+        for path, array in read_params(piece.tensors, piece.layout, piece.parts, options.dtype):
+            flat[path] = place(path, array)
+            del array  # or it would be held while the next one is read
+    return flat
+
+
+def _places(sharding: Any) -> Any:
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    each = None if isinstance(sharding, Sharding) else flatten(sharding)
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        where = sharding if each is None else each[path]
+        placed = jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+        return jax.block_until_ready(placed)  # before the next one is read
+
+    return place
+
+
+def _fresh_projector(config: ModelConfig, seed: int) -> Any:
+    """One projector for all layers, as stage 1 trains it; the rest of the initialisation is never computed."""
+    make = jax.jit(lambda key: init_params(config, key)["visual_proj"])
+    return make(jax.random.key(seed))
+
+
+def _tokenizer(options: Options, plan: Plan) -> Any:
+    source = plan.pieces[0].tensors
+    if options.tokenizer == "none":
+        return None
+    if options.tokenizer:
+        tokenizer = load_tokenizer(options.tokenizer)
+    elif hasattr(source, "tokenizer"):
+        tokenizer = source.tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    elif not any((source.where / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ConvertError(f"{source.where} holds no tokenizer: name its directory, --tokenizer=DIR (or none)")
+    else:
+        tokenizer = load_tokenizer(source.where)
+    if len(tokenizer) > plan.model.padded_vocab_size:
+        raise ConvertError(
+            f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary room for {plan.model.vocab_size}"
+        )
+    return tokenizer
+
+
+def _config(options: Options, plan: Plan, tokenizer: Any, to: Path) -> Config:
+    template, system_prompt = options.template or "vicuna_v1", options.system_prompt
+    if tokenizer is not None:
+        multimodal = "projector" in plan.parts
+        template, system_prompt = find_dialogue(tokenizer, multimodal, options.template, options.system_prompt)
+    sharing = plan.model.projector.sharing
+    return Config(
+        name=to.name,
+        model=plan.model,
+        data=DataConfig(system_prompt=system_prompt, tokenizer=str(to.resolve() / "tokenizer")),
+        finetune=StageConfig(template=template, sharing=sharing),
+    )
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+def check_target(to: str | Path) -> Path:
+    """A directory that is new or empty, and can be written.
+
+    Raises:
+      ConvertError: it is not.
+    """
+    to = Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConvertError(f"{to} exists already; name a directory that does not")
+    parent = next(path for path in (to.resolve(), *to.resolve().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConvertError(f"{to} cannot be written: {parent} is {'not writable' if parent.is_dir() else 'a file'}")
+    return to
+
+
+def check_room(needed: int, to: Path) -> None:
+    """Raises ConvertError if the disk has less than `needed` bytes left."""
+    parent = next(path for path in (to.resolve(), *to.resolve().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConvertError(f"{to} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left")
+
+
+def _check_room(plan: Plan, options: Options, to: Path) -> None:
+    needed = 0
+    for piece in plan.pieces:
+        width = np.dtype(options.dtype or stored_dtype(piece)).itemsize
+        needed += sum(int(np.prod(row.shape)) * width for row in piece.layout.only(piece.parts))
+        ignored = piece.match.ignored
+        needed += sum(nbytes(piece.tensors.dtype_name(key), piece.tensors.shape(key)) for key in ignored)
+    check_room(needed, to)

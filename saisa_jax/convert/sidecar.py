@@ -1,0 +1,168 @@
+"""The sidecar of an imported model: what its source held besides the parameters, kept word for word.
+
+sidecar/NAME/source.json           layout, spellings and dtypes of all tensors, and what the parameters were
+sidecar/NAME/tensors.safetensors   the tensors that the model never reads
+sidecar/NAME/files/...             the source's small files
+
+NAME is `model` for the checkpoint itself and `vision` for a tower that came from a directory of its own. Training hands
+the sidecar on, so that an export to the same layout can write everything back, and say what no longer belongs together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saisa_jax.checkpoints import checksums, sidecar_files
+from saisa_jax.config import ModelConfig, to_dict
+from saisa_jax.convert.importer import Match
+from saisa_jax.convert.safetensors_file import DTYPES, write_file
+from saisa_jax.convert.tables import Table
+from saisa_jax.convert.tensors import TensorDirectory, TensorSource
+
+TENSORS = "tensors.safetensors"
+SMALL_FILES = (".json", ".txt", ".model", ".jinja")
+SMALL = 64 * 2**20
+CONSTANTS = ("inv_freq", "position_ids")  # not learned, so they never go stale
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that an import has read, or the sidecar's account of it.
+
+    Attributes:
+      layout: one of `tables.LAYOUTS`.
+      parts: those that were read from it.
+      names: canonical key -> the source's spelling, of every tensor that became part of a parameter.
+      dtypes: the source's spelling -> dtype, of every tensor.
+      tied: the source's spelling -> the canonical key of the tensor that it equals; written from there on export.
+      kept: the source's spelling -> part, of the tensors in the sidecar.
+      known: path -> {dtype: checksum} of the parameters as they were imported.
+      model: the model's configuration then.
+    """
+
+    layout: str
+    parts: tuple[str, ...]
+    names: dict[str, str]
+    dtypes: dict[str, str]
+    tied: dict[str, str]
+    kept: dict[str, str]
+    known: dict[str, dict[str, int]]
+    model: dict[str, Any]
+
+    def changed_parts(self, leaves: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Parts whose parameters are not, to the bit, those that were imported."""
+        return {
+            part_of_path(path)
+            for path, known in self.known.items()
+            if path not in leaves or known.get(leaves[path]["dtype"]) != leaves[path]["checksum"]
+        }
+
+    def stale(self, leaves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Tensors in the sidecar whose part has changed since."""
+        changed = self.changed_parts(leaves)
+        return [key for key, part in self.kept.items() if part in changed and not key.endswith(CONSTANTS)]
+
+    def describes(self, config: ModelConfig) -> bool:
+        """Whether the source's config.json still describes the model (how it is run on a device does not count)."""
+        habits = ("dtype", "param_dtype", "remat_policy", "scan_layers", "attention_impl", "visual_layers")
+        now = json.loads(json.dumps(to_dict(config)))
+        return all(self.model[name] == value for name, value in now.items() if name not in habits)
+
+
+def part_of_path(path: str) -> str:
+    """decoder, projector or vision."""
+    return "vision" if path.startswith("vision/") else "projector" if "visual_proj/" in path else "decoder"
+
+
+def describe_source(tensors: TensorSource, layout: Table, parts: Sequence[str], match: Match) -> Source:
+    """What the sidecar says of a source; `known` and `model` are filled in by `write`."""
+    canonical = {name: key for key, name in match.spelt.items()}
+    tied = {match.spelt[key]: other for key, other in layout.tied if key in match.spelt}
+    return Source(
+        layout=layout.layout,
+        parts=tuple(parts),
+        names={key: name for key, name in match.spelt.items() if name not in match.ignored},
+        dtypes={name: tensors.dtype_name(name) for name in tensors.names},
+        tied=tied,
+        kept={name: layout.part_of(canonical[name]) for name in match.ignored if name not in tied},
+        known={},
+        model={},
+    )
+
+
+def write(
+    directory: Path,
+    tensors: TensorSource,
+    source: Source,
+    layout: Table,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    leaves: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes the sidecar of one source.
+
+    Args:
+      directory: `.../sidecar/NAME`.
+      params: the model's, by path.
+      leaves: their account: dtypes and checksums.
+    """
+    known: dict[str, dict[str, int]] = {}
+    for row in layout.only(source.parts):
+        leaf = leaves[row.path]
+        known[row.path] = {leaf["dtype"]: leaf["checksum"]}
+        theirs = DTYPES[source.dtypes[source.names[row.keys[0]]]]
+        if theirs.name != leaf["dtype"]:  # training may store a frozen part in the narrower one again
+            known[row.path] |= {theirs.name: checksums({"x": params[row.path].astype(theirs)})["x"]}
+    source = dataclasses.replace(source, known=known, model=to_dict(config))
+    (directory / "files").mkdir(parents=True)
+    if source.kept:
+        specs = [(key, tensors.dtype_name(key), tensors.shape(key)) for key in source.kept]
+        write_file(directory / TENSORS, specs, tensors.read)
+    for name, path in small_files(tensors.where).items():
+        shutil.copyfile(path, directory / "files" / name)
+    (directory / "source.json").write_text(json.dumps(dataclasses.asdict(source), indent=1) + "\n")
+
+
+def small_files(where: Path) -> dict[str, Path]:
+    """A source's files besides tensors and code: configs, tokenizer, templates."""
+    if not where.is_dir():
+        return {}
+    return {
+        path.name: path
+        for path in sorted(where.iterdir())
+        if path.is_file()
+        and path.suffix in SMALL_FILES
+        and not path.name.endswith(".index.json")
+        and path.stat().st_size <= SMALL
+    }
+
+
+def read(checkpoint: str | Path) -> dict[str, tuple[Source, Path]]:
+    """The sources of a finished model's sidecar: NAME -> (account, directory); {} if it was not imported.
+
+    Raises:
+      CheckpointError, DamagedError: no finished model, or a sidecar that is not what was saved.
+    """
+    found = {}
+    for file in sidecar_files(checkpoint):
+        if file.name == "source.json":
+            raw = json.loads(file.read_text())
+            raw["parts"] = tuple(raw["parts"])
+            found[file.parent.name] = (Source(**raw), Path(file.parent))
+    return found
+
+
+def kept_tensors(directory: Path) -> TensorSource | None:
+    """The tensors of one source's sidecar."""
+    return TensorDirectory(directory) if (directory / TENSORS).exists() else None
+
+
+def recorded_dtypes(source: Source) -> dict[str, Any]:
+    """canonical key -> dtype, as the source had it."""
+    return {key: DTYPES[source.dtypes[name]] for key, name in source.names.items()}

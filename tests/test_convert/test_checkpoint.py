@@ -1,0 +1,236 @@
+"""`convert import` and `convert export` from the command line: whole models, parts of them, and the sidecar."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from safetensors.numpy import load_file
+
+import saisa_jax
+from saisa_jax.__main__ import main
+from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
+from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
+from saisa_jax.convert.checkpoint import Options, import_checkpoint
+from saisa_jax.convert.safetensors_file import read_header
+from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
+from saisa_jax.training.start import starting_params
+
+WHOLE = ("saisa", "llava", "llava-hf")
+
+
+def convert(*words: object) -> None:
+    assert main(["convert", *map(str, words)]) == 0
+
+
+def everything(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor of a directory: dtype, shape and bits."""
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        header = read_header(file)
+        for key, value in load_file(file).items():
+            found[key] = (header[key].dtype, tuple(value.shape), value.tobytes())
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in every layout, and a SAISA with its tower in a folder of its own."""
+    root = tmp_path_factory.mktemp("sources")
+    for layout in (*WHOLE, "hf-llm", "hf-vision"):
+        write_checkpoint(root / layout, layout, shard_bytes=60_000)
+    write_checkpoint(root / "apart", "saisa", parts=("decoder", "projector"))
+    write_checkpoint(root / "apart" / "vision_tower", "hf-vision", dtype="F32")
+    for layout in ("saisa", "llava"):
+        shutil.copytree(root / "hf-vision", root / layout / "vision_tower")
+    return root
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("layout", WHOLE)
+def test_untrained_import_and_export_is_the_identity(
+    sources: Path, layout: str, dtype: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert("import", "--from", sources / layout, "--to", tmp_path / "ckpt", *(["--dtype", dtype] if dtype else []))
+    assert "kept in the sidecar: " in capsys.readouterr().out
+    convert("export", "--from", tmp_path / "ckpt", "--layout", layout, "--to", tmp_path / "out")
+    assert "STALE" not in capsys.readouterr().out
+    before, after = everything(sources / layout), everything(tmp_path / "out")
+    assert before == after
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (sources / layout / name).read_bytes()
+
+
+def test_a_tower_of_its_own_comes_back_too(sources: Path, tmp_path: Path) -> None:
+    convert("import", "--from", sources / "apart", "--to", tmp_path / "ckpt")
+    convert("export", "--from", tmp_path / "ckpt", "--layout", "saisa", "--to", tmp_path / "out")
+    for folder in (".", "vision_tower"):
+        assert everything(sources / "apart" / folder) == everything(tmp_path / "out" / folder)
+    assert "model.mm_projector.0.weight" in everything(tmp_path / "out")
+    assert "vision_model.encoder.layers.1.mlp.fc1.bias" in everything(tmp_path / "out" / "vision_tower")
+
+
+def test_an_imported_model_answers(sources: Path, tmp_path: Path) -> None:
+    convert("import", "--from", sources / "apart", "--to", tmp_path / "ckpt", "--dtype", "float32")
+    bundle = saisa_jax.load(str(tmp_path / "ckpt"))
+    assert bundle.stage_config.template == "vicuna_v1" and bundle.model.dtype == "float32"
+    assert len(bundle.generate(["what is it?", "?"], [[Image.new("RGB", (9, 9))], []], max_new_tokens=2)) == 2
+
+
+def test_an_llm_alone_answers_text(sources: Path, tmp_path: Path) -> None:
+    convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "ckpt")
+    assert len(saisa_jax.load(str(tmp_path / "ckpt")).generate(["what is it?"], [[]], max_new_tokens=2)) == 1
+    convert("export", "--from", tmp_path / "ckpt", "--layout", "hf-llm", "--to", tmp_path / "out")
+    assert everything(sources / "hf-llm") == everything(tmp_path / "out")
+
+
+def test_a_starting_point_for_training(sources: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    convert("import", "--llm", sources / "hf-llm", "--vision", sources / "hf-vision", "--to", start, "--seed", 3)
+    params, config, tokenizer, metadata = load_model(start)
+    assert metadata["stage"] == "pretrain" and set(params) >= {"visual_proj", "vision", "layers"}
+    assert "visual_proj" not in params["layers"] and config.finetune.sharing == "per_layer"
+    assert tokenizer is not None and Path(config.data.tokenizer) == start / "tokenizer"
+    again = tmp_path / "again"
+    convert("import", "--llm", sources / "hf-llm", "--vision", sources / "hf-vision", "--to", again, "--seed", 3)
+    jax.tree.map(np.testing.assert_array_equal, load_model(again)[0], params)
+    for layout, source in (("hf-llm", "hf-llm"), ("hf-vision", "hf-vision")):
+        convert("export", "--from", start, "--layout", layout, "--to", tmp_path / layout)
+        assert everything(sources / source) == everything(tmp_path / layout)
+
+
+def test_the_sidecar_goes_through_training_and_grows_stale(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert("import", "--from", sources / "apart", "--to", tmp_path / "ckpt")
+    params, config, tokenizer, metadata = load_model(tmp_path / "ckpt")
+    proj = params["layers"]["visual_proj"]["fc1"]
+    proj["bias"] = proj["bias"] + 1
+    save_model(tmp_path / "trained", params, config, tokenizer, metadata, copy_sidecar(tmp_path / "ckpt"))
+    capsys.readouterr()
+    convert("inspect", tmp_path / "ckpt")
+    assert "stale" not in capsys.readouterr().out
+    convert("inspect", tmp_path / "trained")
+    assert "trained since: 2\n  model.mm_projector.0.weight" in capsys.readouterr().out
+    convert("export", "--from", tmp_path / "trained", "--layout", "saisa", "--to", tmp_path / "out")
+    stale = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("STALE"))
+    assert "model.mm_projector.0.weight, model.mm_projector.2.weight" in stale and "encoder" not in stale
+    before, after = everything(sources / "apart"), everything(tmp_path / "out")
+    assert set(before) == set(after)
+    assert {key for key in before if before[key] != after[key]} == {
+        f"model.layers.{i}.mm_projector.0.bias" for i in range(2)
+    }
+    file = next((tmp_path / "trained" / "sidecar").rglob("tensors.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert main(["convert", "inspect", str(tmp_path / "trained")]) == 2
+    assert "tensors.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", [*WHOLE, "hf-llm", "hf-vision"])
+def test_export_of_a_model_that_was_not_imported(layout: str, tmp_path: Path) -> None:
+    """A model trained here: everything is written from our configuration, and reads back as the same model."""
+    source = "saisa" if layout in ("saisa", "hf-llm", "hf-vision") else "llava"
+    write_checkpoint(tmp_path / "in", source)
+    write_checkpoint(tmp_path / "tower", "hf-vision")
+    tower = ["--vision", tmp_path / "tower"]
+    convert("import", "--from", tmp_path / "in", "--to", tmp_path / "ckpt", *tower)
+    shutil.rmtree(tmp_path / "ckpt" / "sidecar")
+    params, config, tokenizer, metadata = load_model(tmp_path / "ckpt")
+    save_model(tmp_path / "plain", params, config, tokenizer, metadata)
+    convert("export", "--from", tmp_path / "plain", "--layout", layout, "--to", tmp_path / "out", "--dtype", "float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+    if layout == "hf-vision":
+        return
+    vision = ["--vision", tmp_path / "tower"] if layout == "hf-llm" else []
+    convert("import", "--from", tmp_path / "out", "--to", tmp_path / "back", *vision)
+    again, back, *_ = load_model(tmp_path / "back")
+    kept = "vision" if layout == "hf-llm" else "final_norm"
+    jax.tree.map(np.testing.assert_array_equal, again[kept], params[kept])
+    same = dataclasses.replace(back.model, dtype=config.model.dtype, vision=config.model.vision)
+    if layout != "hf-llm":
+        assert same == config.model
+        assert back.model.vision.num_used_layers == config.model.vision.num_used_layers
+
+
+@pytest.mark.multi_device
+def test_into_any_sharding(sources: Path, tmp_path: Path) -> None:
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("a",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    import_checkpoint(Options(str(sources / "llava-hf")), tmp_path / "mesh", sharding=everywhere)
+    import_checkpoint(Options(str(sources / "llava-hf")), tmp_path / "one")
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "mesh")[0], load_model(tmp_path / "one")[0])
+
+
+@pytest.mark.parametrize("layout", [*WHOLE, "hf-llm", "hf-vision"])
+def test_inspect(sources: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    convert("inspect", sources / layout, "--all")
+    out = capsys.readouterr().out
+    assert f"layout {layout}, family " in out and "missing" not in out and "unexpected" not in out
+    assert "ignored, kept" in out or layout == "hf-llm"
+
+
+def test_inspect_tells_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_checkpoint(tmp_path / "llm", "hf-llm")
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1, "vocab_size": 100}))
+    convert("inspect", tmp_path / "llm")
+    out = capsys.readouterr().out
+    assert "unexpected: 9\n  model.layers.1." in out and "does not fit: 2\n  misshaped" in out
+
+
+def test_config_is_a_recipe(sources: Path, tmp_path: Path) -> None:
+    convert("import", "--from", sources / "llava-hf", "--to", tmp_path / "ckpt")
+    assert to_config_dict(load_model(tmp_path / "ckpt")[1]).model.alignment == tiny_model("llava").alignment
+
+
+def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
+    """The recipe `configs/imported.py` fits, and what cannot be trained from says what it lacks."""
+    recipe = importlib.import_module("configs.imported")
+    tower = ["--vision", sources / "hf-vision"]
+    convert("import", "--llm", sources / "hf-llm", *tower, "--to", tmp_path / "start")
+    config = from_config_dict(Config, recipe.get_config(str(tmp_path / "start")))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    make, params, source = starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
+    assert "visual_proj" in make(params) and source == str(tmp_path / "start")
+    convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "llm")
+    config = from_config_dict(Config, recipe.get_config(str(tmp_path / "llm")))
+    with pytest.raises(ConfigError, match=r"holds no vision tower and no projector, .* convert import --llm"):
+        starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
+
+
+def test_memory_stays_near_the_parameters(tmp_path: Path) -> None:
+    """In a process of its own; the slack of 2 GiB is for larger models, here the libraries' own memory is all of it."""
+    model = dataclasses.replace(tiny_model("hf-llm"), embed_dim=512, mlp_dim=2048, num_layers=24, max_length=64)
+    write_checkpoint(tmp_path / "in", "hf-llm", model)
+    small, to = sources_of("hf-llm", tmp_path), tmp_path / "out"
+    script = (
+        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
+        "from saisa_jax.convert import memory\n"
+        "from saisa_jax.checkpoints import read_account\n"
+        "from saisa_jax.convert.checkpoint import Options, import_checkpoint\n"
+        f"import_checkpoint(Options({str(small)!r}), {str(tmp_path / 'warm')!r})\n"
+        "before = memory.peak_bytes()\n"
+        f"import_checkpoint(Options({str(tmp_path / 'in')!r}, dtype='float32'), {str(to)!r})\n"
+        f"leaves = read_account({str(to)!r})[0]['leaves']\n"
+        "print(memory.peak_bytes() - before, memory.allowance(leaves, slack=0))\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    grown, allowed = map(int, done.stdout.split()[-2:])
+    assert allowed > 300e6 and grown < allowed + 200 * 2**20
+
+
+def sources_of(layout: str, root: Path) -> Path:
+    write_checkpoint(root / "small", layout)
+    return root / "small"
