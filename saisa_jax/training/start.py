@@ -58,8 +58,8 @@ def starting_params(
     ]
     if absent:
         raise ConfigError(
-            f"{source} holds no {' and no '.join(absent)}, so that training cannot start from it; import the LLM together "
-            "with an encoder: python -m saisa_jax convert import --llm=... --vision=... --to=..."
+            f"{source} holds no {' and no '.join(absent)}, so that training cannot start from it; import the LLM "
+            "together with an encoder: python -m saisa_jax convert import --llm=... --vision=... --to=..."
         )
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
     if model.per_layer_projectors and "visual_proj" in params:

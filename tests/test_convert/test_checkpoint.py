@@ -205,7 +205,7 @@ def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
     assert "visual_proj" in make(params) and source == str(tmp_path / "start")
     convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "llm")
     config = from_config_dict(Config, recipe.get_config(str(tmp_path / "llm")))
-    with pytest.raises(ConfigError, match="holds no vision tower and no projector, .* convert import --llm"):
+    with pytest.raises(ConfigError, match=r"holds no vision tower and no projector, .* convert import --llm"):
         starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
 
 
