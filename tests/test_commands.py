@@ -56,7 +56,14 @@ def run(command: str, directory: Path) -> str:
     """Runs a command on the tiny configuration, with `directory` for `runs`; returns what it printed."""
     words = shlex.split(on_tiny(command, directory))
     assert words[0] == "python"
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
