@@ -78,15 +78,16 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     vision = config.vision
-    of_encoder = [("widths", width, *axis) for width in vision.widths for axis in (("fsdp", fsdp), ("tensor", tensor))]
     if vision.kind == "vit":
-        of_encoder = [("num_heads", vision.num_heads, "tensor", tensor), ("mlp_dim", vision.mlp_dim, "tensor", tensor)]
+        of_encoder = [("num_heads", vision.num_heads, "tensor"), ("mlp_dim", vision.mlp_dim, "tensor")]
+    else:
+        of_encoder = [("widths", width, axis) for width in vision.widths for axis in ("fsdp", "tensor")]
     for flag, size, axis, ways in (
         ("model.num_heads", config.num_heads, "tensor", tensor),
         ("model.vocab_size, padded,", config.padded_vocab_size, "tensor", tensor),
         ("model.mlp_dim", config.mlp_dim, "tensor", tensor),
         ("model.projector.hidden_dim", config.projector_dim, "tensor", tensor),
-        *((f"model.vision.{name}", *rest) for name, *rest in of_encoder),
+        *((f"model.vision.{name}", size, axis, mesh.shape[axis]) for name, size, axis in of_encoder),
         ("model.embed_dim", config.embed_dim, "fsdp", fsdp),
         ("model.vision.embed_dim", vision.embed_dim, "fsdp", fsdp),
     ):

@@ -150,7 +150,9 @@ def _vision(model: _Model, layout: str) -> VisionConfig:
     source, _ = model.source("hf-vision" if layout in ("saisa", "llava") else layout) or (None, None)
     if source and any(part == "vision" for part in source.kept.values()):
         return vision
-    return dataclasses.replace(vision, num_layers=vision.num_used_layers, select_layer=-1)
+    used = vision.num_used_layers
+    stages = {"depths": vision.depths[:used], "widths": vision.widths[:used]}  # both are empty of a ViT
+    return dataclasses.replace(vision, num_layers=used, select_layer=-1, **stages)
 
 
 # --- the small files --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ _ENCODERS = {
     "clip_vision_model": ("CLIPVisionModel", "CLIPImageProcessor"),
     "siglip_vision_model": ("SiglipVisionModel", "SiglipImageProcessor"),
     "dinov2": ("Dinov2Model", "BitImageProcessor"),
+    "convnext": ("ConvNextModel", "ConvNextImageProcessor"),
 }
 
 
@@ -29,6 +30,8 @@ def decoder_family(config: ModelConfig) -> str:
 
 def encoder_family(config: VisionConfig) -> str:
     """The model_type of an encoder, told from what its config switches on."""
+    if config.kind == "convnext":
+        return "convnext"
     return "dinov2" if config.layer_scale else "clip_vision_model" if config.pre_norm else "siglip_vision_model"
 
 
@@ -78,11 +81,21 @@ def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
         "architectures": [_ENCODERS[family][0]],
         "model_type": family,
         "image_size": config.image_size,
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
+    }
+    if family == "convnext":  # its stages halve the picture after the first; its norms' epsilon is no field
+        return raw | {
+            "patch_size": config.patch_size // 2 ** (max(config.num_used_layers, 1) - 1),
+            "num_stages": config.num_layers,
+            "depths": list(config.depths),
+            "hidden_sizes": list(config.widths),
+            "layer_scale_init_value": 1e-6 if config.layer_scale else 0.0,
+        }
+    raw |= {
         "patch_size": config.patch_size,
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
         "layer_norm_eps": config.norm_eps,
     }
     if family == "dinov2":
@@ -128,6 +141,8 @@ def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_toke
     """
     text, vision = decoder_to_hf(config), config.vision
     if layout == "llava-hf":
+        if vision.kind == "convnext":
+            raise ConvertError("the layout llava-hf knows no ConvNeXt: transformers' LLaVA wants a row of patches")
         if image_token is None:
             raise ConvertError(
                 "the layout llava-hf wants a token that stands for an image, and the tokenizer has no <image> and the "
