@@ -13,6 +13,5 @@ def get_config(checkpoint: str) -> ConfigDict:
     """LLaVA-1.5's two stages; `checkpoint` is the directory that was imported to."""
     _, imported = read_account(checkpoint)
     config = to_config_dict(imported)
-    config.init_from = checkpoint
-    config.data.tokenizer = f"{checkpoint}/tokenizer"
+    config.update({"init_from": checkpoint, "data": {"tokenizer": f"{checkpoint}/tokenizer"}})
     return config

@@ -129,7 +129,7 @@ def _pieces(
             if vision
             else f"{where} holds no vision tower, which the layout {layout!r} requires"
         )
-    pieces = [("model", tensors, rows, held)]
+    pieces: list[tuple[str, TensorSource, Table, tuple[str, ...]]] = [("model", tensors, rows, held)]
     if layout in ("saisa", "llava") and (vision or "vision" not in held):
         pieces = [("model", tensors, rows, ("decoder", "projector"))]
         vision = vision_directory(where, vision)

@@ -58,7 +58,10 @@ class GgufFile:
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ConvertError(f"{self.where}: architecture {self.architecture!r} is not known here; known: {known}")
-        self._tensors = {_their_name(name): rest for name, *rest in found}
+        # Their type, shape, offset and size.
+        self._tensors: dict[str, tuple[Any, tuple[int, ...], int, int]] = {
+            _their_name(name): (kind, shape, offset, size) for name, kind, shape, offset, size in found
+        }
         end = max((offset + size for _, _, offset, size in self._tensors.values()), default=0)
         if end > self.where.stat().st_size:
             raise ConvertError(f"{self.where} is no whole GGUF file (truncated?): its tensors end at byte {end}")

@@ -76,7 +76,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: Path) -> PreTrainedToken
 
 def _byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # the library raises nothing narrower

@@ -230,7 +230,7 @@ def _mixed_dtypes(tensors: TensorSource, rows: Sequence[Row], spelt: dict[str, s
         dtypes = {
             key: tensors.dtype_name(spelt[key]) for key in row.keys if key in spelt and tensors.is_float(spelt[key])
         }
-        first = next(iter(dtypes), None)
+        first = next(iter(dtypes), "")
         odd = next((key for key in dtypes if dtypes[key] != dtypes[first]), None)
         if odd:
             seen = f"{first} is {dtypes[first]}, {odd} is {dtypes[odd]}"

@@ -110,7 +110,7 @@ def write_file(
         for name, dtype, shape in order:
             array = np.ascontiguousarray(read(name))
             assert array.dtype == DTYPES[dtype] and array.shape == tuple(shape), name
-            file.write(array.reshape(-1).view(np.uint8))
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:

@@ -15,7 +15,12 @@ import saisa_jax
 from saisa_jax.__main__ import main
 
 NAME = "SmolLM2-135M-Instruct"
-PROMPTS = ("What is the capital of France?", "Name three animals.", "Write a haiku about 2024 cats.", "Tell me a long story about a dog.")
+PROMPTS = (
+    "What is the capital of France?",
+    "Name three animals.",
+    "Write a haiku about 2024 cats.",
+    "Tell me a long story about a dog.",
+)
 
 
 @pytest.fixture(scope="module")
