@@ -1,0 +1,34 @@
+"""Our configurations in Hugging Face's spelling, and back: the same."""
+
+import dataclasses
+
+import pytest
+
+from saisa_jax.convert.hf_config import decoder_config_from_hf, vision_config_from_hf
+from saisa_jax.convert.hf_write import decoder_to_hf, multimodal_to_hf, preprocessor_to_hf, vision_to_hf
+from saisa_jax.convert.tables import ConvertError
+from saisa_jax.models import presets
+
+
+@pytest.mark.parametrize("name", presets.VISIONS)
+def test_every_encoder_there_and_back(name, tmp_path):
+    vision = presets.VISIONS[name]
+    raw = vision_to_hf(vision)
+    back = vision_config_from_hf(raw, tmp_path, vision.select_layer, vision.image_mode)
+    pixels = preprocessor_to_hf(vision)
+    back = dataclasses.replace(back, image_mean=tuple(pixels["image_mean"]), image_std=tuple(pixels["image_std"]))
+    assert dataclasses.replace(back, post_norm=vision.post_norm) == vision
+
+
+@pytest.mark.parametrize("name", presets.LLMS)
+def test_every_decoder_there_and_back(name, tmp_path):
+    model = presets.make(name, next(iter(presets.VISIONS)))
+    back = decoder_config_from_hf(decoder_to_hf(model), tmp_path, vision=model.vision)
+    kept = {"dtype": model.dtype, "param_dtype": model.param_dtype, "projector": model.projector}
+    assert dataclasses.replace(back, **kept) == model
+
+
+def test_llava_hf_knows_no_convnext():
+    model = presets.make("vicuna-7b", "convnext-xlarge-384")
+    with pytest.raises(ConvertError, match="no ConvNeXt"):
+        multimodal_to_hf(model, "llava-hf", tower="", image_token=1)
