@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig, RopeScalingConfig
 from saisa_jax.convert.exporter import export_params
 from saisa_jax.convert.importer import config_from_hf, import_model, import_params
+from saisa_jax.convert.tables import table
 from saisa_jax.models.convnext import ConvNext
 from saisa_jax.models.layers import rotary_frequencies
 from saisa_jax.models.saisa import Saisa
@@ -125,6 +127,9 @@ def encoder(family: str) -> Any:
         return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER))
     if family == "siglip-remainder":  # 61 // 14 patches a side: as many as of 56, as 384 // 14 of so400m
         return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**(TOWER | {"image_size": 61})))
+    if family == "convnext":
+        sizes = {"hidden_sizes": [24, 32, 40], "depths": [2, 1, 3], "num_stages": 3, "image_size": 64}
+        return transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
     small = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
     return transformers.Dinov2Model(transformers.Dinov2Config(**small, mlp_ratio=2))
 
@@ -158,9 +163,9 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("select_layer", [-1, -2])
 def test_convnext(select_layer: int, image_size: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_sizes": [24, 32, 40], "depths": [2, 1, 3], "num_stages": 3, "image_size": image_size}
-    theirs = randomized(transformers.ConvNextModel(transformers.ConvNextConfig(**sizes)))
+    theirs = randomized(encoder("convnext"))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
     images, pixels = pictures(config, 2)
     with torch.no_grad():
         out = theirs(pixels, output_hidden_states=True)
@@ -173,6 +178,42 @@ def test_convnext(select_layer: int, image_size: int, tmp_path: Path) -> None:
     assert len(maps) == config.vision.num_used_layers + 1
     for ours, state in zip(maps, states, strict=False):
         np.testing.assert_allclose(ours, state, rtol=0, atol=1e-4)
+
+
+OLD_PREFIX = {  # of the keys that transformers 4 wrote, or that the class with a head writes
+    "clip": "vision_model.", "siglip": "vision_model.", "dinov2": "dinov2.", "convnext": "convnext.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("family", OLD_PREFIX)
+def test_encoder_comes_back_bit_for_bit_from_either_spelling(family: str, prefixed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = randomized(encoder(family))
+    config = config_from_hf(saved(theirs, tmp_path / "theirs"), select_layer=-1)
+    if family != "convnext":  # whose last norm is the classifier's
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, post_norm=True))
+    written = load_file(tmp_path / "theirs" / "model.safetensors")
+    if prefixed:
+        written = {OLD_PREFIX[family] + key.removeprefix(OLD_PREFIX[family]): value for key, value in written.items()}
+        save_file(written, tmp_path / "theirs" / "model.safetensors")
+    imported = import_params(tmp_path / "theirs", config)
+    export_params(imported.params, config, "hf-vision", tmp_path / "ours", parts=("vision",))
+    exported = load_file(tmp_path / "ours" / "model.safetensors")
+    canonical = table(config, "hf-vision").canonical
+    unread = {canonical(key) for key in imported.ignored}
+    expected = {canonical(key): value for key, value in written.items() if canonical(key) not in unread}
+    assert exported.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(exported[key], value, err_msg=key)
+    # What we write, their class reads, but for what we never keep.
+    theirs.config.save_pretrained(tmp_path / "ours")
+    again, loading = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    assert {canonical(key) for key in loading["missing_keys"]} <= unread
+    state = again.state_dict()
+    for key, value in theirs.state_dict().items():
+        assert key in loading["missing_keys"] or torch.equal(state[key], value), key
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])
