@@ -58,6 +58,7 @@ def stored_tree(tree: Any) -> dict[str, Any]:
 
 def write_tree(path: epath.Path, tree: Any) -> None:
     """Writes arrays, and returns when they are there; Orbax holds copies of one large array at a time."""
+    _silence_abandoned_reads()  # and writes
     stored = stored_tree(tree)
     largest = max((leaf.nbytes for leaf in jax.tree.leaves(stored)), default=0)
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=math.ceil(largest / 1e9) or 1)
