@@ -24,8 +24,8 @@ from saisa_jax.data.packing import pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
+from saisa_jax.inference.quantize import Quantized, variables_of
 from saisa_jax.inference.quantize import quantize as quantize_params
-from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.saisa import Saisa, abstract_params
 
 AnyImage = ImageSource | Image.Image | EncodedImage
@@ -230,6 +230,9 @@ class Bundle:
         ]
 
     def _pixels(self, image: AnyImage, name: str) -> EncodedImage:
+        tree = self.params.params if isinstance(self.params, Quantized) else self.params
+        if "vision" not in tree:
+            raise DataError("this model was imported without a vision encoder: ask it without images", name)
         if isinstance(image, EncodedImage):
             expected = (self.model.vision.image_size, self.model.vision.image_size, 3)
             if image.pixels.shape != expected:

@@ -24,6 +24,7 @@ from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
 from saisa_jax.convert.checkpoint import Options, import_checkpoint
 from saisa_jax.convert.safetensors_file import read_header
+from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
 from saisa_jax.training.start import starting_params
@@ -91,7 +92,10 @@ def test_an_imported_model_answers(sources: Path, tmp_path: Path) -> None:
 
 def test_an_llm_alone_answers_text(sources: Path, tmp_path: Path) -> None:
     convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "ckpt")
-    assert len(saisa_jax.load(str(tmp_path / "ckpt")).generate(["what is it?"], [[]], max_new_tokens=2)) == 1
+    bundle = saisa_jax.load(str(tmp_path / "ckpt"))
+    assert len(bundle.generate(["what is it?"], [[]], max_new_tokens=2)) == 1
+    with pytest.raises(DataError, match="without a vision encoder"):
+        bundle.generate(["what is it?"], [[Image.new("RGB", (9, 9))]])
     convert("export", "--from", tmp_path / "ckpt", "--layout", "hf-llm", "--to", tmp_path / "out")
     assert everything(sources / "hf-llm") == everything(tmp_path / "out")
 
