@@ -23,7 +23,7 @@ FORBIDDEN = {  # room -> rooms that it never reads
     "config": {"models", "data", "training", "inference", "evaluation", "report", "convert", "batch"},
     "batch": {"models", "data", "training", "inference", "evaluation", "report", "convert", "config"},
 }
-OPTIONAL = {"torch", "gguf"}  # imported inside the function that needs it, with a hint how to install it
+OPTIONAL = {"torch", "gguf", "qwix"}  # imported inside the function that needs it, with a hint how to install it
 NOT_IMPORTED = {
     "jinja2",  # transformers needs it for chat templates and does not ask for it
     "easy-vqa",  # a data set; its files are read where they lie

@@ -73,7 +73,7 @@ class Depthwise(nn.Module):
         init = named(nn.initializers.lecun_normal(), None, None, None, "norm")
         kernel = self.param("kernel", init, shape, self.param_dtype)
         bias = self.param("bias", named(nn.initializers.zeros, "norm"), shape[-1:], self.param_dtype)
-        return depthwise(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return depthwise(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
 class ConvNextBlock(nn.Module):

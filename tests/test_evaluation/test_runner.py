@@ -177,7 +177,7 @@ def test_the_last_finished_stage_is_evaluated(tmp_path: Path) -> None:
 
 
 def test_run_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command.bundles, "load", lambda directory: Pretender())
+    monkeypatch.setattr(command.bundles, "load", lambda directory, quantize=None: Pretender())
     command.run("some/model", str(tmp_path), limit=10, batch_size=5)
     assert "evaluation.json are in" in capsys.readouterr().out
     assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["max_new_tokens"] > 0
