@@ -237,7 +237,7 @@ class Bundle:
             expected = (self.model.vision.image_size, self.model.vision.image_size, 3)
             if image.pixels.shape != expected:
                 raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
-            return image
+            return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
         pixels = self._loader(image, name)
         return EncodedImage(content_key(pixels), pixels, None)
 
@@ -256,7 +256,7 @@ class Bundle:
             with self.on_mesh():
                 new = self.generator.encode(self.params, np.stack([image.pixels for image in some]))
             for image, kv in zip(some, new, strict=True):
-                done[image.key] = dataclasses.replace(image, kv=kv)
+                done[image.key] = dataclasses.replace(image, kv=kv, model=self.params)
                 self.image_cache.put(done[image.key])
         return [done[image.key] for image in images]
 

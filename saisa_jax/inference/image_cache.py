@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,7 +20,7 @@ from saisa_jax.models.kv_cache import ImageKV
 DEFAULT_BYTES = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
     """An image, ready to be asked about: give it to `generate` in place of the picture.
 
@@ -27,11 +28,13 @@ class EncodedImage:
       key: a hash of its pixels.
       pixels: as prepared for the vision encoder.
       kv: keys, not rotated, and values [Lv, 1, K, P, H]; None where they depend on the prompt (LLaVA).
+      model: the parameters that made `kv`; another model encodes the pixels anew.
     """
 
     key: str
     pixels: UInt8[np.ndarray, "size size 3"]
     kv: ImageKV | None
+    model: Any = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -38,6 +38,14 @@ def test_a_mixed_batch_gives_what_each_question_gives_alone(bundle, pictures):
     assert bundle.generate(QUESTIONS, handled, max_new_tokens=6) == together
 
 
+def test_a_handle_of_another_model_is_encoded_anew(tiny_bundle, pictures):
+    one, other = tiny_bundle("saisa"), tiny_bundle("naavit")
+    (handle,) = one.encode_images(pictures[:1])
+    asked = ([QUESTIONS[0]], [[handle]], 4)
+    assert other.generate(*asked) == other.generate([QUESTIONS[0]], [[pictures[0]]], 4)
+    assert one.encode_images([handle])[0] is handle
+
+
 def test_encoded_images_give_the_logits_of_new_ones(bundle, pictures):
     images = images_for(pictures)
     requests = bundle._requests(QUESTIONS, images, 4)
