@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -295,6 +296,10 @@ def _read_document(where: epath.Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: {error}") from error
     storage.check_format(document, str(where))
+    # A checksum is no signature: a name must not lead out of the directory, whoever wrote it.
+    outside = [name for name in document["files"] if {"", ".", ".."} & set(re.split(r"[/\\]", name))]
+    if outside:
+        raise DamagedError(f"{path} names files outside of its directory: {', '.join(outside)}")
     return document
 
 

@@ -220,7 +220,7 @@ def _tokenizer(options: Options, plan: Plan) -> Any:
     elif hasattr(source, "tokenizer"):
         tokenizer = source.tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     elif not any((source.where / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ConvertError(f"{source.where} holds no tokenizer: name its directory, --tokenizer=DIR (or none)")
+        raise ConvertError(f"{source.where} holds no tokenizer: say --tokenizer=DIR, or --tokenizer=none to go without")
     else:
         tokenizer = load_tokenizer(source.where)
     if len(tokenizer) > plan.model.padded_vocab_size:

@@ -107,5 +107,5 @@ def _export(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     path = resolve(args.source, args.allow_pickle)
-    vision = Path(resolve(args.vision)) if args.vision else None
+    vision = Path(resolve(args.vision, args.allow_pickle)) if args.vision else None
     inspect(path, vision=vision, allow_pickle=args.allow_pickle, everything=args.all)

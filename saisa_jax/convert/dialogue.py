@@ -41,6 +41,10 @@ def _guess(tokenizer: Any, chat: str) -> str:
         return "chatml"
     if "[INST]" in chat:
         return "mistral_instruct"
+    if "<|start_header_id|>" in chat:
+        raise ConvertError(
+            "no template here has the header tokens of Llama-3-Instruct; --template=llama_3 asks in SAISA's words"
+        )
     vocabulary = tokenizer.get_vocab()
     for token, name in (("</s>", "vicuna_v1"), ("<|end_of_text|>", "llama_3"), ("<|im_end|>", "chatml")):
         if token in vocabulary:

@@ -140,8 +140,10 @@ def _tower(model: _Model, layout: str) -> str | None:
     source, kept_in = model.source(layout) or (None, None)
     if source is None or kept_in is None or not source.describes(model.config):
         return TOWER
+    if "vision" in model.sources and model.sources["vision"][0].changed_parts(model.leaves):
+        return TOWER  # it was trained: the one that the source's config names is another
     name = read_json(kept_in / "files" / CONFIG).get("mm_vision_tower", "")
-    return name if name and Path(name).name == name and "vision" in model.sources else None
+    return name if name not in ("", ".", "..") and Path(name).name == name and "vision" in model.sources else None
 
 
 def _vision(model: _Model, layout: str) -> VisionConfig:
@@ -161,15 +163,16 @@ def _vision(model: _Model, layout: str) -> VisionConfig:
 def _write_files(model: _Model, layout: str, directory: Path, tower: str | None, dtype: str, asked: bool) -> None:
     source, kept_in = model.source(layout) or (None, None)
     if kept_in:
-        for file in sorted((kept_in / "files").iterdir()):
+        for file in sidecar.kept_files(kept_in):
             shutil.copyfile(file, directory / file.name)
     torch_dtype = hf_write.TORCH_DTYPES.get(dtype, dtype)
     path = directory / CONFIG
     if source and source.describes(model.config) and path.exists():
-        if asked:  # the only thing that differs from the file that was imported
-            raw = read_json(path)
-            raw["dtype" if "dtype" in raw else "torch_dtype"] = torch_dtype
-            _write_json(path, raw)
+        raw = read_json(path)
+        changes = {"dtype" if "dtype" in raw else "torch_dtype": torch_dtype} if asked else {}
+        changes |= {"mm_vision_tower": tower} if tower and layout != "hf-vision" else {}
+        if any(raw.get(name) != value for name, value in changes.items()):
+            _write_json(path, raw | changes)
         return
     vision = _vision(model, layout)
     if model.tokenizer is not None and layout != "hf-vision":

@@ -16,7 +16,7 @@ from saisa_jax.checkpoints import read_account
 from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.convert import hf_write, sidecar
 from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json
-from saisa_jax.convert.importer import config_from_hf, layout_of, match, parts_in
+from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in
 from saisa_jax.convert.safetensors_file import nbytes
 from saisa_jax.convert.tables import ConvertError, Table, table
 from saisa_jax.convert.tensors import TensorSource, open_source
@@ -41,10 +41,18 @@ def inspect(path: Path, *, vision: Path | None = None, allow_pickle: bool = Fals
         for file in pickles:
             console.print(f"  {file.name}  {_size(file.stat().st_size)}")
         return
-    _inspect_source(console, open_source(path, allow_pickle), path, vision, everything)
+    tower = open_source(vision, allow_pickle) if vision else None
+    _inspect_source(console, open_source(path, allow_pickle), path, vision, tower, everything)
 
 
-def _inspect_source(console: Console, tensors: TensorSource, path: Path, vision: Path | None, everything: bool) -> None:
+def _inspect_source(
+    console: Console,
+    tensors: TensorSource,
+    path: Path,
+    vision: Path | None,
+    tower: TensorSource | None,
+    everything: bool,
+) -> None:
     layout = layout_of(tensors)
     model, known_tower = _config(tensors, layout, path, vision)
     rows = table(model, layout)
@@ -55,6 +63,13 @@ def _inspect_source(console: Console, tensors: TensorSource, path: Path, vision:
     _print_tensors(console, tensors, rows, {name: key for key, name in found.spelt.items()}, everything)
     if not known_tower:
         console.print("The vision tower is described elsewhere: name its directory with --vision to check it too.")
+    _print_match(console, found, everything)
+    if tower is not None:
+        console.print(f"{vision}: the vision tower")
+        _print_match(console, match(tower, table(model, "hf-vision"), ("vision",), "float32"), everything)
+
+
+def _print_match(console: Console, found: Match, everything: bool) -> None:
     _print_names(console, "ignored, kept in the sidecar by an import", found.ignored, everything)
     _print_names(console, "missing", found.missing, everything)
     _print_names(console, "unexpected", found.unexpected, everything)
@@ -142,7 +157,7 @@ def _inspect_model(console: Console, path: Path, everything: bool) -> None:
             listing.add_row(name, str(leaf["shape"]), leaf["dtype"])
         console.print(listing)
     for name, (source, directory) in sidecar.read(path).items():
-        files = ", ".join(file.name for file in sorted((directory / "files").iterdir())) or "none"
+        files = ", ".join(file.name for file in sidecar.kept_files(directory)) or "none"
         console.print(f"sidecar {name}: from layout {source.layout}, {len(source.kept)} tensors; files: {files}")
         _print_names(console, "kept", list(source.kept), everything)
         _print_names(console, "stale, their part was trained since", source.stale(leaves), everything)

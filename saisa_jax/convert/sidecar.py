@@ -163,6 +163,12 @@ def kept_tensors(directory: Path) -> TensorSource | None:
     return TensorDirectory(directory) if (directory / TENSORS).exists() else None
 
 
+def kept_files(directory: Path) -> list[Path]:
+    """The small files of one source's sidecar; a source of tensors alone (GGUF) has none."""
+    where = directory / "files"
+    return sorted(where.iterdir()) if where.is_dir() else []
+
+
 def recorded_dtypes(source: Source) -> dict[str, Any]:
     """canonical key -> dtype, as the source had it."""
     return {key: DTYPES[source.dtypes[name]] for key, name in source.names.items()}

@@ -73,6 +73,8 @@ class Bundle:
 
     @functools.cached_property
     def generator(self) -> Generator:
+        if self.tokenizer is None:
+            raise DataError("this model was imported without a tokenizer: import it again with --tokenizer=DIR")
         return Generator(
             self.model, [end_token_id(self.stage_config.template, self.tokenizer)], multiple_of=self.row_ways
         )
@@ -87,7 +89,7 @@ class Bundle:
     def generate(
         self,
         questions: Sequence[str],
-        images: Sequence[Sequence[AnyImage]],
+        images: Sequence[Sequence[AnyImage]] | None = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -101,7 +103,8 @@ class Bundle:
 
         Args:
           questions: `<image>` in one says where an image stands; otherwise its images stand before it.
-          images: for each question its images: paths, bytes, PIL images, or what `encode_images` gave.
+          images: for each question a list of its images: paths, bytes, PIL images, or what `encode_images` gave; None:
+            there are none.
           max_new_tokens: of an answer.
           temperature, top_p, seed: greedy by default.
           on_error: "raise": nothing is answered if a question cannot be, and the error names all of these;
@@ -117,7 +120,7 @@ class Bundle:
             raise ValueError(f"on_error={on_error!r} is neither raise nor return")
         sampling = Sampling(temperature, top_p)
         check_sampling(sampling)
-        requests = self._requests(questions, images, max_new_tokens)
+        requests = self._requests(questions, [[]] * len(questions) if images is None else images, max_new_tokens)
         good = [request for request in requests if isinstance(request, Request)]
         bad = [error for error in requests if isinstance(error, DataError)]
         if bad and on_error == "raise":
@@ -180,6 +183,7 @@ class Bundle:
           DataError: the last turn is empty, the images do not fit the turns, or prompt and answer exceed
             `model.max_length`.
         """
+        _ = self.generator  # or else there is nothing to tokenise with
         if not turns[-1].text.replace(IMAGE, "").strip() and self.stage_config.template != "plain":
             raise DataError("the question is empty: ask something", name)
         encoded = encode_prompt(
@@ -210,8 +214,12 @@ class Bundle:
         """One request for each question, or why there is none. All new images are encoded together."""
         if not questions:
             raise ValueError("no questions")
-        if isinstance(questions, str) or len(questions) != len(images):
+        if isinstance(questions, str):
+            raise ValueError("questions is a string; give a list of questions, and a list of images for each")
+        if len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
+        if any(isinstance(sources, str | bytes | Image.Image | EncodedImage) for sources in images):
+            raise ValueError("images holds a list for each question: [['table.jpg']], not ['table.jpg']")
         requests: list[Request | DataError] = []
         for number, (question, sources) in enumerate(zip(questions, images, strict=True)):
             name = f"question {number}"
@@ -248,7 +256,7 @@ class Bundle:
         done = {image.key: image for image in images if image.kv is not None}
         for key in dict.fromkeys(image.key for image in images if image.kv is None):
             found = self.image_cache.get(key)
-            if found is not None:
+            if found is not None and found.model is self.params:
                 done[key] = found
         missing = list({image.key: image for image in images if image.key not in done}.values())
         for start in range(0, len(missing), IMAGES_AT_ONCE):

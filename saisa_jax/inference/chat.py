@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from saisa_jax.data.conversation import IMAGE
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.inference.bundle import AnyImage, Bundle, Request
 from saisa_jax.inference.generate import GREEDY, Sampling, bucket, check_sampling
@@ -59,6 +60,7 @@ class Chat:
     _read: _Read | None = None
 
     def __post_init__(self) -> None:
+        _ = self.bundle.generator  # a model without a tokenizer says so now
         if self.bundle.row_ways != 1:
             raise ValueError("a conversation is one row: load the model on a mesh with data=1 and fsdp=1, or without")
 
@@ -85,8 +87,8 @@ class Chat:
         """
         check_sampling(sampling)
         question = question.strip()
-        if "<image>" not in question:
-            question = "<image>\n" * len(self._pending) + question
+        if IMAGE not in question:
+            question = f"{IMAGE}\n" * len(self._pending) + question
         turns = [*self.turns, Turn(USER, question)]
         images = [*self.images, *self._pending]
         request = self.bundle.request(turns, images, max_new_tokens or 1)
@@ -109,7 +111,7 @@ class Chat:
             for token in self._tokens(request, max_new_tokens, sampling, seed):
                 tokens.append(token)
                 text = self.bundle.text(tokens)
-                if not text.endswith("\ufffd"):  # a character of several tokens, not whole yet
+                if text != shown and not text.endswith("\ufffd"):  # a character of several tokens, not whole yet
                     yield text[len(shown) :]
                     shown = text
             text = self.bundle.text(tokens)
@@ -118,7 +120,9 @@ class Chat:
         finally:
             answer = self.bundle.text(tokens)
             if answer:
-                self.turns, self.images, self._pending = [*turns, Turn(ASSISTANT, answer)], images, []
+                # In a turn `<image>` means a picture; a model may say the word.
+                said = Turn(ASSISTANT, answer.replace(IMAGE, "< image >"))
+                self.turns, self.images, self._pending = [*turns, said], images, []
             self.generated = len(tokens)
 
     def _tokens(self, request: Request, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
@@ -172,12 +176,15 @@ class Chat:
     def _kept(self, old: _Read, tokens: list[int], positions: list[int], images: list[tuple[str, int]]) -> int:
         """How many text tokens of the prompt the cache holds, the images before them being the same."""
         same = _common(old.images, images)
-        if not self.bundle.generator.caches_images and (same < len(images) or same < len(old.images)):
-            return 0  # LLaVA's visual tokens are in the cache themselves
         changed = [place for _, place in (*old.images[same:], *images[same:])]
         limit = min(changed, default=1 << 30)
         kept = _common(list(zip(old.tokens, old.positions, strict=True)), list(zip(tokens, positions, strict=True)))
         kept = sum(position < limit for position in positions[:kept])
+        if not self.bundle.generator.caches_images:
+            # LLaVA's visual tokens are in the cache themselves, and have read what stands before them.
+            last = max((place for _, place in (*old.images, *images)), default=-1)
+            if changed or kept < sum(position < last for position in positions):
+                return 0
         return min(kept, len(tokens) - 1)  # the logits are those after the last token: one at least is read
 
     def _prefill(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
@@ -203,9 +210,10 @@ class Chat:
         if needed > room:
             cache = kv_cache.grow(cache, bucket(needed) - room)
         batch = bundle.batch([request])
-        images = bundle.image_slots(batch, [request])
-        if images is not None and old.images != self._places(request):
-            cache = cache._replace(visual=bundle.generator.place(bundle.params, batch, images))
+        if bundle.generator.caches_images and old.images != self._places(request):
+            images = bundle.image_slots(batch, [request])
+            visual = None if images is None else bundle.generator.place(bundle.params, batch, images)
+            cache = cache._replace(visual=visual)
         pad = lambda values: np.pad(np.asarray(values[kept:], np.int32), (0, length - new))[None]  # noqa: E731
         logits, cache = bundle.generator.extend(
             bundle.params,

@@ -26,8 +26,8 @@ SMALLEST_BUCKET = 16
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """The next power of two, at least `smallest`: lengths are rounded up to it so that few programs are compiled."""
-    return max(smallest, 1 << (size - 1).bit_length())
+    """The next of smallest, 2 smallest, 4 smallest, ...: sizes are rounded up so that few programs are compiled."""
+    return smallest << max(0, (-(-size // smallest) - 1).bit_length())
 
 
 class Sampling(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from saisa_jax.models.kv_cache import ImageKV
 DEFAULT_BYTES = 2**30
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EncodedImage:
     """An image, ready to be asked about: give it to `generate` in place of the picture.
 
@@ -34,7 +34,10 @@ class EncodedImage:
     key: str
     pixels: UInt8[np.ndarray, "size size 3"]
     kv: ImageKV | None
-    model: Any = field(default=None, repr=False)
+    model: Any = None
+
+    def __repr__(self) -> str:
+        return f"EncodedImage({self.key}, {self.pixels.shape[0]} pixels, {self.nbytes} bytes of keys and values)"
 
     @property
     def nbytes(self) -> int:

@@ -43,7 +43,7 @@ def quantize(params: Any, kind: str = "int8") -> Quantized:
         raise ConfigError("int8 inference needs qwix: pip install qwix") from error
     kernels, scales = {}, {}
     for path, leaf in flatten(params).items():
-        stacked = "layers/" in path and path.endswith("/kernel")
+        stacked = "layers/" in path and path.endswith("/kernel") and "/depthwise/" not in path
         if stacked:
             inputs = (1, 2) if "/o_proj/" in path else (1,)  # axis 0 is the layer, what is left are outputs
             outputs = [axis for axis in range(leaf.ndim) if axis not in inputs]

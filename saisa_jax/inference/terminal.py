@@ -112,8 +112,8 @@ class Terminal:
         later = self.chat.generated - 1
         rate = f", {later / max(time.perf_counter() - first, 1e-9):.1f} tokens/s" if later > 0 else ""
         self.console.print(
-            f"[dim]{self.chat.generated} tokens{rate}; first after {first - started:.2f} s, "
-            f"{self.chat.reused} tokens of the prompt were read before[/]",
+            f"[dim]{self.chat.generated} token{'' if self.chat.generated == 1 else 's'}{rate}; the first after "
+            f"{first - started:.2f} s; {self.chat.reused} tokens of the prompt were read before[/]",
             highlight=False,
         )
 

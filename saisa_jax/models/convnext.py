@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from saisa_jax.config import VisionConfig
-from saisa_jax.models.layers import Params, dense, init_stack, layer_norm, named, scan_stack
+from saisa_jax.models.layers import (
+    Params,
+    dense,
+    dequantized,
+    init_stack,
+    layer_norm,
+    named,
+    scan_stack,
+    with_scales,
+)
 from saisa_jax.models.vision import VisionMLP, cut_patches, normalized, scaled
 
 KERNEL = 7  # of the depthwise convolutions
@@ -109,12 +118,15 @@ class ConvNextStage(nn.Module):
             self.downsample = convolution(width, self.dtype, self.param_dtype)
         self.block = ConvNextBlock(c, self.dtype, self.param_dtype, parent=None)
         init = init_stack(self.block, c.depths[self.index], jnp.zeros((1, 1, 1, width)))
-        self.layers: Params = self.param("layers", init)
+        self.layers: Params = with_scales(self, "layers", self.param("layers", init))
 
     def __call__(self, x: Float[Array, "I above above before"]) -> Float[Array, "I side side C"]:
         if self.index:
             x = self.downsample(cut_patches(self.norm(x).astype(self.dtype), 2))
-        body = lambda x, params: (self.block.apply({"params": params}, x), None)  # noqa: E731
+
+        def body(x: Any, params: Params) -> tuple[Any, None]:
+            return self.block.apply({"params": dequantized(params, self.dtype)}, x), None
+
         return scan_stack(body, x, self.layers, remat_policy=self.remat_policy, scan=self.scan_layers)[0]
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.checkpoints import CheckpointError, DamagedError, load_model, save_model
+from saisa_jax.checkpoints.checksums import seal, unseal
 from saisa_jax.testing.configs import tiny_config
 
 CONFIG = tiny_config()
@@ -220,3 +221,17 @@ def test_a_later_format(model, monkeypatch):
     monkeypatch.setattr("saisa_jax.checkpoints.storage.FORMAT", 2)
     with pytest.raises(CheckpointError, match=r"is of format \(1, 'mix32'\), and this version reads \(2, 'mix32'\)"):
         load_model(model)
+
+
+def test_names_that_lead_out_of_the_directory_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", {"a": np.zeros(2, np.float32)}, tiny_config(), None, {"stage": "finetune"})
+    path = tmp_path / "model" / "model.json"
+    for name in ("tokenizer/../../stolen", "/etc/stolen", "tokenizer//x", "tokenizer\\..\\x"):
+        document = unseal(json.loads(path.read_text()))
+        document["files"][name] = 0
+        path.write_text(json.dumps(seal(document)))
+        with pytest.raises(DamagedError, match="outside of its directory"):
+            load_model(tmp_path / "model")
+        del document["files"][name]
+        path.write_text(json.dumps(seal(document)))
+    assert load_model(tmp_path / "model")[0]["a"].shape == (2,)

@@ -1,5 +1,6 @@
 """Requests of any mixture: batch == single, cached == uncached, buckets reused, bad ones named, others unharmed."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -44,6 +45,8 @@ def test_a_handle_of_another_model_is_encoded_anew(tiny_bundle, pictures):
     asked = ([QUESTIONS[0]], [[handle]], 4)
     assert other.generate(*asked) == other.generate([QUESTIONS[0]], [[pictures[0]]], 4)
     assert one.encode_images([handle])[0] is handle
+    rounded = dataclasses.replace(one, params=jax.tree.map(lambda x: x.astype("bfloat16").astype(x.dtype), one.params))
+    assert rounded.encode_images(pictures[:1])[0].kv is not handle.kv  # although it shares the cache
 
 
 def test_encoded_images_give_the_logits_of_new_ones(bundle, pictures):
@@ -108,7 +111,7 @@ class compilations:
         self.active = False
 
 
-def test_badrequests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path):
+def test_bad_requests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path):
     broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
     broken.write_bytes(Path(pictures[0]).read_bytes()[:60])
     Image.new("1", (10_001, 10_001)).save(huge)
@@ -140,8 +143,14 @@ def test_badrequests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path)
     assert all(reason in str(error.value) for reason in reasons.values())
     with pytest.raises(DataError, match=r"leaves no room for 100 new tokens.*model.max_length=128"):
         bundle.generate([QUESTIONS[0]], [[]], max_new_tokens=100)
+    assert bundle.generate([QUESTIONS[1]], max_new_tokens=3) == good[1:]
+    assert len(repr(bundle.encode_images(pictures[:1]))) < 120
+    with pytest.raises(ValueError, match="questions is a string"):
+        bundle.generate(QUESTIONS[0], [[]])
     with pytest.raises(ValueError, match="2 questions came with 1 lists"):
         bundle.generate(["a", "b"], [[]])
+    with pytest.raises(ValueError, match="a list for each question"):
+        bundle.generate(["a"], [pictures[0]])
     with pytest.raises(ValueError, match="on_error"):
         bundle.generate(["a"], [[]], on_error="ignore")
 

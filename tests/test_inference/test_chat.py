@@ -74,6 +74,27 @@ def test_an_answer_that_was_stopped_and_a_turn_that_was_taken_back(bundle, pictu
     ask(chat, "is it green?")
 
 
+def test_pictures_and_words_before_them_that_were_changed(bundle, pictures):
+    chat = Chat(bundle)
+    chat.add_image(pictures[0])
+    ask(chat, "is it red? <image> what color is the shape?")
+    chat.turns[0] = Turn(USER, "is it blue? <image> what color is the shape?")  # as many tokens
+    ask(chat, "is it green?")
+    chat.turns.clear()
+    chat.images.clear()
+    ask(chat, "is it red? what color is the shape?")
+
+
+def test_an_answer_that_says_image_is_a_word(bundle):
+    chat = Chat(bundle)
+    list(chat.ask("is it red?", NEW))
+    object.__setattr__(chat.bundle, "text", lambda tokens: "an <image> it is")
+    assert list(chat.ask("is it red?", NEW)) == ["an <image> it is"]
+    assert chat.turns[-1].text == "an < image > it is"
+    object.__delattr__(chat.bundle, "text")
+    ask(chat, "is it red?")
+
+
 def test_a_question_that_cannot_be_asked_changes_nothing(bundle, pictures):
     chat = Chat(bundle)
     list(chat.ask("is there a circle?", NEW))
@@ -123,7 +144,7 @@ def test_the_terminal(tiny_bundle, pictures, tmp_path, monkeypatch):
     assert out.count(expected) >= 2  # answered, and in the history
     for words in (
         "tokens/s",
-        "first after",
+        "the first after",
         "which file?",
         "there is no image no.png",
         "no such command",
@@ -140,7 +161,9 @@ def test_the_verb(tiny_bundle, pictures, tmp_path, monkeypatch, capsys):
     command = ["chat", f"--checkpoint={tmp_path / 'model'}", f"--image={pictures[0]}", "--max_new_tokens=3"]
     assert main.main(command) == 0
     assert "3 tokens" in capsys.readouterr().out
+    save_model(tmp_path / "mute", bundle.params, bundle.config, None, {"stage": "finetune"})
     for wrong, reason in (
+        ([f"--checkpoint={tmp_path / 'mute'}"], "imported without a tokenizer"),
         (["--checkpoint=nowhere"], "there is no directory"),
         ([command[1], "--image=nowhere.png"], "there is no image"),
         ([command[1], "--temperature=-1"], "temperature"),

@@ -78,6 +78,7 @@ def test_a_bucket_compiles_once():
     generator(params, batch, 3, Sampling(temperature=0.7, top_p=0.9), seed=3)
     assert (generator._prefill._cache_size(), generator._decode._cache_size()) == before
     assert [bucket(n) for n in (1, 16, 17, 100)] == [16, 16, 32, 128] and bucket(3, smallest=1) == 4
+    assert [bucket(n, smallest=6) for n in (1, 6, 7, 13)] == [6, 6, 12, 24]
 
 
 def test_sampling_keeps_to_the_nucleus_and_its_frequencies():

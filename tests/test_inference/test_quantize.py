@@ -1,16 +1,18 @@
 """int8 weights: the bytes, the error, and the agreement with the model they came from."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten
-from saisa_jax.config import ConfigError
+from saisa_jax.config import ConfigError, VisionConfig
 from saisa_jax.inference.bundle import load
 from saisa_jax.inference.quantize import quantize, variables_of
 from saisa_jax.models.layers import dequantized
-from saisa_jax.models.saisa import Saisa
+from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.testing.batches import IMAGE, make_batch
 
 qwix = pytest.importorskip("qwix", reason="needs qwix (optional)")
@@ -38,6 +40,22 @@ def test_int8_is_within_half_a_step_of_every_weight_and_runs(bundle):
     inside = slice(config.vocab_size)
     error = np.abs(exact - rounded)[..., inside].max() / np.std(exact[..., inside])
     assert 0 < error < 0.15
+
+
+def test_a_convnext_in_int8_sees_about_the_same(bundle):
+    vision = VisionConfig(
+        kind="convnext", image_size=40, patch_size=8, embed_dim=24, num_layers=2, depths=(3, 2), widths=(16, 24),
+        layer_scale=True, class_token=False, pre_norm=False, patch_bias=True, select_layer=-1,
+    )  # fmt: skip
+    config = dataclasses.replace(bundle.model, vision=vision)
+    params = init_params(config, jax.random.key(0))
+    small = quantize(params)
+    assert any(path.startswith("vision/") for path in flatten(small.scales))
+    assert not any("/depthwise/" in path for path in flatten(small.scales))
+    images = np.random.default_rng(0).integers(0, 256, (1, 1, 40, 40, 3), dtype=np.uint8)
+    encode = jax.jit(lambda variables: Saisa(config).apply(variables, images, method="encode_images"))
+    exact, rounded = encode(variables_of(params)), encode(variables_of(small))
+    assert 0 < np.abs(exact - rounded).max() < 0.05 * np.std(exact)
 
 
 def test_load_with_int8_answers(tiny_bundle, pictures, tmp_path):
