@@ -47,7 +47,7 @@ class PickledDirectory:
 
     def _load(self, file: str) -> dict[str, Any]:
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports]  (an option)
         except ImportError as error:
             raise ConvertError("reading .bin files takes torch: pip install torch") from error
         path = self.where / file
@@ -83,7 +83,7 @@ class PickledDirectory:
 
 
 def _numpy(tensor: Any) -> np.ndarray:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  (an option)
 
     if tensor.dtype == torch.bfloat16:  # numpy has none of its own
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
