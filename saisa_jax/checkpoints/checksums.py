@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, UInt32
 
@@ -40,14 +41,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def unflatten_dict(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b": leaf} as nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def checksums(tree: Any) -> dict[str, int]:

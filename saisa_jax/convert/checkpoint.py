@@ -186,7 +186,7 @@ def import_checkpoint(options: Options, to: str | Path, sharding: Any = None) ->
 def _read(plan: Plan, options: Options, place: Any) -> dict[str, Any]:
     flat = {}
     for piece in plan.pieces:
-        for path, array in read_params(piece.tensors, piece.layout, piece.parts, options.dtype):
+        for path, array in read_params(piece.tensors, piece.layout, piece.parts, piece.match.spelt, options.dtype):
             flat[path] = place(path, array)
             del array  # or it would be held while the next one is read
     return flat

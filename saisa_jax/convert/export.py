@@ -20,10 +20,10 @@ from saisa_jax.convert.safetensors_file import nbytes
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.tables import table
 from saisa_jax.convert.tensors import TensorSource
+from saisa_jax.data.conversation import IMAGE
 from saisa_jax.models.saisa import share_to_per_layer
 
 TOWER = "vision_tower"  # the folder of the tower, beside a checkpoint in the layout saisa or llava
-IMAGE = "<image>"
 CONFIG = "config.json"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,8 @@ class Imported:
     """What came of a checkpoint directory."""
 
     config: ModelConfig
-    params: dict[str, Any]  # nested, numpy leaves or what `place` made of them
+    params: dict[str, Any]  # nested, numpy leaves
     ignored: tuple[str, ...]  # tensors in the files that the model never reads
-
-
-# What becomes of a parameter as soon as it is read: (path, array) -> leaf.
-Place = Callable[[str, np.ndarray], Any]
 
 
 def detect_layout(directory: str | Path) -> str:
@@ -143,18 +139,14 @@ def vision_directory(directory: str | Path, vision: str | Path | None = None) ->
 
 
 def read_params(
-    tensors: TensorSource, layout: Table, parts: Sequence[str], dtype: Any = None
+    tensors: TensorSource, layout: Table, parts: Sequence[str], spelt: dict[str, str], dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, array) for each row of the parts, reading tensor by tensor; nothing but the one array is held.
 
     Args:
+      spelt: what `match` found and checked.
       dtype: of the arrays; None: that of the files.
-
-    Raises:
-      ConvertError: missing, unexpected or misshaped tensors; the message lists all of them. Raised before the first
-        array is read, so that nothing half done comes out.
     """
-    spelt = match(tensors, layout, parts, dtype).checked()
     for row in layout.only(parts):
         yield row.path, _read_row(tensors, row, spelt, dtype)
 
@@ -268,8 +260,6 @@ def import_params(
     layout: str | None = None,
     parts: Sequence[str] | None = None,
     dtype: Any = None,
-    tensors: TensorSource | None = None,
-    place: Place | None = None,
 ) -> Imported:
     """The parameters that one directory holds for a model of `config`: a whole tree, or the branches that are there.
 
@@ -278,22 +268,17 @@ def import_params(
       layout: one of `tables.LAYOUTS`; None: told from the tensors' names.
       parts: of decoder, projector, vision; None: what the layout holds, the tower only if it is in the directory.
       dtype: of the parameters; None: that of the files.
-      tensors: the directory's, if they are open already.
-      place: takes each parameter as soon as it is read, for example to its devices; None: they stay numpy arrays.
 
     Raises:
-      ConvertError: see `read_params`.
+      ConvertError: missing, unexpected or misshaped tensors; the message lists all of them. Raised before the first
+        parameter is read.
     """
-    tensors = tensors or open_source(directory)
+    tensors = open_source(directory)
     rows = table(config, layout or layout_of(tensors))
     parts = parts_in(tensors, rows) if parts is None else parts
-    flat = {}
-    for path, array in read_params(tensors, rows, parts, dtype):
-        flat[path] = array if place is None else place(path, array)
-        del array  # or it would be held while the next one is read
-    read = {key for row in rows.only(parts) for key in row.keys}
-    ignored = tuple(key for key in tensors.names if rows.canonical(key) not in read)
-    return Imported(config, unflatten_dict(flat, sep="/"), ignored)
+    found = match(tensors, rows, parts, dtype)
+    flat = dict(read_params(tensors, rows, parts, found.checked(), dtype))
+    return Imported(config, unflatten_dict(flat, sep="/"), found.ignored)
 
 
 def import_model(

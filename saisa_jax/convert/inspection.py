@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -145,7 +146,7 @@ def _inspect_model(console: Console, path: Path, everything: bool) -> None:
         counter = parts.setdefault(sidecar.part_of_path(name), Counter())
         counter["tensors"] += 1
         counter["parameters"] += math.prod(leaf["shape"])
-        counter["bytes"] += math.prod(leaf["shape"]) * _width(leaf["dtype"])
+        counter["bytes"] += math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize
         counter[f"dtype {leaf['dtype']}"] += 1
     _print_parts(console, parts)
     absent = [part for part in ("decoder", "projector", "vision") if part not in parts]
@@ -161,10 +162,6 @@ def _inspect_model(console: Console, path: Path, everything: bool) -> None:
         console.print(f"sidecar {name}: from layout {source.layout}, {len(source.kept)} tensors; files: {files}")
         _print_names(console, "kept", list(source.kept), everything)
         _print_names(console, "stale, their part was trained since", source.stale(leaves), everything)
-
-
-def _width(dtype: str) -> int:
-    return 2 if dtype in ("bfloat16", "float16") else 4
 
 
 def _print_parts(console: Console, parts: Mapping[str, Mapping[str, int]]) -> None:

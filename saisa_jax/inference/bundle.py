@@ -24,8 +24,8 @@ from saisa_jax.data.packing import pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
-from saisa_jax.inference.quantize import Quantized, variables_of
 from saisa_jax.inference.quantize import quantize as quantize_params
+from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.saisa import Saisa, abstract_params
 
 AnyImage = ImageSource | Image.Image | EncodedImage
@@ -159,16 +159,14 @@ class Bundle:
 
     # --- from questions to batches ------------------------------------------------------------------------------------
 
-    def prompts(
-        self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]], max_new_tokens: int = 0
-    ) -> tuple[Batch, list[Encoded]]:
+    def prompts(self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]]) -> tuple[Batch, list[Encoded]]:
         """Questions with their images as one batch of prompts with pixels, padded to buckets.
 
         Raises:
           DataError: the first question that cannot be asked.
         """
         requests = []
-        for request in self._requests(questions, images, max_new_tokens, encode=False):
+        for request in self._requests(questions, images, max_new_tokens=0, encode=False):
             if isinstance(request, DataError):
                 raise request
             requests.append(request)
@@ -238,8 +236,7 @@ class Bundle:
         ]
 
     def _pixels(self, image: AnyImage, name: str) -> EncodedImage:
-        tree = self.params.params if isinstance(self.params, Quantized) else self.params
-        if "vision" not in tree:
+        if "vision" not in variables_of(self.params)["params"]:
             raise DataError("this model was imported without a vision encoder: ask it without images", name)
         if isinstance(image, EncodedImage):
             expected = (self.model.vision.image_size, self.model.vision.image_size, 3)

@@ -192,11 +192,9 @@ class Chat:
         batch = bundle.batch([request])
         count = len(request.encoded.tokens)
         padded = batch["tokens"].shape[1]
-        extra = bucket(count + max_new_tokens) - padded
-        logits, cache, _ = bundle.generator.prefill(
-            bundle.params, batch, max(extra, 0), bundle.image_slots(batch, [request])
-        )
-        offset = cache.k.shape[3] - padded - max(extra, 0)
+        extra = bucket(count + max_new_tokens) - padded  # `padded` is the bucket of `count`
+        logits, cache, _ = bundle.generator.prefill(bundle.params, batch, extra, bundle.image_slots(batch, [request]))
+        offset = cache.k.shape[3] - padded - extra
         return logits, _Read(kv_cache.rewind(cache, offset + count), [], [], [], offset)
 
     def _extend(self, old: _Read, request: Request, kept: int, max_new_tokens: int) -> tuple[jax.Array, _Read]:

@@ -16,17 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from saisa_jax.config import VisionConfig
-from saisa_jax.models.layers import (
-    Params,
-    dense,
-    dequantized,
-    init_stack,
-    layer_norm,
-    named,
-    scan_stack,
-    with_scales,
-)
-from saisa_jax.models.vision import VisionMLP, cut_patches, normalized, scaled
+from saisa_jax.models.layers import Params, dequantized, init_stack, layer_norm, named, scan_stack, with_scales
+from saisa_jax.models.vision import VisionMLP, convolution, cut_patches, normalized, scaled
 
 KERNEL = 7  # of the depthwise convolutions
 EXPANSION = 4  # of the MLPs
@@ -128,12 +119,6 @@ class ConvNextStage(nn.Module):
             return self.block.apply({"params": dequantized(params, self.dtype)}, x), None
 
         return scan_stack(body, x, self.layers, remat_policy=self.remat_policy, scan=self.scan_layers)[0]
-
-
-def convolution(width: int, dtype: Any, param_dtype: Any) -> nn.DenseGeneral:
-    """A convolution whose stride is its size, as a product over what `cut_patches` makes."""
-    axes = (None, None, None, "vision_embed")
-    return dense(width, axes, axis=(-3, -2, -1), use_bias=True, dtype=dtype, param_dtype=param_dtype)
 
 
 class ConvNext(nn.Module):

@@ -188,15 +188,14 @@ def with_scales(module: nn.Module, name: str, stack: Params) -> Params:
     """A stack as `dequantized` wants it: (int8 kernel, scale) where the module was given a scale for a kernel."""
     if not module.has_variable("scales", name):
         return stack
-    join = lambda kernel, scale: (kernel, scale)  # noqa: E731
-    return _merge(stack, module.get_variable("scales", name), join)
+    return _paired(stack, module.get_variable("scales", name))
 
 
-def _merge(tree: Params, part: Params, join: Callable[[Any, Any], Any]) -> Params:
-    """`tree` with `join(leaf, other)` for the leaves that `part` has as well."""
+def _paired(tree: Params, scales: Params) -> Params:
+    """`tree` with (leaf, scale) for the leaves that have one."""
     if not isinstance(tree, Mapping):
-        return join(tree, part)
-    return {name: _merge(leaf, part[name], join) if name in part else leaf for name, leaf in tree.items()}
+        return tree, scales
+    return {name: _paired(leaf, scales[name]) if name in scales else leaf for name, leaf in tree.items()}
 
 
 def dequantized(params: Params, dtype: Any) -> Params:

@@ -98,6 +98,12 @@ def cut_patches(x: Float[Array, "I height width C"], size: int) -> Float[Array, 
     return x.reshape(len(x), rows, size, columns, size, x.shape[-1]).swapaxes(2, 3)
 
 
+def convolution(width: int, dtype: Any, param_dtype: Any, use_bias: bool = True) -> nn.DenseGeneral:
+    """A convolution whose stride is its size, as a product over what `cut_patches` makes."""
+    axes = (None, None, None, "vision_embed")
+    return dense(width, axes, axis=(-3, -2, -1), use_bias=use_bias, dtype=dtype, param_dtype=param_dtype)
+
+
 class VisionEncoder(nn.Module):
     """Pixels to features.
 
@@ -115,14 +121,7 @@ class VisionEncoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.patch_embed = dense(
-            c.embed_dim,
-            (None, None, None, "vision_embed"),
-            axis=(-3, -2, -1),
-            use_bias=c.patch_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        self.patch_embed = convolution(c.embed_dim, self.dtype, self.param_dtype, use_bias=c.patch_bias)
         # Large enough beside the patches (about 1) that an encoder from random weights sees places from the start.
         positions = named(nn.initializers.normal(0.2), None, "vision_embed")
         if c.class_token:
