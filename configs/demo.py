@@ -22,6 +22,7 @@ from saisa_jax.config import (
     ModelConfig,
     OptimizerConfig,
     ProjectorConfig,
+    SourceConfig,
     StageConfig,
     TrainingConfig,
     VisionConfig,
@@ -72,10 +73,11 @@ def get_config(variant: str = "saisa") -> ConfigDict:
     config = Config(
         name=f"demo-{variant}",
         model=model,
-        data=DataConfig(system_prompt="", turns_per_sample=4, augment=True, blind=variant == "blind"),
+        data=DataConfig(system_prompt="", packing=False, turns_per_sample=4, augment=True, blind=variant == "blind"),
         # Stage 1: captions. Everything starts from random weights, so everything trains.
         pretrain=StageConfig(
-            task="caption",
+            sources=(SourceConfig("easy_vqa", task="caption"),),
+            validation=(SourceConfig("easy_vqa", task="caption", split="validation"),),
             template="plain",
             sharing="shared",
             batch_size=64,
@@ -86,6 +88,8 @@ def get_config(variant: str = "saisa") -> ConfigDict:
         ),
         # Stage 2: questions, four of an image in one conversation.
         finetune=StageConfig(
+            sources=(SourceConfig("easy_vqa"),),
+            validation=(SourceConfig("easy_vqa", split="validation"),),
             template="vicuna_v1",
             sharing=sharing,
             batch_size=32,

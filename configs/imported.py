@@ -6,7 +6,7 @@ python train.py --config=configs/imported.py:runs/start --workdir=runs/mine
 from ml_collections import ConfigDict
 
 from saisa_jax.checkpoints import read_account
-from saisa_jax.config import to_config_dict
+from saisa_jax.config import SourceConfig, to_config_dict, to_dict
 
 
 def get_config(checkpoint: str) -> ConfigDict:
@@ -14,4 +14,7 @@ def get_config(checkpoint: str) -> ConfigDict:
     _, imported = read_account(checkpoint)
     config = to_config_dict(imported)
     config.update({"init_from": checkpoint, "data": {"tokenizer": f"{checkpoint}/tokenizer"}})
+    for stage, task in ((config.pretrain, "caption"), (config.finetune, "vqa")):
+        stage.sources = (to_dict(SourceConfig("easy_vqa", task=task)),)
+        stage.validation = (to_dict(SourceConfig("easy_vqa", task=task, split="validation")),)
     return config

@@ -74,7 +74,7 @@ def samples(task: str, split: str) -> Sequence[Sample]:
       DataError: unknown task or split, or the package `easy-vqa` is not installed.
     """
     if task not in TASKS:
-        raise DataError(f"task={task!r} is not one of {', '.join(TASKS)} (pretrain.task, finetune.task)")
+        raise DataError(f"task={task!r} is not one of {', '.join(TASKS)} (sources.task)")
     return _samples(task, split)
 
 

@@ -29,7 +29,7 @@ from saisa_jax.data.conversation import Encoded, check_length, encode
 from saisa_jax.data.images import ImageLoader, augment
 from saisa_jax.data.packing import pack_rows
 from saisa_jax.data.sample import DataError, Sample, Turn
-from saisa_jax.data.sources import make_source
+from saisa_jax.data.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,11 @@ class _Prepare:
 
     def batch(self, examples: Sequence[Example], rows: int | None = None) -> HostBatch:
         """Rows of padding fill up to `rows`; None: there are none."""
-        data = self.config.data
         batch = pack_rows(
             [example.encoded for example in examples],
             [example.images for example in examples],
             self.settings.text_length,
-            data.max_images,
+            self.settings.max_images,
             self.config.model.vision.image_size,
             rows=rows,
         )
@@ -172,10 +171,10 @@ def _chosen_turns(sample: Sample, limit: int | None, rng: np.random.Generator) -
 
 def _source(config: Config, stage: str, split: str) -> Sequence[Sample]:
     settings = config.stage(stage)
-    source = make_source(settings.source, settings.task, split)
-    if not len(source):
-        raise DataError(f"{stage}.source={settings.source!r} has no {split} samples for {stage}.task={settings.task!r}")
-    return source
+    listed = settings.validation if split == "validation" else settings.sources
+    if not listed:
+        raise DataError(f"{stage}.sources is empty: name what to train on, as in configs/demo.py")
+    return open_source(listed[0])
 
 
 def _seed(config: Config, stage: str) -> int:

@@ -1,31 +1,25 @@
-"""Sources of samples, by name. A new one is a function of (task, split) and a row in `SOURCES`."""
+"""Sources of samples: a sequence for each format, read at random, that can be handed to another process."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 
+from saisa_jax.config import SourceConfig
 from saisa_jax.data import easy_vqa
 from saisa_jax.data.sample import DataError, Sample
 
-SOURCES: dict[str, Callable[[str, str], Sequence[Sample]]] = {
-    "easy_vqa": easy_vqa.samples,
+OPENERS: dict[str, Callable[[SourceConfig], Sequence[Sample]]] = {
+    "easy_vqa": lambda config: easy_vqa.samples(config.task, config.split),
 }
 
 
-def make_source(name: str, task: str, split: str) -> Sequence[Sample]:
-    """The samples of a source, by index.
-
-    Args:
-      name: a key of `SOURCES`.
-      task: what the source makes of its data, for example `caption` or `vqa`.
-      split: train, validation or test.
+def open_source(config: SourceConfig) -> Sequence[Sample]:
+    """The samples of a source, by index; pickled, it is small (paths, offsets).
 
     Raises:
-      DataError: unknown name, task or split, or data that is not there.
+      DataError: a task, split, file or directory that is not there or cannot be read, or no samples in it.
     """
-    if name not in SOURCES:
-        near = difflib.get_close_matches(str(name), SOURCES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"source={name!r} is not one of {', '.join(SOURCES)}{hint} (pretrain.source, finetune.source)")
-    return SOURCES[name](task, split)
+    source = OPENERS[config.format](config)
+    if not len(source):
+        raise DataError(f"source {config} holds no samples")
+    return source

@@ -15,6 +15,7 @@ from saisa_jax.config import (
     ModelConfig,
     OptimizerConfig,
     ProjectorConfig,
+    SourceConfig,
     StageConfig,
     TrainingConfig,
     VisionConfig,
@@ -58,9 +59,10 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
     return Config(
         name=f"tiny-{alignment}",
         model=model,
-        data=DataConfig(turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
+        data=DataConfig(packing=False, turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
         pretrain=StageConfig(
-            task="caption",
+            sources=(SourceConfig("easy_vqa", task="caption"),),
+            validation=(SourceConfig("easy_vqa", task="caption", split="validation"),),
             template="plain",
             sharing="shared",
             batch_size=8,
@@ -70,7 +72,14 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
             groups=TRAIN_ALL,
         ),
         finetune=StageConfig(
-            sharing=sharing, batch_size=8, text_length=64, steps=3, optimizer=optimizer, groups=TRAIN_ALL
+            sources=(SourceConfig("easy_vqa"),),
+            validation=(SourceConfig("easy_vqa", split="validation"),),
+            sharing=sharing,
+            batch_size=8,
+            text_length=64,
+            steps=3,
+            optimizer=optimizer,
+            groups=TRAIN_ALL,
         ),
         training=TrainingConfig(
             log_every=1, eval_every=2, eval_batches=1, eval_samples=1, checkpoint_every=2, tensorboard=False

@@ -180,7 +180,7 @@ class Stage:
 
     def _held_out(self) -> HeldOut | None:
         habits = self.config.training
-        if not habits.eval_every:
+        if not habits.eval_every or not self.settings.validation:
             return None
         batches = eval_batches(self.config, self.name, self.tokenizer, "validation", habits.eval_batches)
         return HeldOut(self.model, self.settings, batches, self.tokenizer, self.mesh, habits.eval_samples)
@@ -206,7 +206,7 @@ class Stage:
     def _finish(self, seconds: float) -> None:
         settings = self.settings
         per_step = flops.train_step(
-            self.model, settings.groups, settings.batch_size, settings.text_length, self.config.data.max_images
+            self.model, settings.groups, settings.batch_size, settings.text_length, settings.max_images
         )
         summary = {
             "stage": self.name,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from saisa_jax.config import ConfigError, SourceConfig
 from saisa_jax.data import easy_vqa
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.sources import make_source
+from saisa_jax.data.sources import open_source
 
 
 def test_splits_do_not_share_images() -> None:
@@ -58,7 +59,7 @@ def test_majority_baseline() -> None:
 
 
 def test_one_vqa_sample_for_each_image() -> None:
-    source = make_source("easy_vqa", "vqa", "train")
+    source = open_source(SourceConfig("easy_vqa"))
     assert len(source) == 3800
     sample = source[1]
     about = [q for q in easy_vqa.questions("train") if q.image_id == 1]
@@ -70,7 +71,7 @@ def test_one_vqa_sample_for_each_image() -> None:
 
 
 def test_captions_are_what_the_questions_tell() -> None:
-    source = make_source("easy_vqa", "caption", "train")
+    source = open_source(SourceConfig("easy_vqa", task="caption"))
     assert 3700 < len(source) < 3800
     answers = {q.image_id: set() for q in easy_vqa.questions("train")}
     for q in easy_vqa.questions("train"):
@@ -90,7 +91,7 @@ def test_captions_are_true() -> None:
     """The color that the words say is the color that is most frequent off the background."""
     names = {"black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
              "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0)}  # fmt: skip
-    for sample in list(make_source("easy_vqa", "caption", "validation"))[:40]:
+    for sample in list(open_source(SourceConfig("easy_vqa", task="caption", split="validation")))[:40]:
         pixels = np.asarray(Image.open(sample.images[0])).reshape(-1, 3)
         said = [color for color in names if color in sample.turns[1].text.split()]
         seen = max(names, key=lambda color: int((pixels == names[color]).all(-1).sum()))
@@ -114,12 +115,12 @@ def test_facts(pairs, expected) -> None:
 
 
 def test_errors_say_what_there_is() -> None:
-    with pytest.raises(DataError, match=r"'easy_vqq' is not one of easy_vqa.*did you mean 'easy_vqa'.*finetune.source"):
-        make_source("easy_vqq", "vqa", "train")
-    with pytest.raises(DataError, match=r"task='ocr' is not one of caption, vqa \(pretrain.task"):
-        make_source("easy_vqa", "ocr", "train")
+    with pytest.raises(ConfigError, match=r"'easy_vqq' is not one of easy_vqa.*did you mean 'easy_vqa'"):
+        SourceConfig("easy_vqq")
+    with pytest.raises(DataError, match=r"task='ocr' is not one of caption, vqa"):
+        open_source(SourceConfig("easy_vqa", task="ocr"))
     with pytest.raises(DataError, match=r"splits train, validation, test, not 'dev'"):
-        make_source("easy_vqa", "vqa", "dev")
+        open_source(SourceConfig("easy_vqa", split="dev"))
 
 
 def test_missing_package(monkeypatch) -> None:

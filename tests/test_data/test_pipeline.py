@@ -17,6 +17,7 @@ from saisa_jax.config import (
     Config,
     DataConfig,
     ModelConfig,
+    SourceConfig,
     StageConfig,
     VisionConfig,
     from_config_dict,
@@ -49,15 +50,22 @@ def pictures(tmp_path_factory, monkeypatch):
         colors = ("red", "blue", "green", "teal")
         turns = tuple(t for c in colors for t in (Turn("user", f"is it {c}?"), Turn("assistant", f"a {c} shape")))
         samples.append(Sample(f"tiny/{i}", turns, (str(folder / f"{i}.png"),), independent_turns=True))
-    monkeypatch.setitem(sources.SOURCES, "tiny", lambda task, split: samples[:5] if split == "validation" else samples)
+    monkeypatch.setitem(
+        sources.OPENERS, "easy_vqa", lambda config: samples[:5] if config.split == "validation" else samples
+    )
     return samples
 
 
 def _config(batch_size: int = 4, text_length: int = 64, **data) -> Config:
-    stage = StageConfig(source="tiny", batch_size=batch_size, text_length=text_length)
+    stage = StageConfig(
+        sources=(SourceConfig("easy_vqa"),),
+        validation=(SourceConfig("easy_vqa", split="validation"),),
+        batch_size=batch_size,
+        text_length=text_length,
+    )
     return Config(
         model=ModelConfig(max_length=128, vision=VisionConfig(image_size=SIZE, patch_size=4)),
-        data=DataConfig(**{"system_prompt": "", "prefetch": 3} | data),
+        data=DataConfig(**{"system_prompt": "", "prefetch": 3, "packing": False} | data),
         pretrain=dataclasses.replace(stage, template="plain"),
         finetune=stage,
     )
@@ -134,9 +142,15 @@ def test_what_does_not_fit_a_row_is_an_error(tokenizer) -> None:
 def test_a_batch_of_the_demo(tokenizer) -> None:
     config = Config(
         model=ModelConfig(max_length=512, vision=VisionConfig(image_size=64, patch_size=8)),
-        data=DataConfig(system_prompt=""),
-        pretrain=StageConfig(task="caption", template="plain", batch_size=8, text_length=16, steps=7),
-        finetune=StageConfig(batch_size=8, text_length=300, epochs=2),
+        data=DataConfig(system_prompt="", packing=False),
+        pretrain=StageConfig(
+            sources=(SourceConfig("easy_vqa", task="caption"),),
+            template="plain",
+            batch_size=8,
+            text_length=16,
+            steps=7,
+        ),
+        finetune=StageConfig(sources=(SourceConfig("easy_vqa"),), batch_size=8, text_length=300, epochs=2),
     )
     assert pipeline.steps_in_stage(config, "pretrain") == 7
     assert pipeline.steps_in_stage(config, "finetune") == 2 * 3800 // 8
@@ -331,14 +345,15 @@ def test_too_long_with_its_images(tokenizer) -> None:
 
 
 def test_a_source_without_samples(tokenizer, monkeypatch) -> None:
-    monkeypatch.setitem(sources.SOURCES, "tiny", lambda task, split: [])
-    with pytest.raises(DataError, match=r"finetune.source='tiny' has no train samples for finetune.task='vqa'"):
+    monkeypatch.setitem(sources.OPENERS, "easy_vqa", lambda config: [])
+    with pytest.raises(DataError, match=r"source easy_vqa:vqa holds no samples"):
         pipeline.train_iterator(_config(), "finetune", tokenizer)
 
 
 def test_turns_per_sample_is_a_flag() -> None:
     settings = to_config_dict(Config())
     assert settings.data.turns_per_sample is None
+    settings.data.packing = False
     settings.data.turns_per_sample = 1
     assert from_config_dict(Config, settings).data.turns_per_sample == 1
     settings.data.turns_per_sample = 0

@@ -1,0 +1,82 @@
+"""The configuration: frozen dataclasses, built from an `ml_collections.ConfigDict`.
+
+The dataclasses of this package hold every default and every check. A recipe in `configs/` starts from
+`to_config_dict(Config())` and states only what differs; `train.py` lets `--config.a.b=v` override it and hands the
+result to `from_config_dict`. From there on nothing in the program reads a ConfigDict.
+"""
+
+from saisa_jax.config.checks import DTYPES, ConfigError
+from saisa_jax.config.data import FORMATS, DataConfig, SourceConfig
+from saisa_jax.config.flags import from_config_dict, nearest_fields, to_config_dict, to_dict
+from saisa_jax.config.model import (
+    ACTIVATIONS,
+    ALIGNMENTS,
+    ATTENTION_IMPLS,
+    ENCODERS,
+    IMAGE_MODES,
+    REMAT_POLICIES,
+    ROPE_SCALINGS,
+    SHARINGS,
+    VOCAB_MULTIPLE,
+    ModelConfig,
+    ProjectorConfig,
+    RopeScalingConfig,
+    VisionConfig,
+)
+from saisa_jax.config.run import Config
+from saisa_jax.config.training import (
+    PROJECTOR_PATTERN,
+    SCHEDULES,
+    STAGES,
+    TRAIN_ALL,
+    TRAIN_ALL_BUT_VISION,
+    TRAIN_PROJECTOR,
+    VISION_PATTERN,
+    EvaluationConfig,
+    GroupConfig,
+    Groups,
+    MeshConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "ALIGNMENTS",
+    "ATTENTION_IMPLS",
+    "DTYPES",
+    "ENCODERS",
+    "FORMATS",
+    "IMAGE_MODES",
+    "PROJECTOR_PATTERN",
+    "REMAT_POLICIES",
+    "ROPE_SCALINGS",
+    "SCHEDULES",
+    "SHARINGS",
+    "STAGES",
+    "TRAIN_ALL",
+    "TRAIN_ALL_BUT_VISION",
+    "TRAIN_PROJECTOR",
+    "VISION_PATTERN",
+    "VOCAB_MULTIPLE",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "GroupConfig",
+    "Groups",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProjectorConfig",
+    "RopeScalingConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TrainingConfig",
+    "VisionConfig",
+    "from_config_dict",
+    "nearest_fields",
+    "to_config_dict",
+    "to_dict",
+]

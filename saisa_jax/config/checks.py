@@ -1,0 +1,26 @@
+"""What the checks of a configuration have in common."""
+
+from __future__ import annotations
+
+import difflib
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which flag mends it."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    check(value in choices, f"{flag}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def positive(flag: str, value: float) -> None:
+    check(value > 0, f"{flag}={value} must be positive")

@@ -1,0 +1,252 @@
+"""The model's part of the configuration.
+
+Axis letters and names are those of the README's legend: D embed_dim, N num_heads, K num_kv_heads, H head_dim,
+F mlp_dim, L num_layers, W vocab_size, C vision width, P visual tokens of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from saisa_jax.config.checks import DTYPES, check, choice, positive
+
+ALIGNMENTS = ("saisa", "naavit", "llava")
+SHARINGS = ("shared", "per_layer")
+REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+ATTENTION_IMPLS = ("xla",)
+ENCODERS = ("vit", "convnext")
+ROPE_SCALINGS = ("none", "linear", "llama3")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+IMAGE_MODES = ("pad", "square", "resize")
+
+VOCAB_MULTIPLE = 128  # The vocabulary is padded to this in the parameters; padded logits are -inf.
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, told apart by what they switch on) or a ConvNeXt.
+
+    The layers of a ConvNeXt are its stages: `depths` and `widths` say how many blocks each has and how wide they are,
+    `embed_dim` and `patch_size` are width and stride of what is put out. It has no heads, no class token and no
+    `mlp_dim` of its own, and reads images of any size.
+    """
+
+    kind: str = "vit"
+    image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
+    patch_size: int = 14
+    embed_dim: int = 1024  # C
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_dim: int = 4096
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    class_token: bool = True
+    pre_norm: bool = True  # CLIP normalises the embeddings before the first layer
+    patch_bias: bool = False
+    layer_scale: bool = False  # DINOv2, ConvNeXt
+    depths: tuple[int, ...] = ()  # ConvNeXt: blocks of each stage
+    widths: tuple[int, ...] = ()
+    # Which entry of the hidden states [embeddings, layer 1, ..., layer num_layers] is put out; only the layers
+    # up to it exist. -2 is LLaVA's and SAISA's choice; of a ConvNeXt it is -1, the raw map of the last stage.
+    select_layer: int = -2
+    post_norm: bool = False  # the encoder's final LayerNorm on the selected features
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    image_mode: str = "pad"  # how an image is made square: pad | square (centre crop) | resize
+
+    def __post_init__(self) -> None:
+        where = "model.vision"
+        for name in ("image_size", "patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
+            positive(f"{where}.{name}", getattr(self, name))
+        check(
+            self.image_size >= self.patch_size,
+            f"{where}.image_size={self.image_size} holds no patch of {where}.patch_size={self.patch_size}",
+        )
+        choice(f"{where}.kind", self.kind, ENCODERS)
+        choice(f"{where}.activation", self.activation, ACTIVATIONS)
+        choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
+        check(
+            -(self.num_layers + 1) <= self.select_layer <= self.num_layers,
+            f"{where}.select_layer={self.select_layer} is out of range: {where}.num_layers={self.num_layers} has "
+            f"hidden states {-(self.num_layers + 1)}..{self.num_layers}",
+        )
+        check(
+            len(self.image_mean) == 3 and len(self.image_std) == 3 and all(std > 0 for std in self.image_std),
+            f"{where}.image_mean and {where}.image_std need one value for each of R, G, B, the latter positive",
+        )
+        if self.kind == "convnext":
+            self._check_convnext(where)
+        else:
+            check(
+                self.embed_dim % self.num_heads == 0,
+                f"{where}.embed_dim={self.embed_dim} is not divisible by {where}.num_heads={self.num_heads}",
+            )
+            check(not self.depths and not self.widths, f"{where}.depths and {where}.widths need {where}.kind=convnext")
+
+    def _check_convnext(self, where: str) -> None:
+        check(
+            len(self.depths) == len(self.widths) == self.num_layers,
+            f"{where}.depths={self.depths} and {where}.widths={self.widths} need one entry for each of the "
+            f"{where}.num_layers={self.num_layers} stages",
+        )
+        for size in (*self.depths, *self.widths):
+            positive(f"an entry of {where}.depths and .widths,", size)
+        for name in ("class_token", "pre_norm", "post_norm"):
+            check(not getattr(self, name), f"{where}.kind=convnext has no {name}: set {where}.{name}=False")
+        last = max(self.num_used_layers, 1) - 1
+        check(
+            self.embed_dim == self.widths[last],
+            f"{where}.embed_dim={self.embed_dim} is not the width {self.widths[last]} of the stage that is put out",
+        )
+        check(
+            self.patch_size % 2**last == 0,
+            f"{where}.patch_size={self.patch_size} is no stride of the stage that is put out: a multiple of {2**last}",
+        )
+
+    @property
+    def num_used_layers(self) -> int:
+        """Layers up to the selected hidden state; later ones have no parameters here."""
+        return self.select_layer % (self.num_layers + 1)
+
+    @property
+    def stem_size(self) -> int:
+        """ConvNeXt: the side of the patches that the stem cuts; each further stage halves the sides of the map."""
+        return self.patch_size // 2 ** (max(self.num_used_layers, 1) - 1)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P, visual tokens of an image: a square of patches, row by row."""
+        return self.patches_per_side**2
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The MLP from the vision encoder's features [., C] into the decoder's embedding space [., D]."""
+
+    sharing: str = "per_layer"  # one projector for each decoder layer (SAISA's stage 2), or one for all
+    hidden_dim: int | None = None  # None: embed_dim, as in LLaVA-1.5 and SAISA
+
+    def __post_init__(self) -> None:
+        choice("model.projector.sharing", self.sharing, SHARINGS)
+        if self.hidden_dim is not None:
+            positive("model.projector.hidden_dim", self.hidden_dim)
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """How the rotary frequencies are stretched for a context longer than the first one trained on.
+
+    `linear` divides every frequency by `factor`. `llama3` (Llama 3.1 and later) divides only those of which less than
+    `low_freq_factor` turns fit into `original_max_length`, leaves those of more than `high_freq_factor` turns alone,
+    and interpolates between; the defaults are Llama 3.1's.
+    """
+
+    kind: str = "none"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+    def __post_init__(self) -> None:
+        where = "model.rope_scaling"
+        choice(f"{where}.kind", self.kind, ROPE_SCALINGS)
+        check(self.factor >= 1, f"{where}.factor={self.factor} must be at least 1")
+        positive(f"{where}.low_freq_factor", self.low_freq_factor)
+        check(
+            self.low_freq_factor < self.high_freq_factor,
+            f"{where}.low_freq_factor={self.low_freq_factor} must be less than "
+            f"{where}.high_freq_factor={self.high_freq_factor}",
+        )
+        positive(f"{where}.original_max_length", self.original_max_length)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder with a vision encoder and an alignment (paper section 3)."""
+
+    alignment: str = "saisa"
+    vocab_size: int = 32000  # W
+    embed_dim: int = 4096  # D
+    num_layers: int = 32  # L
+    num_heads: int = 32  # N
+    num_kv_heads: int = 32  # K
+    head_dim: int = 128  # H
+    mlp_dim: int = 11008  # F
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    norm_eps: float = 1e-5
+    max_length: int = 2048  # expanded positions of a sample, visual ones included
+    tie_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2
+    sliding_window: int | None = None  # Mistral; None: full causal attention
+    visual_layers: tuple[int, ...] | None = None  # SAISA: which layers see the image; None: all
+    dtype: str = "bfloat16"  # of activations
+    param_dtype: str = "float32"
+    remat_policy: str = "none"
+    scan_layers: bool = True  # False: the same scan, unrolled
+    attention_impl: str = "xla"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
+            "rope_theta", "norm_eps",
+        ):  # fmt: skip
+            positive(f"model.{name}", getattr(self, name))
+        choice("model.alignment", self.alignment, ALIGNMENTS)
+        choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
+        choice("model.attention_impl", self.attention_impl, ATTENTION_IMPLS)
+        choice("model.dtype", self.dtype, DTYPES)
+        choice("model.param_dtype", self.param_dtype, DTYPES)
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}",
+        )
+        check(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.sliding_window is not None:
+            positive("model.sliding_window", self.sliding_window)
+        if self.alignment != "saisa":
+            check(
+                self.projector.sharing == "shared",
+                f"model.alignment={self.alignment!r} has one projector: set model.projector.sharing=shared and "
+                "finetune.sharing=shared",
+            )
+            check(
+                self.visual_layers is None,
+                f"model.visual_layers is a choice of model.alignment=saisa, not of {self.alignment!r}",
+            )
+        if self.visual_layers is not None:
+            layers = self.visual_layers
+            bad = [i for i in layers if not 0 <= i < self.num_layers]
+            check(
+                not bad,
+                f"model.visual_layers names {bad}, out of range for model.num_layers={self.num_layers} "
+                f"(legal: 0..{self.num_layers - 1})",
+            )
+            check(
+                len(layers) > 0 and list(layers) == sorted(set(layers)),
+                f"model.visual_layers={layers} must be a non-empty, strictly increasing list of layers",
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def projector_dim(self) -> int:
+        return self.projector.hidden_dim or self.embed_dim
+
+    @property
+    def visible_layers(self) -> tuple[int, ...]:
+        """The layers that see the image."""
+        return tuple(range(self.num_layers)) if self.visual_layers is None else self.visual_layers
+
+    @property
+    def per_layer_projectors(self) -> bool:
+        return self.projector.sharing == "per_layer"

@@ -1,0 +1,73 @@
+"""One run's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from saisa_jax.config.checks import check, choice
+from saisa_jax.config.data import DataConfig
+from saisa_jax.config.model import ModelConfig
+from saisa_jax.config.training import (
+    STAGES,
+    TRAIN_PROJECTOR,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: one model, one or two stages of training, one evaluation."""
+
+    name: str = "saisa"
+    seed: int = 0
+    stages: tuple[str, ...] = STAGES
+    init_from: str = ""  # a finished model directory to start from; "": random weights
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            template="plain",
+            sharing="shared",
+            batch_size=256,
+            optimizer=OptimizerConfig(lr=1e-3),
+            groups=TRAIN_PROJECTOR,
+        )
+    )
+    finetune: StageConfig = field(default_factory=StageConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            choice("stages", stage, STAGES)
+        check(len(self.stages) > 0, "stages is empty: name pretrain, finetune or both")
+        check(
+            list(self.stages) == sorted(set(self.stages), reverse=True),
+            f"stages={self.stages}: pretrain comes before finetune, each once",
+        )
+        check(self.seed >= 0, f"seed={self.seed} must not be negative")
+        check(
+            self.model.projector.sharing == self.finetune.sharing,
+            f"model.projector.sharing={self.model.projector.sharing} is not what stage 2 trains, "
+            f"finetune.sharing={self.finetune.sharing}: set both alike",
+        )
+        if self.model.alignment != "saisa":
+            for stage in self.stages:
+                check(
+                    getattr(self, stage).sharing == "shared",
+                    f"model.alignment={self.model.alignment!r} has one projector: set {stage}.sharing=shared",
+                )
+
+    def stage(self, name: str) -> StageConfig:
+        return getattr(self, name)
+
+    def model_for(self, stage: str) -> ModelConfig:
+        """The model as stage `stage` sees it: its own sharing of projectors."""
+        projector = dataclasses.replace(self.model.projector, sharing=self.stage(stage).sharing)
+        return dataclasses.replace(self.model, projector=projector)

@@ -1,0 +1,148 @@
+"""Training's part of the configuration: stages, optimizer, who trains, mesh, habits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
+from saisa_jax.config.data import SourceConfig
+from saisa_jax.config.model import SHARINGS
+
+STAGES = ("pretrain", "finetune")  # in this order
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """How one group of parameters trains."""
+
+    frozen: bool = False
+    lr_scale: float = 1.0
+    weight_decay: float | None = None  # None: the optimizer's; norms and biases never decay
+    dtype: str = "float32"  # storage; frozen groups are usually bfloat16
+
+    def __post_init__(self) -> None:
+        choice("groups.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a schedule and clipping by global norm (LLaVA-1.5's recipe, `HF Trainer` defaults)."""
+
+    lr: float = 2e-5
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.03
+    final_lr_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        choice("optimizer.schedule", self.schedule, SCHEDULES)
+        positive("optimizer.lr", self.lr)
+        positive("optimizer.clip_norm", self.clip_norm)
+        check(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        for name in ("b1", "b2"):
+            check(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        check(
+            0 <= self.warmup_fraction <= 1,
+            f"optimizer.warmup_fraction={self.warmup_fraction} is not a share of the steps (0..1)",
+        )
+
+
+VISION_PATTERN = r"vision/.*"
+PROJECTOR_PATTERN = r"(layers/)?visual_proj/.*"
+
+Groups = tuple[tuple[str, GroupConfig], ...]
+
+# Frozen parts in bfloat16: stage 2's float32 parameters then start from rounded ones, as LLaVA's do.
+TRAIN_PROJECTOR: Groups = (  # stage 1 of LLaVA and SAISA
+    (PROJECTOR_PATTERN, GroupConfig()),
+    (r".*", GroupConfig(frozen=True, dtype="bfloat16")),
+)
+TRAIN_ALL_BUT_VISION: Groups = (  # stage 2
+    (VISION_PATTERN, GroupConfig(frozen=True, dtype="bfloat16")),
+    (r".*", GroupConfig()),
+)
+TRAIN_ALL: Groups = ((r".*", GroupConfig()),)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One of the two stages of training."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    validation: tuple[SourceConfig, ...] = ()  # held out: a loss and a few answers while training; (): neither
+    template: str = "vicuna_v1"
+    sharing: str = "per_layer"  # of the projectors during this stage
+    batch_size: int = 128  # rows of a step, over all devices; packed rows hold several samples each
+    text_length: int = 1024  # T: text tokens of a row
+    max_images: int = 1  # M: image slots of a row
+    steps: int | None = None  # None: epochs decide
+    epochs: float = 1.0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # Who trains: the first row whose regex matches the whole path of a parameter gives its group; a parameter that
+    # no row matches is an error.
+    groups: Groups = TRAIN_ALL_BUT_VISION
+
+    def __post_init__(self) -> None:
+        choice("sharing", self.sharing, SHARINGS)
+        positive("batch_size", self.batch_size)
+        positive("text_length", self.text_length)
+        check(self.max_images >= 0, f"max_images={self.max_images} must not be negative")
+        for kind in ("sources", "validation"):
+            weights = [source.weight for source in getattr(self, kind)]
+            check(not weights or sum(weights) > 0, f"{kind}: weights {weights} sum to nothing")
+        if self.steps is not None:
+            positive("steps", self.steps)
+        positive("epochs", self.epochs)
+        check(any(not group.frozen for _, group in self.groups), "groups: every group is frozen, nothing would train")
+        for pattern, _ in self.groups:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"groups: {pattern!r} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop's habits, the same in both stages."""
+
+    log_every: int = 10
+    eval_every: int = 500  # steps between held-out evaluations; 0: never
+    eval_batches: int = 8
+    eval_samples: int = 3  # generated samples shown with each held-out evaluation
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+            positive(f"training.{name}", getattr(self, name))
+        for name in ("eval_every", "eval_samples"):
+            check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1 for "all the rest"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        check(sizes.count(-1) <= 1, f"mesh={sizes}: at most one axis may be -1")
+        check(all(size == -1 or size > 0 for size in sizes), f"mesh={sizes}: sizes are positive, or -1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    task: str = "easy_vqa"
+    batch_size: int = 64
+    max_new_tokens: int = 16
+    limit: int | None = None  # evaluate the first so many questions only
