@@ -319,9 +319,9 @@ class _Share:
     def __len__(self) -> int:
         return _ENDLESS // self.shards
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, index: int) -> Row:
         per_shard = self.rows.batch_size // self.shards
-        step, within = divmod(int(number), per_shard)
+        step, within = divmod(int(index), per_shard)
         return self.rows[self.start + step * self.rows.batch_size + self.shard * per_shard + within]
 
 
