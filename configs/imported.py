@@ -16,6 +16,7 @@ def get_config(checkpoint: str) -> ConfigDict:
     config.update({"init_from": checkpoint, "data": {"tokenizer": f"{checkpoint}/tokenizer"}})
     for stage, task in (("pretrain", "caption"), ("finetune", "vqa")):
         held_out = SourceConfig("easy_vqa", task=task, split="validation")
-        config[stage].sources = (to_dict(SourceConfig("easy_vqa", task=task)),)
-        config[stage].validation = (to_dict(held_out),)
+        config.update(
+            {stage: {"sources": (to_dict(SourceConfig("easy_vqa", task=task)),), "validation": (to_dict(held_out),)}}
+        )
     return config
