@@ -36,3 +36,4 @@ class Sample:
     # The turns are pairs of question and answer that do not refer to one another: the pipeline may reorder them and
     # leave some out.
     independent_turns: bool = False
+    system: str | None = None  # the sample's own system prompt
