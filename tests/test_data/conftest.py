@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.data.templates import VICUNA_SYSTEM
@@ -61,7 +61,8 @@ def byte_level() -> PreTrainedTokenizerFast:
 def sentence_piece() -> PreTrainedTokenizerFast:
     """As Llama 2 and Mistral split text: spaces are part of the word, and one is put before every piece."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.normalizer = normalizers.Prepend("▁")  # even where a space is written
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(TEXTS * 3, trainer)

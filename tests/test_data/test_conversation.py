@@ -109,6 +109,14 @@ def test_image_chunks_are_tokenised_one_by_one_as_llava_does(sentence_piece) -> 
     assert encoded.image_positions.tolist() == [1 + len(ids[0])]
 
 
+def test_a_space_after_an_image_is_one_more_than_sentence_pieces_own(sentence_piece) -> None:
+    encoded = encode((Turn("user", "is <image> like <image> ?"), ANSWER), "vicuna_v1", sentence_piece, P)
+    chunks = [sentence_piece.encode(chunk, add_special_tokens=False) for chunk in (" like ", " ? ASSISTANT:")]
+    start = int(encoded.image_positions[0])  # also the number of text tokens before it
+    assert encoded.tokens[start : start + len(chunks[0] + chunks[1])].tolist() == chunks[0] + chunks[1]
+    assert sentence_piece.convert_ids_to_tokens(chunks[0])[:2] == ["▁", "▁"]
+
+
 # --- Labels ----------------------------------------------------------------------------------------------------------
 
 
