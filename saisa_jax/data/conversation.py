@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, TooLongError, Turn
 from saisa_jax.data.templates import Template, find_template
 
 IMAGE = "<image>"
@@ -124,14 +124,14 @@ def end_token_id(template: Template | str, tokenizer: PreTrainedTokenizerFast) -
 
 
 def check_length(encoded: Encoded, text_length: int, max_length: int | None = None) -> None:
-    """Raises DataError if a conversation does not fit a row of `text_length` tokens, or `max_length` expanded."""
+    """Raises TooLongError if a conversation does not fit a row of `text_length` tokens, or `max_length` expanded."""
     tokens = len(encoded.tokens)
     if tokens > text_length:
-        raise DataError(
+        raise TooLongError(
             f"{tokens} text tokens do not fit a row of {text_length}; raise the stage's text_length", encoded.sample_id
         )
     if max_length is not None and encoded.length > max_length:
-        raise DataError(
+        raise TooLongError(
             f"{encoded.length} positions ({tokens} text tokens and {len(encoded.image_positions)} image(s)) exceed "
             f"model.max_length={max_length}; raise it, or shorten the conversation",
             encoded.sample_id,

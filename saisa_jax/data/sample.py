@@ -18,6 +18,10 @@ class DataError(ValueError):
         super().__init__(f"sample {sample_id!r}: {message}" if sample_id else message)
 
 
+class TooLongError(DataError):
+    """A sample of more tokens or positions than a row or the model has room for."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one side says; `<image>` in the text marks where an image stands."""
