@@ -157,7 +157,7 @@ def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encod
         raise DataError(
             f"nothing supervised is left of {tokens} text tokens and {len(encoded.image_positions)} image(s) when cut "
             f"to text_length={text_length} and model.max_length={max_length}; raise the stage's text_length or "
-            "model.max_length, or set data.on_long=drop",
+            "model.max_length, or set data.on_error=drop",
             encoded.sample_id,
         )
     positions = encoded.positions[:count]

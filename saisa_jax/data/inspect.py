@@ -8,6 +8,7 @@ pictures on a contact sheet. Settings are written --config.name=value.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"data inspect: {error}", file=sys.stderr)
         return 2
     console.print(_batch_line(host, f"{config.name}, {options.stage}, {options.split}"))
+    for reason in host.dropped:
+        console.print(f"dropped: {reason}")
     shown = range(min(options.n, len(host.sample_ids)))
     for row in shown:
         for line in describe_row(host, row, tokenizer, config.model.vision.num_patches):
@@ -70,17 +73,17 @@ def first_batch(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, 
     Raises:
       DataError: a source or a sample that cannot be used, or an empty split.
     """
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0, prefetch=1))  # same rows
     if split == "train":
-        return _adapted(next(train_iterator(config, stage, tokenizer)))
-    batches = eval_batches(config, stage, tokenizer, split, 1)
-    if not batches:
-        raise DataError(f"{stage}.{split} holds no samples")
-    return _adapted(batches[0])
-
-
-def _adapted(host: HostBatch) -> HostBatch:  # until rows list their segments' samples
-    ids = tuple((i,) if isinstance(i, str) and i else i or () for i in host.sample_ids)
-    return HostBatch(host.batch, ids)  # pyright: ignore
+        batches = train_iterator(config, stage, tokenizer)
+        try:
+            return next(batches)
+        finally:
+            batches.close()
+    held_out = eval_batches(config, stage, tokenizer, 1)
+    if not held_out:
+        raise DataError(f"{stage}.validation holds no samples")
+    return held_out[0]
 
 
 def describe_row(host: HostBatch, row: int, tokenizer: PreTrainedTokenizerFast, num_patches: int) -> Iterator[Text]:
@@ -159,7 +162,8 @@ def _batch_line(host: HostBatch, name: str) -> Text:
     images = f"image fill {slots.mean():.1%} of {slots.shape[1]} slot(s)" if slots.size else "no image slots"
     return Text(
         f"{name}: {rows} rows with {sum(map(len, host.sample_ids))} samples; token fill {tokens.mean():.1%} of "
-        f"{length}, {images}; {learned:.1%} of the tokens are learned"
+        f"{length}, {images}; {learned:.1%} of the tokens are learned; {len(host.dropped)} "
+        f"sample(s) dropped, {host.cut_tokens} token(s) cut"
     )
 
 

@@ -98,17 +98,42 @@ def test_the_contact_sheet(byte_level) -> None:
         assert (label < 128).any()
 
 
-def test_the_command(tmp_path, capsys) -> None:
-    out = tmp_path / "sheet.png"
-    for options in (["--n=2"], ["--stage=pretrain", "--split=validation", "--n=1", "--config.pretrain.batch_size=4"]):
-        assert inspect.main([TINY, f"--out={out}", *options]) == 0
-        printed = capsys.readouterr().out
-        assert "token fill" in printed and "«" in printed and "sample 'easy_vqa/" in printed
-        assert "[image 1: 16 tokens at position " in printed
-        rows = int(options[0 if len(options) == 1 else 2][-1])
-        assert printed.count("\nrow ") == rows
-        with Image.open(out) as sheet:
-            assert sheet.size[1] == inspect.GAP + rows * (inspect.LABEL + inspect.TILE + inspect.GAP)
+PACKED = """
+import dataclasses
+from saisa_jax.config import to_config_dict
+from saisa_jax.testing.configs import tiny_config
+
+def get_config():
+    config = tiny_config()
+    data = dataclasses.replace(config.data, packing=True, turns_per_sample=None)
+    stage = dataclasses.replace(config.pretrain, text_length=24, max_images=3)
+    return to_config_dict(dataclasses.replace(config, data=data, pretrain=stage))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "tokens"),
+    [
+        (["--n=2"], 2, 64),
+        (["--stage=pretrain", "--split=validation", "--n=1", "--config.pretrain.batch_size=4"], 1, 16),
+        (["--stage=pretrain", "--n=3"], 3, 24),
+    ],
+)
+def test_the_command(tmp_path, capsys, options: list[str], rows: int, tokens: int) -> None:
+    recipe, out = tmp_path / "recipe.py", tmp_path / "sheet.png"
+    recipe.write_text(PACKED)
+    packing = tokens == 24
+    assert inspect.main([f"--config={recipe}" if packing else TINY, f"--out={out}", *options]) == 0
+    printed = capsys.readouterr().out
+    assert f" of {tokens}, image fill" in printed and "«" in printed and "sample 'easy_vqa/" in printed
+    assert "[image 1: 16 tokens at position " in printed
+    assert printed.count("\nrow ") == rows
+    assert ("segment 3: " in printed) == packing
+    with Image.open(out) as sheet:
+        assert sheet.size == (
+            inspect.GAP + (3 if packing else 1) * (inspect.TILE + inspect.GAP),
+            inspect.GAP + rows * (inspect.LABEL + inspect.TILE + inspect.GAP),
+        )
 
 
 def test_what_cannot_be_shown(capsys) -> None:

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.data.conversation import Encoded, encode, end_token_id
-from saisa_jax.data.packing import pack_rows
+from saisa_jax.data.packing import Example, pack_rows
 from saisa_jax.data.sample import DataError, Turn
 from saisa_jax.data.templates import TEMPLATES
 
@@ -129,7 +129,7 @@ def test_padding_is_not_learned_even_where_it_is_the_end_token(llama_3) -> None:
     assert llama_3.pad_token_id == llama_3.eos_token_id == end_token_id("llama_3", llama_3) == 0
     turns, _ = CASES["text only"]
     encoded = encode(turns, "llama_3", llama_3, P, system_prompt="")
-    batch = pack_rows([encoded], [()], len(encoded.tokens) + 20, 0, 8)
+    batch = pack_rows([[Example(encoded, ())]], len(encoded.tokens) + 20, 0, 8)
     learned = batch["targets"][batch["loss_weights"] > 0]
     assert llama_3.decode(learned) == " a circle<|end_of_text|>"
     assert (batch["targets"] == 0).sum() > 20  # padding looks like the end
