@@ -6,10 +6,17 @@ from collections.abc import Callable, Sequence
 
 from saisa_jax.config import SourceConfig
 from saisa_jax.data import easy_vqa
+from saisa_jax.data.llava import JsonConversations
 from saisa_jax.data.sample import DataError, Sample
+from saisa_jax.data.shards import ShardedSamples
+from saisa_jax.data.tfds_source import TfdsSamples
 
 OPENERS: dict[str, Callable[[SourceConfig], Sequence[Sample]]] = {
+    "arrayrecord": ShardedSamples,
+    "chat": JsonConversations,
     "easy_vqa": lambda config: easy_vqa.samples(config.task, config.split),
+    "llava": JsonConversations,
+    "tfds": TfdsSamples,
 }
 
 
