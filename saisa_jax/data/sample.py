@@ -35,6 +35,10 @@ class DataError(ValueError):
         self.sample_id, self.reason = sample_id, message
 
 
+class TooLongError(DataError):
+    """A sample of more tokens or positions than a row or the model has room for."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one side says; `<image>` in the text marks where an image stands."""

@@ -20,7 +20,7 @@ from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ModelConfig, StageConfig
 from saisa_jax.data.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
 from saisa_jax.data.images import ImageLoader
-from saisa_jax.data.packing import pack_rows
+from saisa_jax.data.packing import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
@@ -270,9 +270,8 @@ class Bundle:
         blind = self.config.data.blind
         slots = max(len(request.encoded.image_positions) for request in requests)
         return pack_rows(
-            [request.encoded for request in requests],
-            [None if blind else [image.pixels for image in request.images] for request in requests],
-            rows=bucket(len(requests), smallest=self.row_ways),
+            [[Example(r.encoded, None if blind else [image.pixels for image in r.images])] for r in requests],
+            count=bucket(len(requests), smallest=self.row_ways),
             text_length=bucket(max(len(request.encoded.tokens) for request in requests)),
             max_images=bucket(slots, smallest=1) if slots else 0,
             image_size=self.model.vision.image_size,

@@ -43,7 +43,7 @@ class HeldOut:
         self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
         self._truths, self._ids = [], []
         if batches and samples:
-            self._ids = [sample_id for sample_id in batches[0].sample_ids[:samples] if sample_id]  # "": padding
+            self._ids = [sample_id for row in batches[0].sample_ids[:samples] for sample_id in row]
             self._batch, self._truths = first_answers(batches[0].batch, len(self._ids))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
 from saisa_jax.config import Config, ConfigError, to_dict
-from saisa_jax.data.pipeline import eval_batches, steps_in_stage, train_iterator
+from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, train_iterator
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
@@ -56,7 +57,7 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
-        check_stages(config, tokenizer)
+        check_stages(config, tokenizer, workdir)
         for name in config.stages:
             if model_directory(workdir, name).exists():
                 logging.info("%s is finished: %s", name, model_directory(workdir, name))
@@ -75,7 +76,9 @@ class Stage:
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
         self.settings, self.model = config.stage(name), config.model_for(name)
-        self.steps = steps_in_stage(config, name)
+        self.cache = str(self.directory)  # of the counts of its samples
+        self.rows = stage_rows(config, name, tokenizer, self.cache)
+        self.steps = steps_in_stage(config, name, tokenizer, self.cache)
         self.mesh = parallel.make_mesh(config.mesh)
         self.rules = parallel.make_rules(self.model, self.mesh)
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -104,9 +107,11 @@ class Stage:
         directory = self.directory / "checkpoints"
         with (
             parallel.use(self.mesh, self.rules),
+            contextlib.ExitStack() as closing,
             RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
         ):
-            data = train_iterator(self.config, self.name, self.tokenizer)
+            data = train_iterator(self.config, self.name, self.tokenizer, cache=self.cache)
+            closing.callback(data.close)
             before = self._resume(checkpointer, data)
             started = time.monotonic() - before
             finished = self._train(checkpointer, data, stop, started)
@@ -161,7 +166,7 @@ class Stage:
                 self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh))
                 if waiting:
                     log(*waiting)
-                waiting = step, metrics, host.sample_ids
+                waiting = step, metrics, host._replace(batch=None)
                 stopping, last = stop.requested, step == self.steps
                 save = stopping or last or step % habits.checkpoint_every == 0
                 evaluate = held_out and (last or (step % habits.eval_every == 0 and not stopping))
@@ -182,24 +187,27 @@ class Stage:
         habits = self.config.training
         if not habits.eval_every or not self.settings.validation:
             return None
-        batches = eval_batches(self.config, self.name, self.tokenizer, "validation", habits.eval_batches)
+        batches = eval_batches(self.config, self.name, self.tokenizer, habits.eval_batches)
         return HeldOut(self.model, self.settings, batches, self.tokenizer, self.mesh, habits.eval_samples)
 
     def _log(
-        self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, samples: Any
+        self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, host: HostBatch
     ) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if broken:
             writer.write("train", step, **values)
             raise TrainingError(
-                f"{', '.join(broken)} at step {step} of {self.name}; its batch held {', '.join(samples)}. The last "
+                f"{', '.join(broken)} at step {step} of {self.name}; its batch held {host.names}. The last "
                 f"good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
             )
+        if host.dropped:
+            writer.write("dropped", step, samples=host.dropped)
         if step % self.config.training.log_every and step != self.steps:
             return
+        values["cut_tokens"] = host.cut_tokens
         values["lr"] = float(jax.numpy.asarray(self.schedule(step - 1)))
-        rates = progress.update(step, samples=self.settings.batch_size, **values)
+        rates = progress.update(step, samples=host.num_samples, **values)
         writer.write("train", step, **values, **rates, seconds=time.monotonic() - started)
         self.last_loss = values["loss"]
 
@@ -211,7 +219,7 @@ class Stage:
         summary = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.steps * settings.batch_size,
+            "samples": self.rows.samples_before(self.steps * settings.batch_size),
             "wall_seconds": seconds,
             "train_flops": per_step * self.steps,
             "parameters": self.parameters,

@@ -80,7 +80,7 @@ def _projects(params: Any) -> bool:
     return "visual_proj" in params or "visual_proj" in params.get("layers", {})
 
 
-def check_stages(config: Config, tokenizer: Any) -> None:
+def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> None:
     """Finds what would stop a later stage before the first one trains: its data, template and groups.
 
     Raises:
@@ -89,7 +89,7 @@ def check_stages(config: Config, tokenizer: Any) -> None:
     for name in config.stages:
         settings = config.stage(name)
         end_token_id(settings.template, tokenizer)
-        steps_in_stage(config, name)
+        steps_in_stage(config, name, tokenizer, str(workdir / name))
         assign_groups(abstract_params(config.model_for(name)), settings.groups)
 
 
@@ -118,5 +118,7 @@ def _recipe(raw: dict[str, Any]) -> dict[str, str]:
     """What decides a run's numbers, as {"finetune.optimizer.lr": "0.001"}."""
     free = ("name", "stages", "training", "mesh", "evaluation")
     raw = {name: value for name, value in raw.items() if name not in free}
-    raw["data"] = {name: value for name, value in raw["data"].items() if name not in ("num_threads", "prefetch")}
+    raw["data"] = {
+        name: value for name, value in raw["data"].items() if name not in ("num_workers", "num_threads", "prefetch")
+    }
     return {path.replace("/", "."): json.dumps(value) for path, value in flatten(raw).items()}
