@@ -33,13 +33,14 @@ from etils import epath
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.config import STAGES, Config, to_dict
 from saisa_jax.config.recipe import read_recipe
-from saisa_jax.data import counts
+from saisa_jax.data.counts import fingerprint
+from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import load_image, read_image
-from saisa_jax.data.sample import DataError, Sample
+from saisa_jax.data.order import Concatenated
+from saisa_jax.data.sample import DataError
 from saisa_jax.data.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.tokenizer import load_tokenizer
@@ -57,7 +58,7 @@ class Job:
     to: str
     config: Config
     stage: str
-    samples: Sequence[Sample]
+    samples: Concatenated
     shards: int
     image_size: int | None
 
@@ -67,6 +68,9 @@ class Job:
     def account(self, number: int) -> epath.Path:
         """Says that a shard is complete, and what it holds."""
         return epath.Path(self.to) / f"shard-{number:05d}-of-{self.shards:05d}.json"
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.config, self.stage, load_tokenizer(self.config.data.tokenizer))
 
     def bounds(self, number: int) -> range:
         """The samples of a shard."""
@@ -98,9 +102,9 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
         task = progress.add_task("", total=len(job.samples))
         progress.advance(task, len(job.samples) - sum(len(job.bounds(number)) for number in missing))
         if workers < 2 or len(missing) < 2:
-            tokenizer = load_tokenizer(job.config.data.tokenizer)
+            encoder = job.encoder()
             for number in missing:
-                _make_shard(job, number, tokenizer, lambda: progress.advance(task))
+                _make_shard(job, number, encoder, lambda: progress.advance(task))
         else:
             _in_workers(job, missing, min(workers, len(missing)), lambda count: progress.advance(task, count))
     return _finish(job, plan, directory)
@@ -136,14 +140,14 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
 # --- Shards ----------------------------------------------------------------------------------------------------------
 
 
-def _make_shard(job: Job, number: int, tokenizer: PreTrainedTokenizerFast, tick: Callable[[], object]) -> None:
+def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], object]) -> None:
     """Makes one shard and its account; calls `tick` after each sample."""
     account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: []}
 
     def records() -> Iterator[bytes]:
         for index in job.bounds(number):
             try:
-                record, tokens, images = _prepare_sample(job, index, tokenizer)
+                record, tokens, images = _prepare_sample(job, index, encoder)
             except DataError as error:
                 if not error.sample_id:  # the recipe is wrong, not the sample
                     raise
@@ -160,16 +164,16 @@ def _make_shard(job: Job, number: int, tokenizer: PreTrainedTokenizerFast, tick:
     write_text(job.account(number), json.dumps(account))
 
 
-def _prepare_sample(job: Job, index: int, tokenizer: PreTrainedTokenizerFast) -> tuple[bytes, int, int]:
+def _prepare_sample(job: Job, index: int, encoder: Encoder) -> tuple[bytes, int, int]:
     """One sample's record, its text tokens and its images; DataError if it cannot be trained on."""
     sample = job.samples[index]
-    tokens, images = counts.count([sample], job.config, job.stage, tokenizer)
+    encoded = encoder.whole(sample)
     files = [read_image(image, sample.id) for image in sample.images]
     for number, data in enumerate(files):
         image = load_image(data, sample.id)
         if job.image_size is not None:
             files[number] = shrunk(image, data, job.image_size, job.config.model.vision.image_mode)
-    return encode_record(sample, files), int(tokens[0]), int(images[0])
+    return encode_record(sample, files), len(encoded.tokens), len(files)
 
 
 def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
@@ -229,7 +233,7 @@ _worker: dict[str, Any] = {}  # what a worker process was started with
 def _start_worker(job: Job, stop: Any, counter: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which then says `stop`
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker.update(job=job, stop=stop, counter=counter, tokenizer=load_tokenizer(job.config.data.tokenizer))
+    _worker.update(job=job, stop=stop, counter=counter, encoder=job.encoder())
 
 
 def _leave_with_parent() -> None:
@@ -250,26 +254,10 @@ def _work(number: int) -> None:
             raise _Stopped
 
     if not stop.is_set():
-        _make_shard(_worker["job"], number, _worker["tokenizer"], tick)
+        _make_shard(_worker["job"], number, _worker["encoder"], tick)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
-
-
-class Joined(Sequence[Sample]):
-    """Several sources, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
-        self.parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        index = range(len(self))[index]
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[part][index - int(self._ends[part]) + len(self.parts[part])]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -328,7 +316,7 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
             f"{args.stage}.{args.split} have different weights, which training applies: prepare them one by one with "
             "--source=0, --source=1, ... and give each set its weight"
         )
-    samples = Joined([open_source(source) for source in listed])
+    samples = Concatenated([open_source(source) for source in listed])
     shards = args.shards or -(-len(samples) // SAMPLES_PER_SHARD)
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")
@@ -337,7 +325,7 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
         "sources": [to_dict(source) for source in listed],
         "samples": len(samples),
         "stage": args.stage,
-        "fingerprint": counts.fingerprint(config, args.stage, load_tokenizer(config.data.tokenizer)),
+        "fingerprint": fingerprint(config, args.stage, load_tokenizer(config.data.tokenizer)),
         "shards": shards,
         "image_size": args.image_size,
         "image_mode": config.model.vision.image_mode if args.image_size else None,

@@ -11,7 +11,9 @@ import pytest
 from saisa_jax.data.json_records import JsonRecords
 from saisa_jax.data.sample import DataError
 
-RECORDS = [{"id": i, "text": text} for i, text in enumerate(["a", "é", "日本語", "🙂 \ud83d\ude42", "\u2028", '"[{,\\'])]
+RECORDS = [
+    {"id": i, "text": text} for i, text in enumerate(["a", "é", "日本語", "🙂 \ud83d\ude42", "\u2028", '"[{,\\'])
+]
 RECORDS = json.loads(json.dumps(RECORDS))
 
 
