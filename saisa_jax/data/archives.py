@@ -17,30 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from saisa_jax.data.sample import DataError, ImageSource
+from saisa_jax.data.sample import DataError
 
 MAX_FILE = 2**30  # bytes; no image is larger
 ZIP_MAGIC = b"PK\x03\x04"
 ZIP_HEADER = 30  # bytes of a member's own header in front of its name
 
 
-class ImageStore(Protocol):
-    """Where images lie."""
-
-    def find(self, name: str, sample_id: str) -> ImageSource:
-        """The image of a name that a sample gave. Nothing of it is read yet.
-
-        Raises:
-          DataError: the name leads out of the store, or is not in it.
-        """
-        ...
-
-
-def open_images(path: str | os.PathLike[str]) -> ImageStore:
+def open_images(path: str | os.PathLike[str]) -> ImageFolder | Archive:
     """A folder, .zip or .tar of images.
 
     Raises:
@@ -81,6 +69,7 @@ class ImageFolder:
         self.root = os.path.realpath(root)
 
     def find(self, name: str, sample_id: str) -> str:
+        """The path of an image; DataError if the name leads out of the folder."""
         path = os.path.join(self.root, checked_name(name, sample_id))
         if not os.path.realpath(path).startswith(self.root.rstrip("/") + "/"):
             raise DataError(
@@ -116,6 +105,7 @@ class Archive:
         self._lock, self._file = threading.Lock(), -1
 
     def find(self, name: str, sample_id: str) -> ArchivedImage:
+        """An image of the archive, of which nothing is read yet; DataError if there is none of that name."""
         clean = checked_name(name, sample_id)
         key = _key(clean)
         place = int(np.searchsorted(self._members["key"], np.uint64(key), side="right")) - 1  # of two alike the last

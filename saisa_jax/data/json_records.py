@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _BOM = "\ufeff".encode().decode("latin-1")
 
 
-class JsonRecords(Sequence[Any]):
+class JsonRecords:
     """Parsed records by index; safe to share among threads, small when pickled (16 bytes for each record)."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -50,7 +50,7 @@ class JsonRecords(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Any:
         """Raises DataError if the file has changed since it was opened, or the record's text is not UTF-8."""
         start, stop = (int(bound) for bound in self.bounds[index])
         self._open()

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.archives import ImageStore, open_images
+from saisa_jax.data.archives import open_images
 from saisa_jax.data.conversation import IMAGE
 from saisa_jax.data.json_records import JsonRecords
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample, Turn
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, ImageSource, Sample, Turn
 
 SYSTEM = "system"
 ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT, "system": SYSTEM}
@@ -31,7 +31,7 @@ _TRAILING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE)})+\s*$")
 Dialogue = tuple[list[tuple[str, str]], list[str]]
 
 
-class JsonConversations(Sequence[Sample]):
+class JsonConversations:
     """Samples from a .json or .jsonl file and the images that they name."""
 
     def __init__(self, config: SourceConfig) -> None:
@@ -41,13 +41,13 @@ class JsonConversations(Sequence[Sample]):
           DataError: file or images are not there, or the file is cut or malformed.
         """
         self.records = JsonRecords(config.path)
-        self.images: ImageStore = open_images(config.images or Path(config.path).parent)
+        self.images = open_images(config.images or Path(config.path).parent)
         self.form = config.format
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample:
         """Raises DataError with the sample's id if it is none of the form."""
         index = range(len(self))[index]
         record, name = self.records[index], self.records.name(index)
@@ -60,7 +60,7 @@ class JsonConversations(Sequence[Sample]):
         return make_sample(sample_id, turns, tuple(self.images.find(name, sample_id) for name in names))
 
 
-def make_sample(sample_id: str, said: Sequence[tuple[str, str]], images: tuple[Any, ...]) -> Sample:
+def make_sample(sample_id: str, said: Sequence[tuple[str, str]], images: Sequence[ImageSource]) -> Sample:
     """A sample of what was said, in (role, text) pairs, after the checks that all forms share.
 
     The system's words, if any, come first. Text after which a user's turn ends in images gets them in front, as LLaVA
@@ -90,16 +90,23 @@ def make_sample(sample_id: str, said: Sequence[tuple[str, str]], images: tuple[A
             "the images first",
             sample_id,
         )
-    turns = tuple(Turn(role, _images_first(text) if role == USER else text) for role, text in said)
-    return Sample(sample_id, turns, images, system=system)
+    turns: list[Turn] = []
+    placed: list[ImageSource] = []
+    for role, text in said:
+        text, moved = _images_first(text) if role == USER else (text, 0)
+        its = list(images[len(placed) : len(placed) + text.count(IMAGE)])
+        placed += its[len(its) - moved :] + its[: len(its) - moved]
+        turns.append(Turn(role, text))
+    return Sample(sample_id, tuple(turns), tuple(placed or images), system=system)
 
 
-def _images_first(text: str) -> str:
-    """A user's text, the images at its end moved to its front."""
+def _images_first(text: str) -> tuple[str, int]:
+    """A user's text with the images at its end moved to its front, and how many those are."""
     found = _TRAILING_IMAGES.search(text)
     if found is None or found.start() == 0:
-        return text
-    return f"{IMAGE}\n" * found.group().count(IMAGE) + text[: found.start()].strip()
+        return text, 0
+    count = found.group().count(IMAGE)
+    return f"{IMAGE}\n" * count + text[: found.start()].strip(), count
 
 
 # --- The forms -------------------------------------------------------------------------------------------------------

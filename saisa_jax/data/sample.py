@@ -58,3 +58,14 @@ class Sample:
     # leave some out.
     independent_turns: bool = False
     system: str | None = None  # the conversation's own system prompt; None: the run's, or the template's
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A source's samples by number. None is read before it is asked for; threads share it; pickled, it is small."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Raises DataError if this one cannot be used."""
+        ...

@@ -92,7 +92,7 @@ class Index:
         return index
 
 
-class ShardedSamples(Sequence[Sample]):
+class ShardedSamples:
     """The samples of a prepared directory; safe to share among threads. Pickled it is its path, and opens again."""
 
     def __init__(self, config: SourceConfig) -> None:
@@ -117,7 +117,7 @@ class ShardedSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.contents.tokens)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample:
         """Raises DataError if the record is damaged."""
         index = range(len(self))[index]
         number = int(np.searchsorted(self._ends, index, side="right"))

@@ -19,7 +19,7 @@ from saisa_jax.data.llava import make_sample
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample
 
 
-class TfdsSamples(Sequence[Sample]):
+class TfdsSamples:
     """Samples of one split; safe to share among threads. Pickled it is its configuration, and opens again."""
 
     def __init__(self, config: SourceConfig) -> None:
@@ -44,7 +44,7 @@ class TfdsSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample:
         """Raises DataError with the sample's id if the example cannot be read or says nothing."""
         index = range(len(self))[index]
         sample_id = f"{self.config.name}/{self.config.split}:{index}"
