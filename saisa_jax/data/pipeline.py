@@ -34,7 +34,7 @@ from saisa_jax.data.images import ImageLoader, augment
 from saisa_jax.data.order import Concatenated, Order
 from saisa_jax.data.packing import Example, pack_rows
 from saisa_jax.data.plan import Plan, group, one_each, pack
-from saisa_jax.data.sample import DataError, Sample, TooLongError
+from saisa_jax.data.sample import DataError, Sample, Samples, TooLongError
 from saisa_jax.data.sources import open_source
 
 _ENDLESS = 2**40  # rows
@@ -398,7 +398,7 @@ def stage_counts(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast)
 
 
 def _counted(
-    opened: Sequence[Sequence[Sample]],
+    opened: Sequence[Samples],
     sources: Sequence[SourceConfig],
     config: Config,
     stage: str,
@@ -415,7 +415,7 @@ def _counted(
 
 
 def _counts_of(
-    samples: Sequence[Sample],
+    samples: Samples,
     source: SourceConfig,
     config: Config,
     stage: str,
