@@ -25,6 +25,7 @@ from saisa_jax.config.model import (
 )
 from saisa_jax.config.run import Config
 from saisa_jax.config.training import (
+    ON_NAN,
     PROJECTOR_PATTERN,
     SCHEDULES,
     STAGES,
@@ -49,6 +50,7 @@ __all__ = [
     "ENCODERS",
     "FORMATS",
     "IMAGE_MODES",
+    "ON_NAN",
     "PROJECTOR_PATTERN",
     "REMAT_POLICIES",
     "ROPE_SCALINGS",
