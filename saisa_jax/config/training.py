@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 from saisa_jax.config.data import SourceConfig
-from saisa_jax.config.model import SHARINGS
+from saisa_jax.config.model import SHARINGS, LoraConfig
 
 STAGES = ("pretrain", "finetune")  # in this order
 SCHEDULES = ("cosine", "linear", "constant")
@@ -60,6 +60,7 @@ class OptimizerConfig:
 
 VISION_PATTERN = r"vision/.*"
 PROJECTOR_PATTERN = r"(layers/)?visual_proj/.*"
+ADAPTER_PATTERN = r".*_lora_[ab]"
 
 Groups = tuple[tuple[str, GroupConfig], ...]
 
@@ -73,6 +74,11 @@ TRAIN_ALL_BUT_VISION: Groups = (  # stage 2
     (r".*", GroupConfig()),
 )
 TRAIN_ALL: Groups = ((r".*", GroupConfig()),)
+TRAIN_ADAPTERS: Groups = (  # stage 2 with `lora`; LLaVA's rates are 2e-4 and 2e-5
+    (ADAPTER_PATTERN, GroupConfig()),
+    (PROJECTOR_PATTERN, GroupConfig(lr_scale=0.1)),
+    (r".*", GroupConfig(frozen=True, dtype="bfloat16")),
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class StageConfig:
     # Who trains: the first row whose regex matches the whole path of a parameter gives its group; a parameter that
     # no row matches is an error.
     groups: Groups = TRAIN_ALL_BUT_VISION
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with groups=TRAIN_ADAPTERS
 
     def __post_init__(self) -> None:
         choice("sharing", self.sharing, SHARINGS)

@@ -22,14 +22,15 @@ from saisa_jax.data.pipeline import eval_batches, steps_in_stage, train_iterator
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
+from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
-from saisa_jax.training.optimizer import make_optimizer, merge, split
+from saisa_jax.training.optimizer import flatten, make_optimizer, merge, split
 from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
 from saisa_jax.training.skipped import SkippedSteps
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
-from saisa_jax.training.state import TrainState, create_state, state_shardings
+from saisa_jax.training.state import TrainState, create_state, param_shardings, state_shardings
 from saisa_jax.training.step import make_train_step
 
 
@@ -75,7 +76,7 @@ class Stage:
     def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.settings, self.model = config.stage(name), config.model_for(name)
+        self.settings, self.model = config.stage(name), config.trained_model(name)
         self.steps = steps_in_stage(config, name)
         self.mesh = parallel.make_mesh(config.mesh)
         self.rules = parallel.make_rules(self.model, self.mesh)
@@ -94,7 +95,8 @@ class Stage:
         make_params, argument, self.source = starting_params(config, name, workdir, tokenizer)
         with parallel.use(self.mesh, self.rules):
             self.state = create_state(make_params, argument, groups, self.optimizer, self.shardings)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))
+        params = flatten(merge(self.state.trainable, self.state.frozen))
+        self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
 
     def run(self, stop: StopSignal) -> bool:
@@ -183,6 +185,12 @@ class Stage:
                     return False
         return True
 
+    def _merged(self, params: Any) -> Any:
+        """The parameters with their adapters merged into them, where the plain model's live."""
+        shardings = param_shardings(self.config.model_for(self.name), self.mesh, self.rules)
+        merged = functools.partial(merge_adapters, config=self.model.lora)
+        return jax.jit(merged, out_shardings=shardings)(params)
+
     def _held_out(self) -> HeldOut | None:
         habits = self.config.training
         if not habits.eval_every or not self.settings.validation:
@@ -248,6 +256,9 @@ class Stage:
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2))
         # Last: a stage is finished when its model is there.
         params = merge(self.state.trainable, self.state.frozen)
+        if self.model.lora.rank:
+            save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
+            params = self._merged(params)
         final = model_directory(self.directory.parent, self.name)
         attach = None if self.source == "random" else copy_sidecar(self.source)
         save_model(final, params, self.config, self.tokenizer, summary, attach)

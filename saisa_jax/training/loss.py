@@ -21,7 +21,8 @@ def cross_entropy(logits: Float[Array, "B T W"], targets: Int[Array, "B T"], wei
     """
     logits = logits.astype(jnp.float32)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A sum over the one that is chosen: its gradient is no scatter, and a sharded vocabulary is not gathered.
+    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0.0), axis=-1)
     # `where` before the product: a token without weight may have any target.
     nll = jnp.where(weights > 0, normalizer - chosen, 0.0)
     return jnp.sum(weights * nll), jnp.sum(weights)

@@ -99,7 +99,7 @@ def _accumulate(gradient_of: Callable[[Batch], Any], batch: Batch, parts: int, s
     return jax.lax.scan(add, (sums, gradients), micro_batches)[0]
 
 
-def micro_batches_of(batch: Batch, parts: int) -> Batch:
+def micro_batches_of(batch: Any, parts: int) -> Any:
     """[B, ...] -> [parts, B / parts, ...]: row i goes to part i mod parts.
 
     So every device, which holds neighbouring rows, has as many of each part, and no row moves to another device.

@@ -12,10 +12,12 @@ import pytest
 from saisa_jax import parallel
 from saisa_jax.batch import empty_batch
 from saisa_jax.config import (
+    TRAIN_ADAPTERS,
     TRAIN_ALL,
     TRAIN_PROJECTOR,
     GroupConfig,
     Groups,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -46,26 +48,22 @@ def batch_of(config: ModelConfig = TINY):
 
 
 class Training:
-    """A state, its step and its mesh."""
+    """A state and its compiled step on a mesh."""
 
-    def __init__(self, config=TINY, groups=TRAIN_ALL, optimizer=None, sizes=(1, 1, 1), **options):
+    def __init__(self, sizes=(1, 1, 1), optimizer: Optimizer | None = None, **options):
         self.mesh = parallel.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-        self.rules = parallel.make_rules(config, self.mesh)
-        params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
-        optimizer = optimizer or make_optimizer(ADAMW, groups, split(params, groups)[0], 10)
-        shardings = state_shardings(config, groups, optimizer, self.mesh, self.rules)
+        self.rules = parallel.make_rules(TINY, self.mesh)
+        params = jax.tree.map(np.asarray, init_params(TINY, jax.random.key(0)))
+        optimizer = optimizer or make_optimizer(ADAMW, TRAIN_ALL, params, 10)
+        shardings = state_shardings(TINY, TRAIN_ALL, optimizer, self.mesh, self.rules)
         with parallel.use(self.mesh, self.rules):
-            self.state = create_state(lambda params: params, params, groups, optimizer, shardings)
-        self.step = make_train_step(config, optimizer, shardings, **options)
+            self.state = create_state(lambda params: params, params, TRAIN_ALL, optimizer, shardings)
+            step = make_train_step(TINY, optimizer, shardings, **options)
+            self.step = step.lower(self.state, parallel.to_device(batch_of(), self.mesh)).compile()
 
     def __call__(self, batch):
-        with parallel.use(self.mesh, self.rules):
-            self.state, metrics = self.step(self.state, parallel.to_device(batch, self.mesh))
+        self.state, metrics = self.step(self.state, parallel.to_device(batch, self.mesh))
         return {name: float(value) for name, value in metrics.items()}
-
-    def compiled(self, batch) -> str:
-        with parallel.use(self.mesh, self.rules):
-            return self.step.lower(self.state, parallel.to_device(batch, self.mesh)).compile().as_text()
 
     def params(self):
         return {path: np.asarray(leaf) for path, leaf in flatten(self.state.trainable).items()}
@@ -73,34 +71,40 @@ class Training:
 
 # --- Accumulation ----------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(("parts", "sizes"), [(2, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 2, 2))])
-def test_accumulated_is_one_batch(parts, sizes):
-    whole = Training(optimizer=DESCENT)
-    split_up = Training(optimizer=DESCENT, sizes=sizes, accumulation=parts, loss_chunk=4)
-    expected, got = whole(batch_of()), split_up(batch_of())
-    assert got == pytest.approx(expected, abs=1e-6, rel=1e-6)
-    for path, leaf in whole.params().items():
-        np.testing.assert_allclose(split_up.params()[path], leaf, atol=1e-6, err_msg=path)
+# Types of what devices send one another.
+SENT = re.compile(r"= (\S+) (?:all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)")
 
 
-COLLECTIVE = re.compile(r"= (\S+) (?:all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)")
+@pytest.fixture(scope="module")
+def whole():
+    """Metrics and parameters after a step on the whole batch."""
+    training = Training(optimizer=DESCENT)
+    return training(batch_of()), training.params()
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(4, (1, 1, 1)), (2, (2, 2, 2))])
+def test_accumulated_is_one_batch(whole, parts, sizes):
+    expected, params = whole
+    training = Training(sizes, DESCENT, accumulation=parts, loss_chunk=4)
+    assert training(batch_of()) == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    for path, leaf in training.params().items():
+        np.testing.assert_allclose(leaf, params[path], atol=1e-6, err_msg=path)
+    # Devices send one another parameters, gradients and activations, but no images: they are uint8.
+    sent = SENT.findall(training.step.as_text())
+    assert bool(sent) == (sizes != (1, 1, 1)) and not [kind for kind in sent if "u8" in kind]
 
 
 @pytest.mark.multi_device
 def test_micro_batches_move_no_row_to_another_device():
-    training = Training(optimizer=DESCENT, sizes=(4, 2, 1), accumulation=1)
-    batch = jax.tree.map(lambda x: np.concatenate([x] * 4), batch_of())
-    with parallel.use(training.mesh, training.rules):
-        placed = parallel.to_device(batch, training.mesh)
-        parts = jax.jit(lambda batch: micro_batches_of(batch, 2))
-        assert not COLLECTIVE.search(parts.lower(placed).compile().as_text())
+    mesh = parallel.make_mesh(MeshConfig(4, 2, 1))
+    images = np.arange(32 * 2 * 3, dtype=np.uint8).reshape(32, 2, 3)
+    with parallel.use(mesh, parallel.make_rules(TINY, mesh)):
+        placed = parallel.to_device(images, mesh)
+        parts = jax.jit(lambda x: micro_batches_of(x, 2)).lower(placed).compile()
+        assert not SENT.search(parts.as_text())
         micro = parts(placed)
-    np.testing.assert_array_equal(micro["images"][1], batch["images"][1::2])
-    assert micro["images"].sharding.spec[:2] == (None, parallel.BATCH_AXES)
-    # Nor in the step as a whole: what it sends are products of images, never images.
-    sent = COLLECTIVE.findall(Training(optimizer=DESCENT, sizes=(2, 2, 2), accumulation=2).compiled(batch_of()))
-    assert sent and not [shape for shape in sent if shape.startswith(("u8", "(u8", "s32[8,2,32", "f32[8,2,32,32"))]
+    np.testing.assert_array_equal(micro[1], images[1::2])
+    assert micro.sharding.spec[:2] == (None, parallel.BATCH_AXES)
 
 
 # --- Steps that are not finite ---------------------------------------------------------------------------------------
@@ -109,19 +113,26 @@ def test_micro_batches_move_no_row_to_another_device():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():
     bad = batch_of()
     bad["loss_weights"][0, 0] = np.inf
-    training, undisturbed = Training(), Training()
+    training = Training()
+    start = jax.tree.map(np.asarray, training.state)
+    undisturbed = [training(batch_of()) for _ in range(2)]
+    expected = training.params()
+
+    training.state = jax.tree.map(lambda leaf, now: jax.device_put(leaf, now.sharding), start, training.state)
+    disturbed = []
     for step, batch in enumerate([batch_of(), bad, bad, batch_of()], start=1):
         before = jax.tree.map(np.asarray, (training.state.trainable, training.state.opt_state))
         metrics = training(batch)
-        assert int(training.state.step) == step
-        assert metrics["skipped"] == float(batch is bad) and np.isfinite(metrics["loss"]) == (batch is not bad)
+        assert int(training.state.step) == step and metrics["skipped"] == float(batch is bad)
         if batch is bad:
             jax.tree.map(np.testing.assert_array_equal, before, (training.state.trainable, training.state.opt_state))
+            assert not np.isfinite(metrics["loss"])
         else:
-            assert undisturbed(batch) == metrics  # the rate among them: a skipped step is none of the schedule
-    assert metrics["lr"] == pytest.approx(ADAMW.lr / 5)
-    for path, leaf in undisturbed.params().items():
-        np.testing.assert_array_equal(training.params()[path], leaf, err_msg=path)
+            disturbed.append(metrics)
+    assert disturbed == undisturbed  # their rates among them: a skipped step is none of the schedule
+    assert disturbed[1]["lr"] == pytest.approx(ADAMW.lr / 5)
+    for path, leaf in training.params().items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
 # --- Lighter dtypes --------------------------------------------------------------------------------------------------
@@ -129,40 +140,37 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():
 
 def test_masters_and_first_moments_may_be_lighter_and_second_moments_are_float32():
     groups: Groups = (("layers/mlp/.*", GroupConfig(dtype="bfloat16")), (".*", GroupConfig()))
-    light = dataclasses.replace(ADAMW, first_moment_dtype="bfloat16")
-    training = Training(groups=groups, optimizer=make_optimizer(light, groups, split(abstract(TINY), groups)[0], 10))
-    kinds = jax.tree.map(lambda leaf: leaf.dtype, training.state)
-    training(batch_of())
-    assert jax.tree.map(lambda leaf: leaf.dtype, training.state) == kinds  # the same program serves every step
-    adam = training.state.opt_state[1]
+    settings = dataclasses.replace(ADAMW, first_moment_dtype="bfloat16")
+    state, step, batch = abstract_step(TINY, groups, 8, 9, settings)
+    adam = state.opt_state[1]
     path = "layers/mlp/up_proj/kernel"
-    got = [str(flatten(tree)[path].dtype) for tree in (training.state.trainable, adam.mu, adam.nu)]
-    assert got == ["bfloat16", "bfloat16", "float32"]
-
-
-def abstract(config: ModelConfig):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_params(config))
+    kinds = [flatten(tree)[path].dtype for tree in (state.trainable, adam.mu, adam.nu)]
+    assert kinds == ["bfloat16", "bfloat16", "float32"]
+    after, _ = jax.eval_shape(step, state, batch)
+    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    assert dtypes(after) == dtypes(state)  # one program serves every step
 
 
 # --- What runs backward ----------------------------------------------------------------------------------------------
 
 
-def program_of(config: ModelConfig, groups: Groups, rows: int, text: int, **options):
-    """The step's jaxpr; nothing is computed, also not at 7B."""
+def abstract_step(config: ModelConfig, groups: Groups, rows: int, text: int, settings=ADAMW, **options):
+    """(state, step, batch), nothing of which takes memory, also not at 7B."""
     params = abstract_params(config)
     trainable, _ = jax.eval_shape(lambda params: split(params, groups), params)
-    optimizer = make_optimizer(ADAMW, groups, trainable, 10)
+    optimizer = make_optimizer(settings, groups, trainable, 10)
     mesh = parallel.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     shardings = state_shardings(config, groups, optimizer, mesh, parallel.make_rules(config, mesh))
     state = jax.eval_shape(lambda params: make_state(params, groups, optimizer), params)
     batch = empty_batch(rows, text, 1, config.vision.image_size)
-    return jax.make_jaxpr(make_train_step(config, optimizer, shardings, **options))(state, batch).jaxpr
+    return state, make_train_step(config, optimizer, shardings, **options), batch
 
 
 def test_stage_1_at_7b_runs_backward_through_activations_alone():
     shared = ProjectorConfig(sharing="shared")
     config = presets.make("vicuna-7b", "clip-vit-l-336", "saisa", projector=shared)
-    program = program_of(config, TRAIN_PROJECTOR, 2, 1024, loss_chunk=256)
+    state, step, batch = abstract_step(config, TRAIN_PROJECTOR, 2, 1024, loss_chunk=256)
+    program = jax.make_jaxpr(step)(state, batch).jaxpr
     head = 2 * flops.prefill(config, 1024, head_rows=1024).head  # made once more in the backward pass
     counted, formula = products_in(program), flops.train_step(config, TRAIN_PROJECTOR, 2, 1024)
     assert counted == formula + head
@@ -173,3 +181,9 @@ def test_stage_1_at_7b_runs_backward_through_activations_alone():
     assert (2, 1024, wide) in makes
     assert not {(wide, width), (width, wide), (1024, 4096), (width, 32000), (32000, width)} & set(makes)
     assert not [eqn for eqn, _ in equations(program) if eqn.primitive.name.startswith("scatter")]
+
+
+def test_lora_runs_backward_through_no_kernel_that_it_adapts():
+    config = dataclasses.replace(TINY, lora=LoraConfig(rank=4))
+    state, step, batch = abstract_step(config, TRAIN_ADAPTERS, 2, 16)
+    assert products_in(jax.make_jaxpr(step)(state, batch).jaxpr) == flops.train_step(config, TRAIN_ADAPTERS, 2, 16)
