@@ -136,7 +136,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     tensorboard: bool = True
-    loss_chunk: int = 256  # positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all
+    loss_chunk: int = 512  # positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all
     # A loss or gradient that is not finite: stop, or leave parameters and moments as they are, write the samples into
     # skipped.jsonl, and go on.
     on_nan: str = "stop"

@@ -55,8 +55,8 @@ def chunked_cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
-    def add(sums: Any, chunk: Any) -> Any:
-        hidden, targets, weights = chunk
+    def add(sums: Any, piece: Any) -> Any:
+        hidden, targets, weights = piece
         return jax.tree.map(jnp.add, sums, cross_entropy(head(hidden), targets, weights)), None
 
     # Kept for the backward pass would be the logits; they are made once more instead.

@@ -1,7 +1,9 @@
 """LoRA: who trains, what the merged model computes, and that nothing after training knows of it."""
 
 import dataclasses
+import runpy
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from saisa_jax.checkpoints import load_model, save_model
-from saisa_jax.config import PROJECTIONS, TRAIN_ADAPTERS, ConfigError, LoraConfig, MeshConfig
+from saisa_jax.config import PROJECTIONS, TRAIN_ADAPTERS, Config, ConfigError, LoraConfig, MeshConfig, from_config_dict
 from saisa_jax.convert.export import export_checkpoint
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
@@ -25,6 +27,9 @@ from saisa_jax.training.start import check_stages, starting_params
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 TOKENIZER = load_tokenizer("easy_vqa")
+
+
+TRAIN = TRAIN_ADAPTERS[0][1]
 
 
 def config_of(start, **changes):
@@ -72,13 +77,13 @@ def test_adapters_and_projectors_train_and_nothing_else(run):
 def test_merged_is_unmerged(run):
     start, directory = run
     adapted = config_of(start).trained_model("finetune")
-    frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), load_model(start)[0])
-    unmerged = merge(load_model(directory / "adapter")[0], frozen)
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), load_model(start)[0])
+    unmerged = merge(base, load_model(directory / "adapter")[0])
     merged = load_model(directory / "model")[0]
     expected = logits_of(adapted, unmerged)
     np.testing.assert_allclose(logits_of(dataclasses.replace(adapted, lora=LoraConfig()), merged), expected, atol=1e-5)
     without = dataclasses.replace(adapted, lora=LoraConfig())
-    assert float(jnp.abs(logits_of(without, frozen) - expected)[..., :100].max()) > 1e-3  # and it has learnt something
+    assert float(jnp.abs(logits_of(without, base) - expected)[..., :100].max()) > 1e-3  # and it has learnt something
 
 
 def test_a_run_starts_from_a_lora_run_where_it_left_off(run):
@@ -109,11 +114,24 @@ def test_the_merged_model_is_exported_as_any_other(run, tmp_path):
     np.testing.assert_array_equal(exported, params_in(directory / "model")["layers/mlp/up_proj/kernel"][1].T)
 
 
+def test_the_recipe_starts_from_a_finished_model_with_llavas_settings(run):
+    start, _ = run
+    get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "finetune_lora.py"))["get_config"]
+    config = from_config_dict(Config, get_config(str(start)))
+    assert config.init_from == str(start) and config.stages == ("finetune",)
+    assert config.finetune.lora == LoraConfig(rank=128, alpha=256.0) and config.finetune.optimizer.lr == 2e-4
+    assert [group.lr_scale for _, group in config.finetune.groups if not group.frozen] == [1.0, 0.1]
+    check_stages(config, TOKENIZER)
+
+
 def test_bfloat16_activations_stay_bfloat16():
     model = dataclasses.replace(tiny_config().model, lora=LORA, dtype="bfloat16")
     batch = make_batch(model, [[5, IMAGE, 6, 7, 8]])
     hidden = lambda params: Saisa(model).apply({"params": params}, batch, method=Saisa.hidden)[0]  # noqa: E731
     assert jax.eval_shape(hidden, abstract_params(model)).dtype == jnp.bfloat16
+    # Held-out answers come from the unmerged model.
+    prefill = lambda params: Saisa(model).apply({"params": params}, batch, 2, method=Saisa.prefill)[1]  # noqa: E731
+    assert jax.eval_shape(prefill, abstract_params(model)).k.dtype == jnp.bfloat16
 
 
 def test_what_cannot_run_is_an_error(monkeypatch):
@@ -128,9 +146,6 @@ def test_what_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ConfigError, match="LoRA needs qwix: pip install qwix"):
         abstract_params(config.trained_model("finetune"))
-
-
-TRAIN = TRAIN_ADAPTERS[0][1]
 
 
 def test_flops_count_the_thin_products():

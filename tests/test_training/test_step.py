@@ -12,6 +12,7 @@ import pytest
 from saisa_jax import parallel
 from saisa_jax.batch import empty_batch
 from saisa_jax.config import (
+    REMAT_POLICIES,
     TRAIN_ADAPTERS,
     TRAIN_ALL,
     TRAIN_PROJECTOR,
@@ -24,7 +25,7 @@ from saisa_jax.config import (
     ProjectorConfig,
 )
 from saisa_jax.models import flops, presets
-from saisa_jax.models.saisa import abstract_params, init_params
+from saisa_jax.models.saisa import Saisa, abstract_params, init_params
 from saisa_jax.testing.batches import make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.programs import equations, products_in
@@ -149,6 +150,29 @@ def test_masters_and_first_moments_may_be_lighter_and_second_moments_are_float32
     after, _ = jax.eval_shape(step, state, batch)
     dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]  # noqa: E731
     assert dtypes(after) == dtypes(state)  # one program serves every step
+
+
+# --- Rematerialisation -----------------------------------------------------------------------------------------------
+
+
+def test_every_remat_policy_gives_the_same_gradients_and_keeps_what_it_says():
+    batch = batch_of()
+    params = jax.tree.map(np.asarray, init_params(TINY, jax.random.key(0)))
+
+    def gradient(policy):
+        model = Saisa(dataclasses.replace(TINY, remat_policy=policy))
+        hidden = lambda layers: model.apply({"params": params | {"layers": layers}}, batch, method=Saisa.hidden)[0]  # noqa: E731
+        return jax.grad(lambda layers: jnp.sum(hidden(layers) ** 2))
+
+    expected = jax.jit(gradient("none"))(params["layers"])
+    products = {}
+    for policy in REMAT_POLICIES:
+        program = jax.make_jaxpr(gradient(policy))(params["layers"]).jaxpr
+        products[policy] = products_in(program)
+        got = jax.jit(gradient(policy))(params["layers"])
+        for path, leaf in flatten(got).items():
+            np.testing.assert_allclose(leaf, flatten(expected)[path], atol=1e-5, rtol=1e-5, err_msg=path)
+    assert products["none"] == products["dots"] < products["dots_no_batch"] < products["full"]
 
 
 # --- What runs backward ----------------------------------------------------------------------------------------------
