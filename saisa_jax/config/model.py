@@ -14,7 +14,7 @@ from saisa_jax.config.checks import DTYPES, check, choice, positive
 ALIGNMENTS = ("saisa", "naavit", "llava")
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
-ATTENTION_IMPLS = ("xla",)
+ATTENTION_IMPLS = ("xla", "flash", "cudnn")
 ENCODERS = ("vit", "convnext")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
@@ -189,7 +189,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat_policy: str = "none"
     scan_layers: bool = True  # False: the same scan, unrolled
-    attention_impl: str = "xla"
+    attention_impl: str = "xla"  # of training: xla anywhere, flash on TPUs, cudnn on GPUs (models/attention.py)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
