@@ -4,8 +4,8 @@
     flash   TPU: our own kernel (`attention_tpu.py`); neither scores nor masks in memory
     cudnn   NVIDIA GPU: cuDNN's fused attention (`attention_gpu.py`); 16-bit, and no scores in memory
 
-`model.attention_impl` chooses for whole sequences: training, held-out losses. Generation always uses `xla`: it asks with
-a handful of queries. An implementation that cannot serve what it is given is an error; there is no silent fallback.
+`model.attention_impl` chooses for whole sequences: training and held-out losses. Generation asks with a handful of
+queries and always uses `xla`. An implementation that cannot serve what it is given is an error, no silent fallback.
 
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim.
 """

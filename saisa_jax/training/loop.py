@@ -78,6 +78,7 @@ class Stage:
         self.steps = steps_in_stage(config, name)
         self.mesh = parallel.make_mesh(config.mesh)
         self.rules = parallel.make_rules(self.model, self.mesh)
+        parallel.check_attention(self.model, self.mesh)
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if self.settings.batch_size % ways:
             raise ConfigError(
