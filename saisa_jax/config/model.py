@@ -15,7 +15,7 @@ from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 ALIGNMENTS = ("saisa", "naavit", "llava")
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
-ATTENTION_IMPLS = ("xla",)
+ATTENTION_IMPLS = {"xla": None, "flash": "tpu", "cudnn": "gpu"}  # models/attention.py, and what each runs on
 ENCODERS = ("vit", "convnext")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
@@ -216,7 +216,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat_policy: str = "none"
     scan_layers: bool = True  # False: the same scan, unrolled
-    attention_impl: str = "xla"
+    attention_impl: str = "xla"  # of training; generation always uses xla
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)  # of the stage that trains; see `Config.trained_model`
@@ -229,7 +229,7 @@ class ModelConfig:
             positive(f"model.{name}", getattr(self, name))
         choice("model.alignment", self.alignment, ALIGNMENTS)
         choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
-        choice("model.attention_impl", self.attention_impl, ATTENTION_IMPLS)
+        choice("model.attention_impl", self.attention_impl, tuple(ATTENTION_IMPLS))
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.param_dtype", self.param_dtype, DTYPES)
         check(

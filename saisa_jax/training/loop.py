@@ -83,6 +83,7 @@ class Stage:
         self.steps = steps_in_stage(config, name, tokenizer, self.cache)
         self.mesh = parallel.make_mesh(config.mesh)
         self.rules = parallel.make_rules(self.model, self.mesh)
+        parallel.check_attention(self.model, self.mesh)
         parts = self.settings.accumulation
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * parts
         if self.settings.batch_size % ways:
@@ -231,7 +232,7 @@ class Stage:
         """What becomes of a step that changed nothing, since its loss or gradient was not finite."""
         habits = self.config.training
         broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
-        what = f"{broken} at step {step} of {self.name}; its batch held {host.names}"
+        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(host.names)}"
         advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
         writer.write("train" if habits.on_nan == "stop" else "skipped", step, **values)
         if habits.on_nan == "stop":
