@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from saisa_jax.command_line import UserError
+
 USER = "user"
 ASSISTANT = "assistant"
 
 ImageSource = str | os.PathLike[str] | bytes  # a path, or an encoded file
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A sample, or a source of samples, that cannot be used; the message names the sample and what mends it."""
 
     def __init__(self, message: str, sample_id: str = "") -> None:

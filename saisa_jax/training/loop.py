@@ -17,26 +17,23 @@ from etils import epath
 from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
+from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import eval_batches, steps_in_stage, train_iterator
-from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
 from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
 from saisa_jax.training.optimizer import make_optimizer, make_schedule, merge, split
-from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
+from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
 from saisa_jax.training.state import TrainState, create_state, state_shardings
 from saisa_jax.training.step import make_train_step
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message names the step and its samples."""
-
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, RunLockedError, TrainingError)
 
 
 def run(config: Config, workdir: epath.Path) -> int:
