@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from saisa_jax.config import ConfigError
+from saisa_jax.command_line import UserError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
@@ -26,7 +26,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a verb; 2 if there is no such verb or its configuration cannot run."""
+    """Runs a verb; 2 and one line if there is no such verb, or if it cannot do what it is told."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         return importlib.import_module(VERBS[verb][0]).main(rest) or 0
-    except ConfigError as error:
+    except (UserError, OSError) as error:
         print(f"{verb}: {error}", file=sys.stderr)
         return 2
 

@@ -18,9 +18,9 @@ from etils import epath
 from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
+from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, train_iterator
-from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
 from saisa_jax.models.lora import is_adapter, merge_adapters
@@ -28,18 +28,15 @@ from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
 from saisa_jax.training.optimizer import flatten, make_optimizer, merge, split
-from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
+from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.skipped import SkippedSteps
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
 from saisa_jax.training.state import TrainState, create_state, param_shardings, state_shardings
 from saisa_jax.training.step import make_train_step
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message names the step and its samples."""
-
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, RunLockedError, TrainingError)
 
 
 def run(config: Config, workdir: epath.Path) -> int:
