@@ -22,13 +22,13 @@ from saisa_jax.data.pipeline import eval_batches, steps_in_stage, train_iterator
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
-from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
-from saisa_jax.training.optimizer import make_optimizer, make_schedule, merge, split
+from saisa_jax.training.optimizer import make_schedule, merge
 from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
+from saisa_jax.training.prepare import prepare
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
-from saisa_jax.training.state import TrainState, create_state, state_shardings
+from saisa_jax.training.state import TrainState, create_state
 from saisa_jax.training.step import make_train_step
 
 
@@ -74,24 +74,14 @@ class Stage:
     def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.settings, self.model = config.stage(name), config.model_for(name)
         self.steps = steps_in_stage(config, name)
-        self.mesh = parallel.make_mesh(config.mesh)
-        self.rules = parallel.make_rules(self.model, self.mesh)
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if self.settings.batch_size % ways:
-            raise ConfigError(
-                f"{name}.batch_size={self.settings.batch_size} does not divide by mesh data x fsdp = {ways}: "
-                f"set --config.{name}.batch_size to {self.settings.batch_size // ways * ways + ways}"
-            )
-        groups = self.settings.groups
-        trainable, _ = jax.eval_shape(lambda params: split(params, groups), abstract_params(self.model))
-        self.optimizer = make_optimizer(self.settings.optimizer, groups, trainable, self.steps)
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = prepare(
+            config, name, self.steps
+        )
         self.schedule = make_schedule(self.settings.optimizer, self.steps)
-        self.shardings = state_shardings(self.model, groups, self.optimizer, self.mesh, self.rules)
         make_params, argument, self.source = starting_params(config, name, workdir, tokenizer)
         with parallel.use(self.mesh, self.rules):
-            self.state = create_state(make_params, argument, groups, self.optimizer, self.shardings)
+            self.state = create_state(make_params, argument, self.settings.groups, self.optimizer, self.shardings)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))
         self.last_loss: float | None = None
 
