@@ -7,9 +7,10 @@ F mlp_dim, L num_layers, W vocab_size, C vision width, P visual tokens of an ima
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
-from saisa_jax.config.checks import DTYPES, check, choice, positive
+from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 
 ALIGNMENTS = ("saisa", "naavit", "llava")
 SHARINGS = ("shared", "per_layer")
@@ -19,6 +20,10 @@ ENCODERS = ("vit", "convnext")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_MODES = ("pad", "square", "resize")
+PROJECTIONS = (
+    *(f"layers/attn/{name}_proj" for name in "qkvo"),
+    *(f"layers/mlp/{n}_proj" for n in ("gate", "up", "down")),
+)
 
 VOCAB_MULTIPLE = 128  # The vocabulary is padded to this in the parameters; padded logits are -inf.
 
@@ -166,6 +171,28 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen projections of the decoder's layers; see `models/lora.py`."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # what the adapters put out is scaled by alpha / rank
+    targets: str = r"layers/(attn/(q|k|v|o)_proj|mlp/.*)"  # regex of whole paths: which of PROJECTIONS have one
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, f"lora.rank={self.rank} must not be negative")
+        positive("lora.alpha", self.alpha)
+        try:
+            named = self.projections
+        except re.error as error:
+            raise ConfigError(f"lora.targets={self.targets!r} is no regular expression: {error}") from error
+        check(len(named) > 0, f"lora.targets={self.targets!r} matches none of {', '.join(PROJECTIONS)}")
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return tuple(name for name in PROJECTIONS if re.fullmatch(self.targets, name))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-family decoder with a vision encoder and an alignment (paper section 3)."""
 
@@ -192,6 +219,7 @@ class ModelConfig:
     attention_impl: str = "xla"
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of the stage that trains; see `Config.trained_model`
 
     def __post_init__(self) -> None:
         for name in (

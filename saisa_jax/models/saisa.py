@@ -53,6 +53,7 @@ from saisa_jax.models.layers import (
     take_layers,
     with_scales,
 )
+from saisa_jax.models.lora import in_dtype, with_adapters
 from saisa_jax.models.naavit import KeyBlock, may_attend
 from saisa_jax.models.projector import Projector
 from saisa_jax.models.vision import VisionEncoder
@@ -105,7 +106,7 @@ class Saisa(nn.Module):
             embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
         )
         self.vision = ENCODERS[c.vision.kind](c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
-        self.block = Block(c, parent=None)
+        self.block = with_adapters(Block(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
         self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
         if not c.per_layer_projectors:
             self.visual_proj = Projector(c)
@@ -286,8 +287,9 @@ class Saisa(nn.Module):
 
     # --- The layers --------------------------------------------------------------------------------------------------
 
-    def _bind(self, params: Params, method: Any, *args: Any) -> Any:
-        params = dequantized(params, jnp.dtype(self.config.dtype))
+    def _bind(self, params: Params, method: str, *args: Any) -> Any:
+        dtype = jnp.dtype(self.config.dtype)
+        params = in_dtype(dequantized(params, dtype), dtype)
         return self.block.apply({"params": params}, *args, method=method)
 
     def _take(self, run: Run, with_projectors: bool) -> Params:
@@ -301,8 +303,8 @@ class Saisa(nn.Module):
 
     def _read_visual(self, params: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
         """One layer's keys and values of the visual stream, and the stream as the next layer finds it."""
-        kv = self._bind(params, Block.visual_kv, x)
-        return self._bind(params, Block.update_visual, x) if self.config.alignment == "naavit" else x, kv
+        kv = self._bind(params, "visual_kv", x)
+        return self._bind(params, "update_visual", x) if self.config.alignment == "naavit" else x, kv
 
     def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
         c = self.config
@@ -348,7 +350,7 @@ class Saisa(nn.Module):
                 others.append(KeyBlock(k, v, visual_mask))
             if past_kv is not None:
                 others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
-            x, kv, weights = self._bind(params, Block.__call__, x, rope, own_mask, others)
+            x, kv, weights = self._bind(params, "__call__", x, rope, own_mask, others)
             available = {"hidden": (x, stream), "attention": weights, "kv": kv}
             return (x, stream), {name: available[name] for name in capture if name in available}
 

@@ -20,7 +20,7 @@ class Prepared(NamedTuple):
 
     name: str
     settings: StageConfig
-    model: ModelConfig  # as the stage sees it
+    model: ModelConfig  # while the stage trains it
     mesh: Mesh
     rules: parallel.Rules
     optimizer: Any
@@ -53,13 +53,14 @@ def prepare(config: Config, name: str, steps: int, devices: list[Any] | None = N
     Raises:
       ConfigError: rows or dimensions that do not divide by the mesh, parameters that no group takes.
     """
-    settings, model = config.stage(name), config.model_for(name)
+    settings, model = config.stage(name), config.trained_model(name)
     mesh = parallel.make_mesh(config.mesh, devices)
     rules = parallel.make_rules(model, mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * settings.accumulation
     if settings.batch_size % ways:
         raise ConfigError(
-            f"{name}.batch_size={settings.batch_size} does not divide by mesh data x fsdp = {ways}: "
+            f"{name}.batch_size={settings.batch_size} does not divide by mesh data x fsdp x "
+            f"{name}.accumulation={settings.accumulation} = {ways}: "
             f"set --config.{name}.batch_size to {settings.batch_size // ways * ways + ways}"
         )
     trainable, _ = jax.eval_shape(lambda params: split(params, settings.groups), abstract_params(model))
