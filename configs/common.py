@@ -7,6 +7,7 @@ The data lie where LLaVA's instructions put them:
 """
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,8 +26,8 @@ from saisa_jax.config import (
 
 # Rows of a step, T text tokens and M image slots of a row. Rows are packed: with these, a step of the paper's data
 # holds about 256 samples in stage 1 and about 128 in stage 2, as the paper's do.
-PRETRAIN_ROWS = {"batch_size": 32, "text_length": 256, "max_images": 8}
-FINETUNE_ROWS = {"batch_size": 48, "text_length": 1024, "max_images": 3}
+PRETRAIN_ROWS: dict[str, Any] = {"batch_size": 32, "text_length": 256, "max_images": 8}
+FINETUNE_ROWS: dict[str, Any] = {"batch_size": 48, "text_length": 1024, "max_images": 3}
 
 CAPTIONS = SourceConfig("llava", "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")
 INSTRUCTIONS = SourceConfig("llava", "data/llava_v1_5_mix665k.json", images="data/images")

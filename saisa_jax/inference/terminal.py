@@ -34,9 +34,9 @@ class Compiling:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
+        jax.monitoring.register_event_duration_secs_listener(self._note)  # pyright: ignore
 
-    def _note(self, event: str, duration: float, **_: object) -> None:
+    def _note(self, event: str, duration: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += duration
 

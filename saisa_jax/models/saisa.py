@@ -337,7 +337,7 @@ class Saisa(nn.Module):
         if visual is not None:
             visual_mask = make_mask(places, _places(visual), c.sliding_window)
             visual_rope = rotation(visual.positions, c)
-        streaming = isinstance(visual, Rows)
+        streaming, tokens = isinstance(visual, Rows), visual.x if isinstance(visual, Rows) else None
 
         # What no layer changes is no part of the carry, which the backward pass keeps a copy of for every layer.
         carried = visual.x if isinstance(visual, Rows) and c.alignment == "naavit" else None
@@ -348,7 +348,7 @@ class Saisa(nn.Module):
             others = []
             if image is not None:  # this run of layers sees the image
                 if streaming:
-                    after, (k, v) = self._read_visual(params, visual.x if stream is None else stream)
+                    after, (k, v) = self._read_visual(params, tokens if stream is None else stream)
                     stream = None if stream is None else after
                     k = rotate_keys(k, visual_rope)
                 else:
