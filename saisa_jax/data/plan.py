@@ -6,6 +6,7 @@ number of rows is known, and a position in the data is one number.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,43 +42,60 @@ def pack(
     seed: list[int],
     window: int = WINDOW,
 ) -> Plan:
-    """First-fit, largest first, within windows of the epoch's order; then the rows are shuffled.
+    """Rows that are filled within windows of the epoch's order, and then shuffled.
 
     Args:
       tokens: of each sample, in the epoch's order; none exceeds `text_length`.
       images: likewise; none exceeds `max_images`.
       text_length: T.
       max_images: M.
-      seed: of the shuffle of rows, which parts the large rows from the small ones that were left over.
+      seed: of the shuffle of rows, without which those that were left over would stand together.
       window: samples that are packed together.
     """
     rows: list[np.ndarray] = []
     for start in range(0, len(tokens), window):
         part = slice(start, start + window)
-        found = _first_fit(tokens[part], images[part], text_length, max_images)
-        rows += [start + places for places in found]
+        found = _fill(tokens[part], images[part], text_length, max_images)
+        rows += [start + np.array(row, np.int64) for row in found]
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
-    starts = np.cumsum([0, *map(len, rows)])
-    return Plan(np.concatenate([*rows, np.zeros(0, np.int64)]).astype(np.int64), starts.astype(np.int64))
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Plan(np.concatenate([*rows, np.zeros(0, np.int64)]), starts)
 
 
-def _first_fit(tokens: np.ndarray, images: np.ndarray, text_length: int, max_images: int) -> list[np.ndarray]:
-    """Each sample into the first row that has room, those that need the largest share of a row first."""
-    size = np.maximum(tokens / text_length, images / max(max_images, 1))
-    text_left, slots_left = np.full(len(tokens), text_length), np.full(len(tokens), max_images)
-    row_of = np.empty(len(tokens), np.int64)
-    used = first = 0  # rows before `first` have no room for anything
-    for place in np.argsort(-size, kind="stable"):
-        fits = (text_left[first : used + 1] >= tokens[place]) & (slots_left[first : used + 1] >= images[place])
-        row = first + int(np.argmax(fits))
-        used = max(used, row + 1)
-        text_left[row] -= tokens[place]
-        slots_left[row] -= images[place]
-        row_of[place] = row
-        while first < used and text_left[first] == 0:
-            first += 1
-    by_row = np.argsort(row_of, kind="stable")  # within a row in the epoch's order
-    return np.split(by_row, np.flatnonzero(np.diff(row_of[by_row])) + 1) if len(tokens) else []
+def _fill(tokens: np.ndarray, images: np.ndarray, text_length: int, max_images: int) -> list[list[int]]:
+    """Rows that run out of text and of slots at the same time; each holds its samples in the epoch's order.
+
+    A row starts with the sample that needs most of a row. As long as slots are left, it takes the longest sample that
+    leaves the others an equal share of the text; then text alone. (First-fit by size alone puts long samples together
+    and short ones, so that the first rows leave slots empty and the last ones text.)
+    """
+    kinds: dict[int, list[tuple[int, int]]] = {}  # by number of images: (tokens, place), the shortest first
+    for place in np.argsort(tokens, kind="stable").tolist():
+        kinds.setdefault(int(images[place]), []).append((int(tokens[place]), place))
+    by_images = sorted(kinds, reverse=True)
+
+    def longest(kind: int, most: float, room: int) -> int | None:
+        """Where in its list the longest sample of at most `most` tokens stands, or else the shortest that fits."""
+        items = kinds[kind]
+        at = bisect.bisect_right(items, (most, len(tokens))) - 1
+        return at if at >= 0 else (0 if items and items[0][0] <= room else None)
+
+    rows: list[list[int]] = []
+    while any(kinds.values()):
+        text, slots, row = text_length, max_images, []
+        share = lambda kind: max(kinds[kind][-1][0] / text_length, kind / max(max_images, 1))  # noqa: E731
+        kind = max((kind for kind in by_images if kinds[kind]), key=share)
+        at: int | None = len(kinds[kind]) - 1
+        while at is not None:
+            count, place = kinds[kind].pop(at)
+            text, slots = text - count, slots - kind
+            row.append(place)
+            at = None
+            for kind in by_images:
+                if kind <= slots and (at := longest(kind, text * kind / slots if kind else text, text)) is not None:
+                    break
+        rows.append(sorted(row))
+    return rows
 
 
 def group(

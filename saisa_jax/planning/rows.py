@@ -30,9 +30,10 @@ from saisa_jax.models import flops
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens and images of each sample
 
 TEXT_LENGTHS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
-SLOTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+SLOTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
 SAMPLES_PER_STEP = {"pretrain": 256, "finetune": 128}  # the paper's
 SHOWN = 12
+MAX_CUT = 0.01  # shapes that cut a larger share of the text are another training, and are not shown
 ENOUGH = 4 * WINDOW  # samples that are packed, of however many: shares come out within a few tenths of a percent
 
 
@@ -46,7 +47,8 @@ class Choice:
     samples: int
     token_fill: float  # shares, 0..1
     image_fill: float
-    useful: float  # FLOPs that the samples need, of those that are executed
+    cut: float  # tokens of samples longer than a row, of all tokens
+    useful: float  # FLOPs that the samples need, as long as they are kept, of those that are executed
     flops_per_sample: float  # executed, forward and backward
 
 
@@ -92,13 +94,16 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
     chosen = np.random.default_rng(0).permutation(len(counts[0]))[:ENOUGH]
     tokens, images = counts[0][chosen], counts[1][chosen]
     settings = config.stage(stage)
-    needed = sample_flops(config, stage, (tokens, images)).sum()
     shapes = {(t, m) for t in TEXT_LENGTHS for m in SLOTS} | {(settings.text_length, settings.max_images)}
     found = []
     for text_length, max_images in sorted(shapes):
         if max_images < images.max() or not 0.5 < _balance(tokens, images, text_length, max_images) < 2:
             continue
-        plan = pack(np.minimum(tokens, text_length), images, text_length, max_images, [0])
+        kept = np.minimum(tokens, text_length)
+        cut = 1 - kept.sum() / tokens.sum()
+        if cut > MAX_CUT:
+            continue
+        plan = pack(kept, images, text_length, max_images, [0])
         executed = len(plan) * row_flops(config, stage, text_length, max_images)
         found.append(
             Choice(
@@ -106,9 +111,10 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
                 max_images,
                 len(plan),
                 len(tokens),
-                float(np.minimum(tokens, text_length).sum() / (len(plan) * text_length)),
+                float(kept.sum() / (len(plan) * text_length)),
                 float(images.sum() / (len(plan) * max_images)),
-                float(needed / executed) if tokens.max() <= text_length else float("nan"),  # a cut sample needs less
+                float(cut),
+                float(sample_flops(config, stage, (kept, images)).sum() / executed),
                 executed / len(tokens),
             )
         )
@@ -142,7 +148,9 @@ def sample_flops(config: Config, stage: str, counts: Counts) -> Float64[np.ndarr
 
 def table(choices: Sequence[Choice], samples_per_step: int) -> Table:
     """The cheapest shapes, and how many rows make a step of so many samples."""
-    shown = Table("T", "M", "samples/row", "token fill", "image fill", "useful FLOPs", "TFLOPs/sample", "rows/step")
+    shown = Table(
+        "T", "M", "samples/row", "token fill", "image fill", "cut", "useful FLOPs", "TFLOPs/sample", "rows/step"
+    )
     for choice in choices[:SHOWN]:
         per_row = choice.samples / choice.rows
         shown.add_row(
@@ -151,6 +159,7 @@ def table(choices: Sequence[Choice], samples_per_step: int) -> Table:
             f"{per_row:.2f}",
             f"{choice.token_fill:.1%}",
             f"{choice.image_fill:.1%}",
+            f"{choice.cut:.1%}",
             f"{choice.useful:.1%}",
             f"{choice.flops_per_sample / 1e12:.3f}",
             f"{samples_per_step / per_row:.1f}",
