@@ -7,13 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from saisa_jax.config import ConfigError
+from saisa_jax.command_line import UserError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
     "bench": ("saisa_jax.bench.command", "what a question about a picture costs, and what the data pipeline delivers"),
     "chat": ("saisa_jax.inference.terminal", "a conversation with a finished model about pictures"),
     "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
+    "data": ("saisa_jax.data.command", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
     "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
 }
@@ -25,7 +26,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a verb; 2 if there is no such verb or its configuration cannot run."""
+    """Runs a verb; 2 and one line if there is no such verb, or if it cannot do what it is told."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         return importlib.import_module(VERBS[verb][0]).main(rest) or 0
-    except ConfigError as error:
+    except (UserError, OSError) as error:
         print(f"{verb}: {error}", file=sys.stderr)
         return 2
 

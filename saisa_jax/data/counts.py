@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.config import Config
 from saisa_jax.data.encoder import Encoder
-from saisa_jax.data.sample import DataError, Sample
+from saisa_jax.data.sample import DataError, Samples
 from saisa_jax.data.templates import find_template
 
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
@@ -21,7 +21,7 @@ Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens 
 _SECONDS_BETWEEN_LINES = 10
 
 
-def count(samples: Sequence[Sample], config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
+def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
     """Text tokens and images of every sample, in full length; no image is opened.
 
     Returns:

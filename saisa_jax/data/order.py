@@ -13,6 +13,8 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int64
 
+from saisa_jax.data.sample import Samples
+
 
 @dataclass(frozen=True)
 class Order:
@@ -56,7 +58,7 @@ class Order:
 class Concatenated:
     """Several sources as one, by the numbers of `Order`."""
 
-    def __init__(self, sources: Sequence[Sequence]) -> None:
+    def __init__(self, sources: Sequence[Samples]) -> None:
         self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in sources])
 
