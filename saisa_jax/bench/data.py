@@ -25,7 +25,15 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, Config, ConfigError, ModelConfig, VisionConfig
+from saisa_jax.config import (
+    TRAIN_ALL_BUT_VISION,
+    TRAIN_PROJECTOR,
+    Config,
+    ConfigError,
+    ModelConfig,
+    StageConfig,
+    VisionConfig,
+)
 from saisa_jax.data import easy_vqa
 from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import load_image, prepare_image
@@ -254,6 +262,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=int, default=7, help="rounds (default 7)")
     parser.add_argument("--words", type=int, default=180, help="words of an answer (default 180)")
     parser.add_argument("--tokenizer", default="easy_vqa", help="a directory (default: the demo's)")
+    parser.add_argument("--template", default="vicuna_v1", help="that suits the tokenizer (default vicuna_v1)")
     parser.add_argument("--chip", choices=CHIP_TFLOPS, default="v5e", help="default: v5e")
     parser.add_argument("--utilisation", type=float, default=0.5, help="share of the chip's peak (default 0.5)")
     options = parser.parse_args(argv)
@@ -262,7 +271,10 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
     if not 0 < options.utilisation <= 1:
         raise ConfigError(f"--utilisation={options.utilisation} is not a share (0..1)")
-    config = Config(model=ModelConfig(vision=VisionConfig(image_size=options.size)))
+    config = Config(
+        model=ModelConfig(vision=VisionConfig(image_size=options.size)),
+        finetune=StageConfig(template=options.template),
+    )
     try:
         tokenizer = load_tokenizer(options.tokenizer)
         images = read_images(Path(options.images), options.n) if options.images else photographs(options.n)
