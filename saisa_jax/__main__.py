@@ -11,7 +11,7 @@ from saisa_jax.command_line import UserError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
-    "bench": ("saisa_jax.inference.bench", "what a second question about a picture costs, and a compilation"),
+    "bench": ("saisa_jax.bench.command", "what a question about a picture costs, and what the data pipeline delivers"),
     "chat": ("saisa_jax.inference.terminal", "a conversation with a finished model about pictures"),
     "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "data": ("saisa_jax.data.command", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),

@@ -16,12 +16,12 @@ PACKAGE = ROOT / "saisa_jax"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *ROOT.glob("configs/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 
 FORBIDDEN = {  # room -> rooms that it never reads
-    "models": {"data", "training", "inference", "evaluation", "report", "convert", "checkpoints", "parallel"},
-    "data": {"models", "training", "inference", "evaluation", "report", "convert", "checkpoints", "parallel"},
-    "training": {"evaluation", "report"},
-    "inference": {"training", "evaluation", "report"},
-    "config": {"models", "data", "training", "inference", "evaluation", "report", "convert", "batch"},
-    "batch": {"models", "data", "training", "inference", "evaluation", "report", "convert", "config"},
+    "models": {"data", "training", "inference", "evaluation", "report", "bench", "convert", "checkpoints", "parallel"},
+    "data": {"models", "training", "inference", "evaluation", "report", "bench", "convert", "checkpoints", "parallel"},
+    "training": {"evaluation", "report", "bench"},
+    "inference": {"training", "evaluation", "report", "bench"},
+    "config": {"models", "data", "training", "inference", "evaluation", "report", "bench", "convert", "batch"},
+    "batch": {"models", "data", "training", "inference", "evaluation", "report", "bench", "convert", "config"},
 }
 OPTIONAL = {"torch", "gguf", "qwix"}  # imported inside the function that needs it, with a hint how to install it
 NOT_IMPORTED = {

@@ -128,7 +128,7 @@ def test_the_command(tmp_path, capsys, options: list[str], rows: int, tokens: in
     assert f" of {tokens}, image fill" in printed and "«" in printed and "sample 'easy_vqa/" in printed
     assert "[image 1: 16 tokens at position " in printed
     assert printed.count("\nrow ") == rows
-    assert ("segment 3: " in printed) == packing
+    assert ("segment 2: " in printed) == packing
     with Image.open(out) as sheet:
         assert sheet.size == (
             inspect.GAP + (3 if packing else 1) * (inspect.TILE + inspect.GAP),

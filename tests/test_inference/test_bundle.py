@@ -189,14 +189,3 @@ def test_load_spreads_a_model_over_a_mesh_and_casts_it(alignment, tiny_bundle, p
     half = load(str(tmp_path / "model"), dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(half.params)} == {1}
-
-
-def test_the_bench(tiny_bundle, tmp_path, capsys):
-    from saisa_jax import __main__ as main
-
-    whole = tiny_bundle("saisa")
-    save_model(tmp_path / "model", whole.params, whole.config, whole.tokenizer, {"stage": "finetune"})
-    assert main.main(["bench", f"--checkpoint={tmp_path / 'model'}", "--repeat=2"]) == 0
-    out = capsys.readouterr().out
-    assert "a second one" in out and "An image's keys and values take 4 KiB" in out
-    assert main.main(["bench", "--checkpoint=nowhere"]) == 2

@@ -1,4 +1,4 @@
-"""`python -m saisa_jax bench`: what a first and a second question about a picture cost, and what a compilation costs.
+"""`python -m saisa_jax bench image`: what a first and a second question about a picture cost, and what a compilation.
 
 First and second questions alternate in one run, so that whatever else the machine does falls on both alike; the ratio
 is that of the medians.
@@ -77,8 +77,8 @@ def bench(bundle: Bundle, repeat: int, question: str = QUESTION) -> dict[str, An
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb `bench`; 2 if the model cannot be loaded."""
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench", description=__doc__)
+    """The verb `bench image`; 2 if the model cannot be loaded."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench image", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a finished model")
     parser.add_argument("--repeat", type=int, default=20, help="pairs of questions (default 20)")
     parser.add_argument("--question", default=QUESTION)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         bundle = load(flags.checkpoint)
         times = bench(bundle, flags.repeat, flags.question)
     except (CheckpointError, DataError) as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"bench image: {error}", file=sys.stderr)
         return 2
     table = Table(title=f"prefill of {bundle.config.name} ({bundle.model.alignment}), median of {flags.repeat}")
     for name in ("", "ms", "of a first question"):

@@ -1,0 +1,1 @@
+"""What parts of the program cost, measured on this machine."""

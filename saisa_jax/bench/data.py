@@ -1,0 +1,305 @@
+"""`python -m saisa_jax bench data`: how many images a second one core prepares, and what a TPU host would need.
+
+Each round does the same work three times, in turns: as the pipeline does it (decode, pad and resize, tokenise, pack);
+with PIL and transformers' CLIP processor up to the same uint8 pixels; and with them up to normalised float32 pixels, as
+LLaVA does. What is counted is the processor time of the one thread that works, so that whatever else the machine does
+falls out; the figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from saisa_jax.config import (
+    TRAIN_ALL_BUT_VISION,
+    TRAIN_PROJECTOR,
+    Config,
+    ConfigError,
+    ModelConfig,
+    StageConfig,
+    VisionConfig,
+)
+from saisa_jax.data import easy_vqa
+from saisa_jax.data.encoder import Encoder
+from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.data.packing import Example, pack_rows
+from saisa_jax.data.plan import pack
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, ImageSource, Sample, Turn
+from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.models import flops, presets
+
+STAGES: tuple[str, ...] = ("decode", "pad and resize", "tokenise", "pack")
+ROW = (1024, 4)  # text tokens and image slots of a packed row
+CORES, CHIPS = 16, 4
+CAPTION = 32  # text tokens of a sample of stage 1
+CHIP_TFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # bfloat16, of one TPU chip
+
+
+@dataclass(frozen=True)
+class Round:
+    """Processor seconds of one round."""
+
+    stages: dict[str, float]  # of the pipeline, by STAGES
+    same: float  # PIL and transformers, up to uint8
+    llava: float  # PIL and transformers, up to normalised float32
+
+    @property
+    def ours(self) -> float:
+        return sum(self.stages.values())
+
+
+class Pipeline:
+    """The pipeline's own functions, a stage after the other, in one thread."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.vision = config.model.vision
+        self.encode = Encoder(config, "finetune", tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Prepares the samples, an image each; returns the seconds of each stage."""
+        seconds = dict.fromkeys(STAGES, 0.0)
+        examples: list[Example] = []
+        for sample in samples:
+            start = time.thread_time()
+            image = load_image(sample.images[0], sample.id)
+            decoded = time.thread_time()
+            pixels = prepare_image(image, self.vision.image_size, self.vision.image_mode, self.vision.image_mean)
+            resized = time.thread_time()
+            encoded, _ = self.encode(sample)
+            tokenised = time.thread_time()
+            examples.append(Example(encoded, [pixels]))
+            for stage, taken in zip(STAGES, (decoded - start, resized - decoded, tokenised - resized), strict=False):
+                seconds[stage] += taken
+        start = time.thread_time()
+        self._pack(examples)
+        seconds["pack"] = time.thread_time() - start
+        return seconds
+
+    def _pack(self, examples: Sequence[Example]) -> None:
+        tokens = np.array([len(example.encoded.tokens) for example in examples], np.int32)
+        plan = pack(tokens, np.ones_like(tokens), *ROW, [0])
+        pack_rows([[examples[i] for i in plan[row]] for row in range(len(plan))], *ROW, self.vision.image_size)
+
+
+class Peer:
+    """The same work with PIL and transformers' CLIP processor, as LLaVA's code is written."""
+
+    def __init__(self, vision: VisionConfig, tokenizer: PreTrainedTokenizerFast, normalised: bool) -> None:
+        side = vision.image_size
+        self.processor = CLIPImageProcessorPil(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_rescale=normalised,
+            do_normalize=normalised,
+        )
+        self.color = tuple(int(255 * value) for value in vision.image_mean)
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> float:
+        """Prepares the samples; returns the seconds."""
+        start = time.thread_time()
+        pixels = [self._pixels(sample.images[0]) for sample in samples]
+        np.stack(pixels)
+        for sample in samples:
+            _ = self.tokenizer(" ".join(turn.text for turn in sample.turns)).input_ids
+        return time.thread_time() - start
+
+    def _pixels(self, source: ImageSource) -> np.ndarray:
+        assert isinstance(source, bytes), "a file's bytes"
+        image = Image.open(io.BytesIO(source)).convert("RGB")
+        long = max(image.size)
+        square = Image.new("RGB", (long, long), self.color)
+        square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+        return self.processor(square, return_tensors="np").pixel_values[0]
+
+
+def bench(config: Config, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample], repeat: int) -> list[Round]:
+    """Rounds over the same samples, after one that is not counted.
+
+    Args:
+      config: `model.vision`, the template and the system prompt count.
+      tokenizer: any.
+      samples: each with one image, as the bytes of a file.
+      repeat: rounds.
+    """
+    vision = config.model.vision
+    ours = Pipeline(config, tokenizer)
+    same, llava = Peer(vision, tokenizer, normalised=False), Peer(vision, tokenizer, normalised=True)
+    rounds: list[Round] = []
+    for number in range(repeat + 1):
+        runs: list[tuple[str, Callable]] = [("ours", ours), ("same", same), ("llava", llava)]
+        taken = {name: run(samples) for name, run in (reversed(runs) if number % 2 else runs)}
+        rounds.append(Round(taken["ours"], taken["same"], taken["llava"]))
+    return rounds[1:]
+
+
+def make_samples(images: Sequence[bytes], words: int) -> list[Sample]:
+    """A question of 20 words about each image, and an answer of `words`; no two texts are alike."""
+    rng = np.random.default_rng(0)
+    known = sorted({word for text in easy_vqa.texts() for word in text.split()})
+
+    def text(count: int) -> str:
+        return " ".join(rng.choice(known, count))
+
+    return [
+        Sample(f"bench/{n}", (Turn(USER, f"<image>\n{text(20)}"), Turn(ASSISTANT, text(words))), (image,))
+        for n, image in enumerate(images)
+    ]
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEG files of smooth noise, 640 x 480 or upright, of about the size of a photograph's (quality 90)."""
+    rng = np.random.default_rng(0)
+    files: list[bytes] = []
+    for number in range(count):
+        width, height = (640, 480) if number % 3 else (480, 640)
+        pixels = np.full((height, width, 3), 128.0)
+        for cells, strength in ((160, 50), (40, 30), (10, 18), (4, 14), (2, 13)):  # pixels of a cell of the noise
+            noise = rng.integers(0, 256, (height // cells + 1, width // cells + 1, 3), np.uint8)
+            layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+            pixels += (np.asarray(layer, np.float32) - 128) * (strength / 64)
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def read_images(directory: Path, count: int) -> list[bytes]:
+    """The first `count` files of a directory, by name; again from the start if there are fewer.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    paths = sorted(path for path in directory.glob("*") if path.is_file())[:count]
+    if not paths:
+        raise ConfigError(f"--images={directory} holds no files")
+    return [paths[n % len(paths)].read_bytes() for n in range(count)]
+
+
+# --- What is printed -------------------------------------------------------------------------------------------------
+
+
+def path_table(rounds: Sequence[Round], count: int) -> Table:
+    """Images a second of one core, the share of each stage, and the ratios to the peers."""
+
+    def median(of: Callable[[Round], float]) -> float:
+        return statistics.median(map(of, rounds))
+
+    table = Table("on one core", "ms an image", "share", "images/s", "pipeline / peer")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in STAGES:
+        share = median(lambda r, stage=stage: r.stages[stage] / r.ours)
+        table.add_row(stage, f"{1e3 * median(lambda r, stage=stage: r.stages[stage]) / count:.3f}", f"{share:.1%}")
+    table.add_section()
+    ours = median(lambda r: r.ours)
+    table.add_row("the pipeline", f"{1e3 * ours / count:.3f}", "100%", f"{count / ours:.0f}")
+    for name, seconds in (
+        ("peer, uint8", lambda r: r.same),
+        ("peer, float32", lambda r: r.llava),
+    ):
+        taken, ratio = median(seconds), median(lambda r, seconds=seconds: seconds(r) / r.ours)
+        table.add_row(name, f"{1e3 * taken / count:.3f}", "", f"{count / taken:.0f}", f"{ratio:.2f}")
+    return table
+
+
+def demand_table(text: int, images_per_second: float, chip: str, utilisation: float) -> Table:
+    """What a host of four TPU chips would read of the 7B recipe, beside what 16 cores deliver, in tokens of both kinds.
+
+    Args:
+      text: text tokens of a sample of stage 2; a sample has one image.
+      images_per_second: of a core.
+      chip: one of CHIP_TFLOPS.
+      utilisation: the share of the chips' peak that is reached.
+    """
+    table = Table("7B recipe", "text", "TFLOP", "samples/s", "tokens/s", f"{CORES} cores", "times")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for alignment in ("saisa", "llava"):
+        model = presets.make("vicuna-7b", "clip-vit-l-336", alignment)
+        shared = dataclasses.replace(model, projector=dataclasses.replace(model.projector, sharing="shared"))
+        for name, staged, groups, tokens in (
+            ("pretrain", shared, TRAIN_PROJECTOR, CAPTION),
+            ("finetune", model, TRAIN_ALL_BUT_VISION, text),
+        ):
+            of_sample = flops.train_step(staged, groups, 1, tokens)
+            needed = CHIPS * CHIP_TFLOPS[chip] * 1e12 * utilisation / of_sample
+            delivered = CORES * images_per_second  # samples a second
+            whole = tokens + model.vision.num_patches
+            table.add_row(
+                f"{alignment}, {name}",
+                str(tokens),
+                f"{of_sample / 1e12:.1f}",
+                f"{needed:.1f}",
+                f"{needed * whole:,.0f}",
+                f"{delivered * whole:,.0f}",
+                f"{delivered / needed:.0f}",
+            )
+    return table
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `bench data`; 2 if an image or the tokenizer cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench data", description=__doc__)
+    parser.add_argument("--size", type=int, default=336, help="pixels of a prepared image's side (default 336)")
+    parser.add_argument("--images", help="a directory of images; without it: JPEG files of noise, 640 x 480")
+    parser.add_argument("--n", type=int, default=64, help="images of a round (default 64)")
+    parser.add_argument("--repeat", type=int, default=7, help="rounds (default 7)")
+    parser.add_argument("--words", type=int, default=180, help="words of an answer (default 180)")
+    parser.add_argument("--tokenizer", default="easy_vqa", help="a directory (default: the demo's)")
+    parser.add_argument("--template", default="vicuna_v1", help="that suits the tokenizer (default vicuna_v1)")
+    parser.add_argument("--chip", choices=CHIP_TFLOPS, default="v5e", help="default: v5e")
+    parser.add_argument("--utilisation", type=float, default=0.5, help="share of the chip's peak (default 0.5)")
+    options = parser.parse_args(argv)
+    for name in ("n", "repeat", "words"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
+    if not 0 < options.utilisation <= 1:
+        raise ConfigError(f"--utilisation={options.utilisation} is not a share (0..1)")
+    config = Config(
+        model=ModelConfig(vision=VisionConfig(image_size=options.size)),
+        finetune=StageConfig(template=options.template),
+    )
+    try:
+        tokenizer = load_tokenizer(options.tokenizer)
+        images = read_images(Path(options.images), options.n) if options.images else photographs(options.n)
+        samples = make_samples(images, options.words)
+        rounds = bench(config, tokenizer, samples, options.repeat)
+        text = round(statistics.mean(_length(sample, config, tokenizer) for sample in samples))
+    except DataError as error:
+        print(f"bench data: {error}", file=sys.stderr)
+        return 2
+    console = Console(highlight=False, soft_wrap=True)
+    kind = f"of {options.images}" if options.images else "of noise, 640 x 480 JPEG"
+    console.print(
+        f"{options.n} images {kind}, {statistics.mean(map(len, images)) / 2**10:.0f} KiB each, to {options.size} x "
+        f"{options.size}; {text} text tokens a sample; medians of {options.repeat} rounds, processor time"
+    )
+    console.print(path_table(rounds, options.n))
+    console.print(
+        "The peer is PIL with transformers' CLIP processor, up to the same uint8 pixels, and up to float32 as in LLaVA."
+        f"\n\nWhat {CHIPS} {options.chip} chips need at {options.utilisation:.0%} of {CHIP_TFLOPS[options.chip]} "
+        f"TFLOP/s (bfloat16) each, beside {CORES} cores at the pipeline's rate above; a sample has one image:"
+    )
+    rate = options.n / statistics.median(r.ours for r in rounds)
+    console.print(demand_table(text, rate, options.chip, options.utilisation))
+    return 0
+
+
+def _length(sample: Sample, config: Config, tokenizer: PreTrainedTokenizerFast) -> int:
+    return len(Encoder(config, "finetune", tokenizer)(sample)[0].tokens)
