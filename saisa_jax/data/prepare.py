@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from saisa_jax.config import STAGES, Config, to_dict
-from saisa_jax.config.recipe import read_recipe
+from saisa_jax.config.command_line import read_config
 from saisa_jax.data.counts import fingerprint
 from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import load_image, read_image
@@ -267,11 +267,8 @@ def main(argv: Sequence[str]) -> int:
       ConfigError: the recipe cannot be.
       DataError: a source cannot be read, no sample can be used, or DIR holds something else.
     """
-    if {"-h", "--help"} & set(argv):
-        _parser().parse_args(["--help"])
-    config, rest = read_recipe(argv)
-    args = _parser().parse_args(rest)
-    job, plan = make_job(config, args)
+    args, settings = _parser().parse_known_args(argv)
+    job, plan = make_job(read_config(settings), args)
     console, started = Console(), time.perf_counter()
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
     try:
@@ -336,6 +333,7 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m saisa_jax data prepare",
+        allow_abbrev=False,
         description="Samples of any source as ArrayRecord shards that are checked and counted.",
         epilog="--config=RECIPE[:argument] is needed, and --config.a.b=value overrides it, as in train.py.",
     )
