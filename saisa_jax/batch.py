@@ -53,9 +53,9 @@ class HostBatch(NamedTuple):
     cut_tokens: int = 0  # text tokens cut off the ends of samples that were too long
 
     @property
-    def names(self) -> str:
-        """The samples, for messages."""
-        return ", ".join(name for row in self.sample_ids for name in row)
+    def names(self) -> list[str]:
+        """The samples of all rows."""
+        return [name for row in self.sample_ids for name in row]
 
     @property
     def num_samples(self) -> int:

@@ -10,9 +10,9 @@ How text becomes tokens. A conversation is written as a stream of pieces: text, 
 - One BOS stands at the front where the template wants it and the tokenizer has one.
 - A byte-level BPE (Llama 3, Qwen, SmolLM) gets the space between `ASSISTANT:` and the answer as part of the answer, so
   that its first token is the one that stands in running text. A SentencePiece tokenizer (Llama 2, Mistral) puts its own
-  space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. Where a
-  piece starts without a space (the newline after an image) SentencePiece puts its space all the same: so did the
-  code that LLaVA's and SAISA's published weights were trained with.
+  space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. After an
+  image SentencePiece puts its space whatever the piece starts with, a newline or a written space: so did the code that
+  LLaVA's and SAISA's published weights were trained with.
 - Words of either side lose white space at their ends.
 """
 
@@ -157,7 +157,7 @@ def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encod
         raise DataError(
             f"nothing supervised is left of {tokens} text tokens and {len(encoded.image_positions)} image(s) when cut "
             f"to text_length={text_length} and model.max_length={max_length}; raise the stage's text_length or "
-            "model.max_length, or set data.on_long=drop",
+            "model.max_length, or set data.on_error=drop",
             encoded.sample_id,
         )
     positions = encoded.positions[:count]
@@ -304,7 +304,7 @@ def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: _TextEn
             text += value
             continue
         if text:
-            stream.add(encoder.ids(text))
+            stream.add(encoder.ids(text, stream.after_image))
             text = ""
         if kind == "control":
             stream.add([encoder.control(value, template)])
@@ -337,8 +337,8 @@ class _TextEncoder:
         self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates come again and again
         self.end = lru_cache(maxsize=64)(self._end)
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        if self.adds_space and text.startswith(" "):
+    def _ids(self, text: str, after_image: bool = False) -> tuple[int, ...]:
+        if self.adds_space and text.startswith(" ") and not after_image:
             text = text[1:]
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 

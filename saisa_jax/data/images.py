@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -109,6 +110,12 @@ class ImageLoader:
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[str, UInt8[np.ndarray, "size size 3"]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": OrderedDict(), "_lock": None}  # another process starts with its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __call__(self, source: ImageSource | Image.Image, sample_id: str = "") -> UInt8[np.ndarray, "size size 3"]:
         """The prepared image, read-only. Only images that have a place are kept. Errors as `load_image`."""

@@ -222,12 +222,8 @@ def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, c
     opened = [open_source(source) for source in chosen]
     counts = None
     if config.data.packing or config.data.group_by_length:
-        parts = [
-            _counted(samples, source, config, stage, tokenizer, cache)
-            for samples, source in zip(opened, chosen, strict=True)
-        ]
-        tokens, images = (np.concatenate(part) for part in zip(*parts, strict=True))
-        counts = _planned((tokens, images), Concatenated(opened), Encoder(config, stage, tokenizer))
+        whole = _counted(opened, chosen, config, stage, tokenizer, cache)
+        counts = _planned(whole, Concatenated(opened), Encoder(config, stage, tokenizer))
     return Rows(
         Reader(config, stage, tokenizer, training=True),
         Concatenated(opened),
@@ -319,9 +315,9 @@ class _Share:
     def __len__(self) -> int:
         return _ENDLESS // self.shards
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, index: int) -> Row:
         per_shard = self.rows.batch_size // self.shards
-        step, within = divmod(int(number), per_shard)
+        step, within = divmod(int(index), per_shard)
         return self.rows[self.start + step * self.rows.batch_size + self.shard * per_shard + within]
 
 
@@ -392,7 +388,33 @@ def _batched(rows: Sequence[Row]) -> HostBatch:
 # --- Counts ----------------------------------------------------------------------------------------------------------
 
 
+def stage_counts(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
+    """Text tokens and images of all samples of a stage that can be used, in full length; errors as `stage_rows`."""
+    chosen = [source for source in config.stage(stage).sources if source.weight > 0]
+    if not chosen:
+        raise DataError(f"{stage}.sources is empty: name what to train on")
+    tokens, images = _counted([open_source(source) for source in chosen], chosen, config, stage, tokenizer, None)
+    return tokens[tokens > 0], images[tokens > 0]
+
+
 def _counted(
+    opened: Sequence[Samples],
+    sources: Sequence[SourceConfig],
+    config: Config,
+    stage: str,
+    tokenizer: PreTrainedTokenizerFast,
+    cache: str | None,
+) -> Counts:
+    """The counts of all sources: of a source's own index, of the cache, or counted now."""
+    parts = [
+        _counts_of(samples, source, config, stage, tokenizer, cache)
+        for samples, source in zip(opened, sources, strict=True)
+    ]
+    tokens, images = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return tokens, images
+
+
+def _counts_of(
     samples: Samples,
     source: SourceConfig,
     config: Config,
@@ -400,7 +422,6 @@ def _counted(
     tokenizer: PreTrainedTokenizerFast,
     cache: str | None,
 ) -> Counts:
-    """The counts of a source: of its own index, of the cache, or counted now."""
     mark = fingerprint(config, stage, tokenizer)
     indexed = getattr(samples, "counts", None)
     if indexed is not None and (found := indexed(mark)) is not None:

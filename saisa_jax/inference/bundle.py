@@ -318,6 +318,7 @@ class Bundle:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
+    model = dataclasses.replace(model, attention_impl="xla")  # which alone has the weights, whatever training used
     return Saisa(model).apply(variables_of(params), batch, capture=("attention",))[1]["attention"]
 
 

@@ -23,13 +23,15 @@ from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, tr
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
+from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
-from saisa_jax.training.optimizer import make_optimizer, make_schedule, merge, split
+from saisa_jax.training.optimizer import flatten, make_optimizer, merge, split
 from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
+from saisa_jax.training.skipped import SkippedSteps
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
-from saisa_jax.training.state import TrainState, create_state, state_shardings
+from saisa_jax.training.state import TrainState, create_state, param_shardings, state_shardings
 from saisa_jax.training.step import make_train_step
 
 
@@ -75,27 +77,30 @@ class Stage:
     def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.settings, self.model = config.stage(name), config.model_for(name)
+        self.settings, self.model = config.stage(name), config.trained_model(name)
         self.cache = str(self.directory)  # of the counts of its samples
         self.rows = stage_rows(config, name, tokenizer, self.cache)
         self.steps = steps_in_stage(config, name, tokenizer, self.cache)
         self.mesh = parallel.make_mesh(config.mesh)
         self.rules = parallel.make_rules(self.model, self.mesh)
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parallel.check_attention(self.model, self.mesh)
+        parts = self.settings.accumulation
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * parts
         if self.settings.batch_size % ways:
             raise ConfigError(
-                f"{name}.batch_size={self.settings.batch_size} does not divide by mesh data x fsdp = {ways}: "
+                f"{name}.batch_size={self.settings.batch_size} does not divide by mesh data x fsdp x "
+                f"{name}.accumulation={parts} = {ways}: "
                 f"set --config.{name}.batch_size to {self.settings.batch_size // ways * ways + ways}"
             )
         groups = self.settings.groups
         trainable, _ = jax.eval_shape(lambda params: split(params, groups), abstract_params(self.model))
         self.optimizer = make_optimizer(self.settings.optimizer, groups, trainable, self.steps)
-        self.schedule = make_schedule(self.settings.optimizer, self.steps)
         self.shardings = state_shardings(self.model, groups, self.optimizer, self.mesh, self.rules)
         make_params, argument, self.source = starting_params(config, name, workdir, tokenizer)
         with parallel.use(self.mesh, self.rules):
             self.state = create_state(make_params, argument, groups, self.optimizer, self.shardings)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))
+        params = flatten(merge(self.state.trainable, self.state.frozen))
+        self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
 
     def run(self, stop: StopSignal) -> bool:
@@ -151,9 +156,12 @@ class Stage:
         self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal, started: float
     ) -> bool:
         # The order of what follows matters: the metrics of a step are read after the next one was started, so that the
-        # device never waits; and a step is saved only after its loss was seen to be finite.
+        # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
         habits, first = self.config.training, int(self.state.step)
-        train_step = make_train_step(self.model, self.optimizer, self.shardings)
+        train_step = make_train_step(
+            self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
+        )
+        self.skipped = SkippedSteps(self.directory, first)
         held_out = self._held_out()
         with (
             MetricsWriter(self.directory, habits.tensorboard, resume_step=first) as writer,
@@ -183,33 +191,59 @@ class Stage:
                     return False
         return True
 
+    def _merged(self, params: Any) -> Any:
+        """The parameters with their adapters merged into them, where the plain model's live."""
+        shardings = param_shardings(self.config.model_for(self.name), self.mesh, self.rules)
+        merged = functools.partial(merge_adapters, config=self.model.lora)
+        return jax.jit(merged, out_shardings=shardings)(params)
+
     def _held_out(self) -> HeldOut | None:
         habits = self.config.training
         if not habits.eval_every or not self.settings.validation:
             return None
         batches = eval_batches(self.config, self.name, self.tokenizer, habits.eval_batches)
-        return HeldOut(self.model, self.settings, batches, self.tokenizer, self.mesh, habits.eval_samples)
+        return HeldOut(
+            self.model,
+            self.settings,
+            batches,
+            self.tokenizer,
+            self.mesh,
+            samples=habits.eval_samples,
+            loss_chunk=habits.loss_chunk,
+        )
 
     def _log(
         self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, host: HostBatch
     ) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            writer.write("train", step, **values)
-            raise TrainingError(
-                f"{', '.join(broken)} at step {step} of {self.name}; its batch held {host.names}. The last "
-                f"good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
-            )
         if host.dropped:
             writer.write("dropped", step, samples=host.dropped)
+        if values.pop("skipped"):
+            self._not_finite(writer, step, values, host)
+            return
         if step % self.config.training.log_every and step != self.steps:
             return
         values["cut_tokens"] = host.cut_tokens
-        values["lr"] = float(jax.numpy.asarray(self.schedule(step - 1)))
         rates = progress.update(step, samples=host.num_samples, **values)
         writer.write("train", step, **values, **rates, seconds=time.monotonic() - started)
         self.last_loss = values["loss"]
+
+    def _not_finite(self, writer: MetricsWriter, step: int, values: dict[str, float], host: HostBatch) -> None:
+        """What becomes of a step that changed nothing, since its loss or gradient was not finite."""
+        habits = self.config.training
+        broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(host.names)}"
+        advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
+        writer.write("train" if habits.on_nan == "stop" else "skipped", step, **values)
+        if habits.on_nan == "stop":
+            raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
+        in_a_row = self.skipped.add(step, values, host.names)
+        logging.warning("%s; it was skipped", what)
+        if in_a_row > habits.max_skips:
+            raise TrainingError(
+                f"{what}. {in_a_row} steps in a row were not finite, more than --config.training.max_skips="
+                f"{habits.max_skips}. {advice}"
+            )
 
     def _finish(self, seconds: float) -> None:
         settings = self.settings
@@ -231,6 +265,9 @@ class Stage:
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2))
         # Last: a stage is finished when its model is there.
         params = merge(self.state.trainable, self.state.frozen)
+        if self.model.lora.rank:
+            save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
+            params = self._merged(params)
         final = model_directory(self.directory.parent, self.name)
         attach = None if self.source == "random" else copy_sidecar(self.source)
         save_model(final, params, self.config, self.tokenizer, summary, attach)
