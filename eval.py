@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("name either --workdir=RUN or --checkpoint=MODEL")
     if _IMAGE.value and not _QUESTION.value:
         raise app.UsageError("--image needs --question")
+    from saisa_jax.command_line import UserError
     from saisa_jax.evaluation import command, runner  # imports jax, which --help does not need
 
     logging.set_verbosity(logging.WARNING)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
             max_new_tokens=_MAX_NEW_TOKENS.value,
             quantize=_QUANTIZE.value,
         )
-    except command.USER_ERRORS as error:
+    except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except runner.Interrupted as error:
         print(f"The evaluation was {error}.", file=sys.stderr)

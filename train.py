@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, from_config_dict
 from saisa_jax.config.command_line import parse_flags
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     try:
         config = from_config_dict(Config, _CONFIG.value)
         stopped = loop.run(config, epath.Path(str(_WORKDIR.value)))
-    except loop.USER_ERRORS as error:
+    except UserError as error:
         logging.debug("details", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
     if stopped:

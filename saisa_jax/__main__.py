@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from saisa_jax.config import ConfigError
+from saisa_jax.command_line import UserError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
@@ -16,6 +16,7 @@ VERBS = {
     "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "data": ("saisa_jax.data.command", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
     "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
+    "rows": ("saisa_jax.planning.rows", "which rows, of how many text tokens and images, cost least for the data"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
 }
 
@@ -26,7 +27,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a verb; 2 if there is no such verb or its configuration cannot run."""
+    """Runs a verb; 2 and one line if there is no such verb, or if it cannot do what it is told."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         return importlib.import_module(VERBS[verb][0]).main(rest) or 0
-    except ConfigError as error:
+    except (UserError, OSError) as error:
         print(f"{verb}: {error}", file=sys.stderr)
         return 2
 

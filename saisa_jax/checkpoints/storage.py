@@ -18,13 +18,14 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from saisa_jax.checkpoints.checksums import ALGORITHM, flatten, unflatten_dict
+from saisa_jax.command_line import UserError
 
 T = TypeVar("T")
 
 FORMAT = 1  # of what is stored here; raised when older programs could not read it
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """Something that cannot be saved or restored; the message says what, where and why."""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 
+from saisa_jax.command_line import UserError
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message says which flag mends it."""
 
 

@@ -39,6 +39,7 @@ class VisionConfig:
 
     kind: str = "vit"
     image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
+    position_size: int | None = None  # of the images that the positions were learnt on: resampled; None: image_size
     patch_size: int = 14
     embed_dim: int = 1024  # C
     num_layers: int = 24
@@ -68,6 +69,12 @@ class VisionConfig:
             self.image_size >= self.patch_size,
             f"{where}.image_size={self.image_size} holds no patch of {where}.patch_size={self.patch_size}",
         )
+        if self.position_size is not None:
+            check(
+                self.kind == "vit" and self.position_size >= self.patch_size,
+                f"{where}.position_size={self.position_size} needs {where}.kind=vit and at least "
+                f"{where}.patch_size={self.patch_size}",
+            )
         choice(f"{where}.kind", self.kind, ENCODERS)
         choice(f"{where}.activation", self.activation, ACTIVATIONS)
         choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
@@ -127,6 +134,11 @@ class VisionConfig:
     def num_patches(self) -> int:
         """P, visual tokens of an image: a square of patches, row by row."""
         return self.patches_per_side**2
+
+    @property
+    def positions_per_side(self) -> int:
+        """Of the learnt table, which is resampled to `patches_per_side`."""
+        return (self.position_size or self.image_size) // self.patch_size
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,23 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten, unflatten_dict
-from saisa_jax.config import STAGES, Config, ConfigError, DataConfig, ModelConfig, ProjectorConfig, StageConfig
+from saisa_jax.config import (
+    STAGES,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ProjectorConfig,
+    StageConfig,
+    VisionConfig,
+)
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.dialogue import find_dialogue
 from saisa_jax.convert.hub import resolve
-from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in, read_params, vision_directory
+from saisa_jax.convert.importer import Piece, config_from_hf, find_pieces, layout_of
 from saisa_jax.convert.safetensors_file import DTYPES, nbytes
-from saisa_jax.convert.tables import ConvertError, Table, table
-from saisa_jax.convert.tensors import TensorSource, open_source
+from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.tensors import open_source
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import init_params
 
@@ -42,6 +51,7 @@ class Options:
       tokenizer: a directory, or "easy_vqa"; None: the source's own; "none": the model has none.
       alignment: what an LLM and a tower are to become.
       select_layer: the tower's hidden state that is used, where the source does not say.
+      image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
       allow_pickle: read `.bin` files.
     """
@@ -55,19 +65,9 @@ class Options:
     tokenizer: str | None = None
     alignment: str = "saisa"
     select_layer: int | None = None
+    image_size: int | None = None
     seed: int = 0
     allow_pickle: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One source, matched: what is read from it, and what goes into the sidecar."""
-
-    name: str  # in the sidecar
-    tensors: TensorSource
-    layout: Table
-    parts: tuple[str, ...]
-    match: Match
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ def plan_import(options: Options) -> Plan:
     layout = options.layout or layout_of(tensors)
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
-    raw = getattr(tensors, "config", None)  # a GGUF file has no config.json
-    model = config_from_hf(where, layout=layout, vision=vision, select_layer=options.select_layer, raw=raw)
+    model = config_from_hf(where, layout=layout, vision=vision, select_layer=options.select_layer, raw=tensors.config())
+    if options.image_size:
+        model = dataclasses.replace(model, vision=resized(model.vision, options.image_size))
     stage = STAGES[-1]
     if layout == "hf-llm":
         sharing = "per_layer" if options.alignment == "saisa" else "shared"
@@ -112,36 +113,23 @@ def plan_import(options: Options) -> Plan:
         except ConfigError as error:
             raise ConvertError(str(error)) from error
         stage = STAGES[0] if vision else stage
-    pieces = _pieces(options, model, layout, where, tensors, vision)
+    pieces = find_pieces(tensors, model, layout, vision, options.dtype, options.allow_pickle)
     exact = np.dtype(options.dtype or stored_dtype(pieces[0]))
     activations = "float32" if exact == np.float32 else "bfloat16"
     return Plan(dataclasses.replace(model, dtype=activations), stage, pieces)
 
 
-def _pieces(
-    options: Options, model: ModelConfig, layout: str, where: Path, tensors: TensorSource, vision: Path | None
-) -> tuple[Piece, ...]:
-    rows = table(model, layout)
-    held = parts_in(tensors, rows)
-    if layout == "llava-hf" and (vision or "vision" not in held):
-        raise ConvertError(
-            f"{where} is in layout {layout!r}, which holds its own vision tower: leave out --vision"
-            if vision
-            else f"{where} holds no vision tower, which the layout {layout!r} requires"
-        )
-    pieces: list[tuple[str, TensorSource, Table, tuple[str, ...]]] = [("model", tensors, rows, held)]
-    if layout in ("saisa", "llava") and (vision or "vision" not in held):
-        pieces = [("model", tensors, rows, ("decoder", "projector"))]
-        vision = vision_directory(where, vision)
-    if vision:
-        tower = open_source(vision, options.allow_pickle)
-        pieces.append(("vision", tower, table(model, "hf-vision"), ("vision",)))
-    found = []
-    for name, source, layout_table, parts in pieces:
-        matched = match(source, layout_table, parts, options.dtype)
-        matched.checked()
-        found.append(Piece(name, source, layout_table, tuple(parts), matched))
-    return tuple(found)
+def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
+    """An encoder for images of another size than it was trained on.
+
+    Raises:
+      ConvertError: no patch of it fits.
+    """
+    learnt = None if vision.kind == "convnext" or image_size == vision.image_size else vision.image_size
+    try:
+        return dataclasses.replace(vision, image_size=image_size, position_size=learnt)
+    except ConfigError as error:
+        raise ConvertError(f"--image_size={image_size}: {error}") from error
 
 
 def import_checkpoint(options: Options, to: str | Path, sharding: Any = None) -> Plan:
@@ -186,7 +174,7 @@ def import_checkpoint(options: Options, to: str | Path, sharding: Any = None) ->
 def _read(plan: Plan, options: Options, place: Any) -> dict[str, Any]:
     flat = {}
     for piece in plan.pieces:
-        for path, array in read_params(piece.tensors, piece.layout, piece.parts, piece.match.spelt, options.dtype):
+        for path, array in piece.read(options.dtype):
             flat[path] = place(path, array)
             del array  # or it would be held while the next one is read
     return flat
@@ -215,14 +203,9 @@ def _tokenizer(options: Options, plan: Plan) -> Any:
     source = plan.pieces[0].tensors
     if options.tokenizer == "none":
         return None
-    if options.tokenizer:
-        tokenizer = load_tokenizer(options.tokenizer)
-    elif hasattr(source, "tokenizer"):
-        tokenizer = source.tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    elif not any((source.where / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer()
+    if tokenizer is None:
         raise ConvertError(f"{source.where} holds no tokenizer: say --tokenizer=DIR, or --tokenizer=none to go without")
-    else:
-        tokenizer = load_tokenizer(source.where)
     if len(tokenizer) > plan.model.padded_vocab_size:
         raise ConvertError(
             f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary room for {plan.model.vocab_size}"

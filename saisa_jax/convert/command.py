@@ -9,41 +9,39 @@ python -m saisa_jax convert inspect PATH
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from saisa_jax.checkpoints import CheckpointError, read_account
-from saisa_jax.config import ALIGNMENTS, DTYPES, ConfigError
+from saisa_jax.checkpoints import read_account
+from saisa_jax.command_line import Parser
+from saisa_jax.config import ALIGNMENTS, DTYPES
 from saisa_jax.convert.checkpoint import Options, import_checkpoint
 from saisa_jax.convert.export import export_checkpoint
 from saisa_jax.convert.hub import resolve
 from saisa_jax.convert.inspection import inspect
 from saisa_jax.convert.memory import allowance, peak_bytes
-from saisa_jax.convert.tables import LAYOUTS, ConvertError
-from saisa_jax.data.sample import DataError
+from saisa_jax.convert.tables import LAYOUTS
 from saisa_jax.data.templates import TEMPLATES
-
-USER_ERRORS = (ConvertError, CheckpointError, ConfigError, DataError, OSError)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb `convert`; 2 and one message if something does not fit."""
+    """The verb `convert`.
+
+    Raises:
+      ConvertError, CheckpointError, ConfigError, DataError, OSError: something does not fit, or cannot be written.
+    """
     args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # files and host memory alone: leave accelerators to others
-    try:
-        {"import": _import, "export": _export, "inspect": _inspect}[args.action](args)
-    except USER_ERRORS as error:
-        print(f"convert {args.action}: {error}", file=sys.stderr)
-        return 2
+    {"import": _import, "export": _export, "inspect": _inspect}[args.action](args)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax convert", description="weights in, weights out")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m saisa_jax convert", description="weights in, weights out")
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|inspect")
     where = "a directory, a .gguf file or a repository of the hub (org/name)"
 
@@ -60,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--tokenizer", help="a directory, or none (default: the source's own)")
     action.add_argument("--alignment", choices=ALIGNMENTS, default="saisa", help="what --llm and --vision become")
     action.add_argument("--select_layer", type=int, help="the tower's hidden state to use (default -2; ConvNeXt -1)")
+    action.add_argument("--image_size", type=int, help="pixels of a side (default: what the tower was trained on)")
     action.add_argument("--seed", type=int, default=0, help="of the fresh projectors")
     action.add_argument("--allow_pickle", action="store_true", help="read .bin files, with weights_only=True")
 
@@ -80,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "seed", "allow_pickle")
+    others = ("select_layer", "image_size", "seed", "allow_pickle")
     plan = import_checkpoint(Options(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
@@ -88,9 +87,13 @@ def _import(args: argparse.Namespace) -> None:
     kept = [key for piece in plan.pieces for key in piece.match.ignored]
     print(f"tensors that the model never reads, kept in the sidecar: {len(kept)}")
     print(f"template {config.stage(plan.stage).template}; alignment {config.model.alignment}; stage {plan.stage}")
-    peak, allowed = peak_bytes(), allowance(document["leaves"])
-    if peak:
-        print(f"peak host memory {peak / 2**30:.2f} GiB of {allowed / 2**30:.2f} GiB allowed")
+    _print_peak(document["leaves"])
+
+
+def _print_peak(leaves: Mapping[str, Any]) -> None:
+    """The memory that this process took, beside what parameters of this size may take."""
+    if peak := peak_bytes():
+        print(f"peak host memory {peak / 2**30:.2f} GiB of {allowance(leaves) / 2**30:.2f} GiB allowed")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -103,6 +106,7 @@ def _export(args: argparse.Namespace) -> None:
             "STALE: the parameters around these have changed since the import, and these have not: "
             + ", ".join(exported.stale)
         )
+    _print_peak(read_account(args.source)[0]["leaves"])
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,10 @@ class GgufFile:
     def is_float(self, key: str) -> bool:
         return True
 
+    def stored(self, key: str) -> tuple[str, int]:
+        kind, _, _, size = self._tensors[key]
+        return kind.name, size
+
     def read(self, key: str) -> np.ndarray:
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
@@ -104,7 +107,6 @@ class GgufFile:
             raise ConvertError(f"{self.where} has no {self.architecture}.{name} in its metadata")
         return value
 
-    @cached_property
     def config(self) -> dict[str, Any]:
         """What config.json would say.
 

@@ -80,7 +80,7 @@ def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "architectures": [_ENCODERS[family][0]],
         "model_type": family,
-        "image_size": config.image_size,
+        "image_size": config.position_size or config.image_size,  # of which the table of positions is
         "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
     }
     if family == "convnext":  # its stages halve the picture after the first; its norms' epsilon is no field
@@ -140,6 +140,11 @@ def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_toke
       ConvertError: a model that the layout cannot describe.
     """
     text, vision = decoder_to_hf(config), config.vision
+    if vision.positions_per_side != vision.patches_per_side:
+        raise ConvertError(
+            f"the layout {layout!r} has no place for positions that are resampled (model.vision.position_size="
+            f"{vision.position_size}, image_size={vision.image_size}): use hf-llm and hf-vision"
+        )
     if layout == "llava-hf":
         if vision.kind == "convnext":
             raise ConvertError("the layout llava-hf knows no ConvNeXt: transformers' LLaVA wants a row of patches")

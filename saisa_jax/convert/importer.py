@@ -23,7 +23,7 @@ from saisa_jax.config import ModelConfig
 from saisa_jax.convert.hf_config import DECODERS, ENCODERS, decoder_config_from_hf, read_json, vision_config_from_hf
 from saisa_jax.convert.safetensors_file import DTYPES
 from saisa_jax.convert.tables import ConvertError, Row, Table, table
-from saisa_jax.convert.tensors import TensorSource, open_source
+from saisa_jax.convert.tensors import CheckpointSource, TensorSource, open_source
 
 NEAREST_FOR = 50  # so many missing tensors get the nearest names; the rest are listed alone
 
@@ -253,6 +253,56 @@ def parts_in(tensors: TensorSource, layout: Table) -> tuple[str, ...]:
     return tuple(part for part in parts if part != "vision" or tower or len(parts) == 1)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One source of an import, matched: which of its tensors become which parameters."""
+
+    name: str  # model, or vision: a tower that lies apart
+    tensors: CheckpointSource
+    layout: Table
+    parts: tuple[str, ...]
+    match: Match
+
+    def read(self, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+        """`read_params` of it."""
+        return read_params(self.tensors, self.layout, self.parts, self.match.spelt, dtype)
+
+
+def find_pieces(
+    tensors: CheckpointSource,
+    config: ModelConfig,
+    layout: str,
+    vision: str | Path | None = None,
+    dtype: Any = None,
+    allow_pickle: bool = False,
+) -> tuple[Piece, ...]:
+    """The sources that a model is made of: a checkpoint, and the directory of its tower if that lies apart.
+
+    Args:
+      vision: that directory; None: the tower is in the checkpoint, or (saisa, llava) in the folder that it names.
+
+    Raises:
+      ConvertError: a tower that is missing or one too many, or tensors that do not fit; all of a source's are listed.
+    """
+    rows = table(config, layout)
+    parts = parts_in(tensors, rows)
+    if layout == "llava-hf" and (vision or "vision" not in parts):
+        raise ConvertError(
+            f"{tensors.where} is in layout {layout!r}, which holds its own vision tower: leave out --vision"
+            if vision
+            else f"{tensors.where} holds no vision tower, which the layout {layout!r} requires"
+        )
+    if layout in ("saisa", "llava") and (vision or "vision" not in parts):
+        parts, vision = ("decoder", "projector"), vision_directory(tensors.where, vision)
+    found: list[tuple[str, CheckpointSource, Table, tuple[str, ...]]] = [("model", tensors, rows, parts)]
+    if vision:
+        found.append(("vision", open_source(vision, allow_pickle), table(config, "hf-vision"), ("vision",)))
+    pieces = tuple(Piece(*piece, match(*piece[1:], dtype)) for piece in found)
+    for piece in pieces:
+        piece.match.checked()
+    return pieces
+
+
 def import_params(
     directory: str | Path,
     config: ModelConfig,
@@ -296,19 +346,12 @@ def import_model(
     Raises:
       ConvertError: anything that does not fit, or no vision tower.
     """
-    directory = Path(directory)
-    layout = layout or detect_layout(directory)
+    tensors = open_source(directory)
+    layout = layout or layout_of(tensors)
     if layout not in ("saisa", "llava", "llava-hf"):
         raise ConvertError(f"{directory} is in layout {layout!r}, which is not a whole multimodal model")
-    if layout == "llava-hf" and vision is not None:
-        raise ConvertError(f"{directory} holds its own vision tower, as the layout {layout!r} does: leave out vision=")
-    config = config_from_hf(directory, layout=layout, vision=vision)
-    tensors = open_source(directory)
-    held = parts_in(tensors, table(config, layout))
-    if layout != "llava-hf" and (vision is not None or "vision" not in held):
-        body = import_params(directory, config, layout=layout, parts=("decoder", "projector"), dtype=dtype)
-        tower = import_params(vision_directory(directory, vision), config, layout="hf-vision", dtype=dtype)
-        return Imported(config, {**body.params, **tower.params}, body.ignored + tower.ignored)
-    if "vision" not in held:
-        raise ConvertError(f"{directory} holds no vision tower, which the layout {layout!r} requires")
-    return import_params(directory, config, layout=layout, dtype=dtype)
+    config = config_from_hf(directory, layout=layout, vision=vision, raw=tensors.config())
+    pieces = find_pieces(tensors, config, layout, vision, dtype)
+    flat = {path: array for piece in pieces for path, array in piece.read(dtype)}
+    ignored = tuple(key for piece in pieces for key in piece.match.ignored)
+    return Imported(config, unflatten_dict(flat, sep="/"), ignored)

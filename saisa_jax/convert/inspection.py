@@ -18,9 +18,8 @@ from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.convert import hf_write, sidecar
 from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json
 from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in
-from saisa_jax.convert.safetensors_file import nbytes
 from saisa_jax.convert.tables import ConvertError, Table, table
-from saisa_jax.convert.tensors import TensorSource, open_source
+from saisa_jax.convert.tensors import CheckpointSource, open_source
 
 SHOWN = 12  # names of a list; --all shows every one
 
@@ -48,10 +47,10 @@ def inspect(path: Path, *, vision: Path | None = None, allow_pickle: bool = Fals
 
 def _inspect_source(
     console: Console,
-    tensors: TensorSource,
+    tensors: CheckpointSource,
     path: Path,
     vision: Path | None,
-    tower: TensorSource | None,
+    tower: CheckpointSource | None,
     everything: bool,
 ) -> None:
     layout = layout_of(tensors)
@@ -78,15 +77,14 @@ def _print_match(console: Console, found: Match, everything: bool) -> None:
     _print_names(console, "does not fit", other, everything)
 
 
-def _config(tensors: TensorSource, layout: str, path: Path, vision: Path | None) -> tuple[ModelConfig, bool]:
+def _config(tensors: CheckpointSource, layout: str, path: Path, vision: Path | None) -> tuple[ModelConfig, bool]:
     """The model that the files describe, and whether they describe its tower."""
-    raw = getattr(tensors, "config", None)
+    raw = tensors.config()
     try:
         return config_from_hf(path, layout=layout, vision=vision, raw=raw), True
     except ConvertError:
         if layout not in ("saisa", "llava") or vision is not None:
             raise
-    raw = read_json(path / "config.json")
     width = raw.get("mm_hidden_size", VisionConfig().embed_dim)
     heads = math.gcd(width, VisionConfig().num_heads)
     tower = dataclasses.replace(VisionConfig(), embed_dim=width, num_heads=heads)
@@ -115,7 +113,7 @@ def _print_config(console: Console, model: ModelConfig, layout: str, tower: bool
 
 
 def _print_tensors(
-    console: Console, tensors: TensorSource, rows: Table, canonical: Mapping[str, str], everything: bool
+    console: Console, tensors: CheckpointSource, rows: Table, canonical: Mapping[str, str], everything: bool
 ) -> None:
     parts: dict[str, Counter[str]] = {}
     part_of = {key: row.part for row in rows.rows for key in row.keys}
@@ -125,13 +123,14 @@ def _print_tensors(
         counter = parts.setdefault(part, Counter())
         counter["tensors"] += 1
         counter["parameters"] += math.prod(tensors.shape(name))
-        counter["bytes"] += nbytes(tensors.dtype_name(name), tensors.shape(name))
-        counter[f"dtype {tensors.dtype_name(name)}"] += 1
+        kind, size = tensors.stored(name)
+        counter["bytes"] += size
+        counter[f"dtype {kind}"] += 1
     _print_parts(console, parts)
     if everything:
         listing = _new_table("tensor", "shape", "dtype")
         for name in tensors.names:
-            listing.add_row(name, str(list(tensors.shape(name))), tensors.dtype_name(name))
+            listing.add_row(name, str(list(tensors.shape(name))), tensors.stored(name)[0])
         console.print(listing)
 
 
@@ -167,7 +166,8 @@ def _inspect_model(console: Console, path: Path, everything: bool) -> None:
 def _print_parts(console: Console, parts: Mapping[str, Mapping[str, int]]) -> None:
     listing = _new_table("part", "tensors", "parameters", "size", "dtypes")
     for part, counter in parts.items():
-        dtypes = ", ".join(key.removeprefix("dtype ") for key in counter if key.startswith("dtype "))
+        kinds = {key.removeprefix("dtype "): n for key, n in counter.items() if key.startswith("dtype ")}
+        dtypes = ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         size = _size(counter["bytes"])
         listing.add_row(part, str(counter["tensors"]), f"{counter['parameters']:,}", size, dtypes)
     console.print(listing)

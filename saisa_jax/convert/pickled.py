@@ -9,14 +9,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from saisa_jax.convert.safetensors_file import FLOATS, NAMES
+from saisa_jax.convert.safetensors_file import NAMES
 from saisa_jax.convert.tables import ConvertError
-from saisa_jax.convert.tensors import PICKLED_INDEX, PICKLED_SINGLE, check_index, read_index
+from saisa_jax.convert.tensors import PICKLED_INDEX, PICKLED_SINGLE, Directory, check_index, read_index
 
 REOPEN_BYTES = 2**29  # torch maps the file; what was read stays mapped until it is opened anew
 
 
-class PickledDirectory:
+class PickledDirectory(Directory):
     """The tensors of `pytorch_model.bin`, or of shards with an index.
 
     Raises:
@@ -69,9 +69,6 @@ class PickledDirectory:
 
     def dtype_name(self, key: str) -> str:
         return self._specs[key][1]
-
-    def is_float(self, key: str) -> bool:
-        return self.dtype_name(key) in FLOATS
 
     def read(self, key: str) -> np.ndarray:
         file = self._file_of[key]

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saisa_jax.command_line import UserError
 from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.models.convnext import EXPANSION, KERNEL
 
@@ -34,7 +35,7 @@ PARTS = ("decoder", "projector", "vision")
 Shape = tuple[int, ...]
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError, ValueError):
     """A checkpoint that does not fit; the message lists every tensor concerned."""
 
 
@@ -276,7 +277,7 @@ def _kernel(path: str, key: str, inputs: int, outputs: int, size: int, layers: S
 
 def _clip_rows(config: VisionConfig, root: str) -> Iterator[Row]:
     C, heads, part = config.embed_dim, config.num_heads, "vision"
-    layers, places = tuple(range(config.num_used_layers)), config.num_patches + config.class_token
+    layers, places = tuple(range(config.num_used_layers)), config.positions_per_side**2 + config.class_token
     embeddings, block = f"{root}embeddings.", f"{root}encoder.layers.{{i}}."
     yield _kernel("vision/patch_embed", f"{embeddings}patch_embedding", 3, C, config.patch_size)
     if config.patch_bias:
@@ -305,7 +306,7 @@ def _dinov2_rows(config: VisionConfig, root: str) -> Iterator[Row]:
             f"seen: class_token={config.class_token}, pre_norm={config.pre_norm}"
         )
     C, heads, part = config.embed_dim, config.num_heads, "vision"
-    layers, places = tuple(range(config.num_used_layers)), config.num_patches + 1
+    layers, places = tuple(range(config.num_used_layers)), config.positions_per_side**2 + 1
     embeddings, block = f"{root}embeddings.", f"{root}encoder.layer.{{i}}."
     yield _kernel("vision/patch_embed", f"{embeddings}patch_embeddings.projection", 3, C, config.patch_size)
     if config.patch_bias:

@@ -6,15 +6,18 @@ a conversion holds is what it was given and no more.
 
 from __future__ import annotations
 
+import abc
 import json
 import re
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from saisa_jax.convert.safetensors_file import FLOATS, Header, read_header, read_tensor
+from saisa_jax.convert.hf_config import read_json
+from saisa_jax.convert.safetensors_file import FLOATS, Header, nbytes, read_header, read_tensor
 from saisa_jax.convert.tables import ConvertError
+from saisa_jax.data.tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,8 +56,29 @@ class TensorSource(Protocol):
         ...
 
 
-def open_source(path: str | Path, allow_pickle: bool = False) -> TensorSource:
-    """The tensors of a GGUF file or of a checkpoint directory.
+@runtime_checkable
+class CheckpointSource(TensorSource, Protocol):
+    """Somebody's checkpoint: tensors, what they are, and how text becomes tokens."""
+
+    def config(self) -> dict[str, Any]:
+        """What its config.json says, or would say."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer; None: it has none.
+
+        Raises:
+          ConvertError, DataError: one that cannot be read.
+        """
+        ...
+
+    def stored(self, key: str) -> tuple[str, int]:
+        """How a tensor is stored: its dtype, or the kind of its quantisation (Q4_1), and its bytes."""
+        ...
+
+
+def open_source(path: str | Path, allow_pickle: bool = False) -> CheckpointSource:
+    """A GGUF file, or a checkpoint directory.
 
     Args:
       allow_pickle: read a directory's `.bin` files if it holds no safetensors (with `weights_only=True`).
@@ -104,7 +128,32 @@ def check_index(path: Path, where: dict[str, str], held: dict[str, set[str]]) ->
         raise ConvertError(f"{path} contradicts its shards:\n  " + "\n  ".join(sorted(lacking + unlisted)))
 
 
-class TensorDirectory:
+class Directory(abc.ABC):
+    """What the directories have in common: the files beside the tensors, and the dtypes as they are."""
+
+    where: Path
+
+    def config(self) -> dict[str, Any]:
+        return read_json(self.where / "config.json")
+
+    def tokenizer(self) -> Any:
+        found = any((self.where / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+        return load_tokenizer(self.where) if found else None
+
+    @abc.abstractmethod
+    def dtype_name(self, key: str) -> str: ...
+
+    def is_float(self, key: str) -> bool:
+        return self.dtype_name(key) in FLOATS
+
+    @abc.abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def stored(self, key: str) -> tuple[str, int]:
+        return self.dtype_name(key), nbytes(self.dtype_name(key), self.shape(key))
+
+
+class TensorDirectory(Directory):
     """The tensors of a directory of safetensors: one file, or shards with an index.
 
     Raises:
@@ -155,9 +204,6 @@ class TensorDirectory:
 
     def dtype_name(self, key: str) -> str:
         return self._headers[self._file_of[key]][key].dtype
-
-    def is_float(self, key: str) -> bool:
-        return self.dtype_name(key) in FLOATS
 
     def read(self, key: str) -> np.ndarray:
         file = self._file_of[key]

@@ -17,8 +17,10 @@ from PIL import Image, ImageOps
 from saisa_jax.config import IMAGE_MODES
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 
-# Beyond this an image is refused before it is decoded: 300 MB as RGB.
-MAX_PIXELS = 100_000_000
+# Beyond these an image is refused before it is decoded. The pixels are those at which PIL begins to warn, 268 MB as
+# RGB; as 16 bits without compression they are the bytes.
+MAX_PIXELS = 89_478_485
+MAX_BYTES = 2**29
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
@@ -33,10 +35,12 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
       sample_id: for errors.
 
     Raises:
-      DataError: missing, unreadable, truncated, of an unknown format, or of more than `MAX_PIXELS`.
+      DataError: missing, unreadable, truncated, of an unknown format, or of more than `MAX_PIXELS` or
+        `MAX_BYTES`.
     """
     name = _name(source)
     try:
+        _check_bytes(source, name, sample_id)
         image = source if isinstance(source, Image.Image) else _open(source, sample_id)
         _check_pixels(image.width * image.height, f"{name} has {image.width} x {image.height} pixels", sample_id)
         image.load()
@@ -172,6 +176,13 @@ def _name(source: ImageSource | Image.Image) -> str:
     if isinstance(source, StoredImage):
         return source.name
     return os.fspath(source)
+
+
+def _check_bytes(source: ImageSource | Image.Image, name: str, sample_id: str) -> None:
+    size = os.path.getsize(source) if isinstance(source, str | os.PathLike) else 0
+    size = len(source) if isinstance(source, bytes) else size
+    if size > MAX_BYTES:
+        raise DataError(f"{name} is a file of {size:,} bytes; at most {MAX_BYTES:,} are read", sample_id)
 
 
 def _check_pixels(pixels: int, seen: str, sample_id: str) -> None:

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from saisa_jax.command_line import UserError
+
 USER = "user"
 ASSISTANT = "assistant"
 
@@ -27,7 +29,7 @@ class StoredImage(Protocol):
 ImageSource = str | os.PathLike[str] | bytes | StoredImage  # a path, an encoded file, or a place of one
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A sample, or a source of samples, that cannot be used; the message names the sample and what mends it."""
 
     def __init__(self, message: str, sample_id: str = "") -> None:

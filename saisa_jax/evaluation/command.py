@@ -12,13 +12,9 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import STAGES, ConfigError
-from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import runner, tasks
 from saisa_jax.inference import bundle as bundles
-
-USER_ERRORS = (ConfigError, CheckpointError, DataError)
 
 
 def ask(

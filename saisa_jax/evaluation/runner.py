@@ -25,6 +25,7 @@ from etils import epath
 
 import saisa_jax
 from saisa_jax.config import ConfigError
+from saisa_jax.data.sample import USER, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.tasks import Item, Task
@@ -105,7 +106,8 @@ def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path,
 
 def _answers(bundle: Bundle, task: Task, items: Sequence[Item], settings: Settings) -> Iterator[dict[str, Any]]:
     """Predictions, shortest prompts first: a batch is compiled for a bucket of lengths, so there are few kinds."""
-    prompts = _prompts(bundle, items, settings.batch_size)
+    different = {_key(item): item for item in items}
+    prompts = {key: _prompt(bundle, item) for key, item in different.items()}
     order = sorted(items, key=lambda item: len(prompts[_key(item)]))
     size = min(settings.batch_size, len(order))
     with Progress(task.name, len(order)) as progress:
@@ -145,15 +147,9 @@ def _key(item: Item) -> tuple[str, int]:
     return item.question, len(item.images)
 
 
-def _prompts(bundle: Bundle, items: Sequence[Item], batch_size: int) -> dict[tuple[str, int], list[int]]:
-    """The prompt's text tokens, for every question that differs from the others."""
-    different = list({_key(item): item for item in items}.values())
-    found: dict[tuple[str, int], list[int]] = {}
-    for start in range(0, len(different), batch_size):
-        some = different[start : start + batch_size]
-        _, encoded = bundle.prompts([item.question for item in some], [list(item.images) for item in some])
-        found |= {_key(item): list(map(int, row.tokens)) for item, row in zip(some, encoded, strict=True)}
-    return found
+def _prompt(bundle: Bundle, item: Item) -> list[int]:
+    """The text tokens of an item's prompt."""
+    return bundle.prompt((Turn(USER, item.question),), len(item.images), name=item.id).tokens.tolist()
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

@@ -150,8 +150,9 @@ class Bundle:
 
         It is the attention of the prompt's last token, from which the answer's first token is predicted.
         """
-        batch, encoded = self.prompts([question], [images])
-        last = len(encoded[0].tokens) - 1
+        pixels = [dataclasses.replace(self._pixels(image, ""), kv=None) for image in images]
+        request = self.request((Turn(USER, question),), pixels)
+        batch, last = self.batch([request]), len(request.encoded.tokens) - 1
         with self.on_mesh():
             weights = np.asarray(_attention(self.model, self.params, batch))  # [L, 1, N, T, V + T]
         visual = weights.shape[-1] - weights.shape[-2]
@@ -159,23 +160,14 @@ class Bundle:
 
     # --- from questions to batches ------------------------------------------------------------------------------------
 
-    def prompts(self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]]) -> tuple[Batch, list[Encoded]]:
-        """Questions with their images as one batch of prompts with pixels, padded to buckets.
-
-        Raises:
-          DataError: the first question that cannot be asked.
-        """
-        requests = []
-        for request in self._requests(questions, images, max_new_tokens=0, encode=False):
-            if isinstance(request, DataError):
-                raise request
-            requests.append(request)
-        return self.batch(requests), [request.encoded for request in requests]
-
     def request(
-        self, turns: Sequence[Turn], images: Sequence[EncodedImage], max_new_tokens: int, name: str = ""
+        self, turns: Sequence[Turn], images: Sequence[EncodedImage], max_new_tokens: int = 0, name: str = ""
     ) -> Request:
-        """A conversation, ending with the user's turn, as the model reads it.
+        """A conversation, ending with the user's turn, as the model reads it. Errors as of `prompt`."""
+        return Request(self.prompt(turns, len(images), max_new_tokens, name), tuple(images))
+
+    def prompt(self, turns: Sequence[Turn], num_images: int, max_new_tokens: int = 0, name: str = "") -> Encoded:
+        """The text of a conversation that ends with the user's turn, and the places of its images.
 
         Raises:
           DataError: the last turn is empty, the images do not fit the turns, or prompt and answer exceed
@@ -189,7 +181,7 @@ class Bundle:
             self.stage_config.template,
             self.tokenizer,
             self.model.vision.num_patches,
-            num_images=len(images),
+            num_images=num_images,
             system_prompt=self.config.data.system_prompt,
             sample_id=name,
         )
@@ -200,14 +192,10 @@ class Bundle:
                 f"model.max_length={self.model.max_length}; shorten it, or lower max_new_tokens",
                 name,
             )
-        return Request(encoded, tuple(images))
+        return encoded
 
     def _requests(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Sequence[AnyImage]],
-        max_new_tokens: int,
-        encode: bool = True,
+        self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]], max_new_tokens: int
     ) -> list[Request | DataError]:
         """One request for each question, or why there is none. All new images are encoded together."""
         if not questions:
@@ -226,8 +214,6 @@ class Bundle:
                 requests.append(self.request((Turn(USER, question),), prepared, max_new_tokens, name))
             except DataError as error:
                 requests.append(error)
-        if not encode:
-            return requests
         different = {image.key: image for r in requests if isinstance(r, Request) for image in r.images}
         encoded = dict(zip(different, self._encode(list(different.values())), strict=True))
         return [
@@ -266,15 +252,17 @@ class Bundle:
         return [done[image.key] for image in images]
 
     def batch(self, requests: Sequence[Request]) -> Batch:
-        """The requests, a row each, padded to buckets."""
+        """The requests, a row each, padded to buckets. The pixels of images that are encoded are not read again."""
         blind = self.config.data.blind
+        fresh = any(image.kv is None for request in requests for image in request.images)
+        size = self.model.vision.image_size if fresh else 0
         slots = max(len(request.encoded.image_positions) for request in requests)
         return pack_rows(
-            [[Example(r.encoded, None if blind else [image.pixels for image in r.images])] for r in requests],
+            [[Example(r.encoded, None if blind else [x.pixels[:size, :size] for x in r.images])] for r in requests],
             count=bucket(len(requests), smallest=self.row_ways),
             text_length=bucket(max(len(request.encoded.tokens) for request in requests)),
             max_images=bucket(slots, smallest=1) if slots else 0,
-            image_size=self.model.vision.image_size,
+            image_size=size,
         )
 
     def image_slots(self, batch: Batch, requests: Sequence[Request]) -> ImageSlots | None:

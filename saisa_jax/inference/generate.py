@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from saisa_jax.batch import Batch
-from saisa_jax.config import ModelConfig
+from saisa_jax.config import ConfigError, ModelConfig
 from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV, gather_images
 from saisa_jax.models.saisa import Saisa
@@ -58,9 +58,9 @@ GREEDY = Sampling()
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises ValueError for a temperature or a top_p that is none."""
+    """Raises ConfigError for a temperature or a top_p that is none."""
     if not 0 < sampling.top_p <= 1 or sampling.temperature < 0:
-        raise ValueError(f"{sampling}: temperature must be at least 0, and top_p in (0, 1]")
+        raise ConfigError(f"{sampling}: temperature must be at least 0, and top_p in (0, 1]")
 
 
 class ImageSlots(NamedTuple):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 
-from saisa_jax.checkpoints import CheckpointError
+from saisa_jax.command_line import Parser, UserError
 from saisa_jax.config import DTYPES, ConfigError
-from saisa_jax.data.sample import ASSISTANT, DataError, Turn
+from saisa_jax.data.sample import ASSISTANT, Turn
 from saisa_jax.inference.bundle import load
 from saisa_jax.inference.chat import Chat
 from saisa_jax.inference.generate import Sampling, check_sampling
@@ -30,6 +29,18 @@ HELP = """\
 /exit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
 
 
+class Compiling:
+    """Counts the seconds that this process spends compiling from now on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._note)  # pyright: ignore
+
+    def _note(self, event: str, duration: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += duration
+
+
 class Terminal:
     """Reads lines, answers them, obeys commands."""
 
@@ -37,6 +48,7 @@ class Terminal:
         self.chat, self.console = chat, console
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
         self.pictures: list[str] = []
+        self.compiling = Compiling()
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
@@ -53,7 +65,7 @@ class Terminal:
                     self.command(*line.split(maxsplit=1))
                 elif line:
                     self.answer(line)
-            except (DataError, OSError) as error:
+            except (UserError, OSError) as error:
                 self.console.print(f"[red]{escape(str(error))}[/]")
 
     def command(self, name: str, argument: str = "") -> None:
@@ -63,7 +75,8 @@ class Terminal:
           DataError, OSError: a picture that cannot be read, a file that cannot be written.
         """
         if name == "/image" and argument:
-            self.chat.add_image(argument)
+            with self.console.status("looking at it (the first picture compiles)"):
+                self.chat.add_image(argument)
             self.pictures.append(argument)
             self.console.print(f"[dim]{escape(argument)} goes with the next question[/]")
         elif name == "/reset":
@@ -96,31 +109,41 @@ class Terminal:
         Raises:
           DataError: the question cannot be asked.
         """
-        started = time.perf_counter()
+        started, compiled, compiled_first = time.perf_counter(), self.compiling.seconds, 0.0
         pieces = self.chat.ask(question, self.max_new_tokens, self.sampling, self.seed)
-        self.console.print("[bold cyan]model[/] ", end="")
         first = None
         try:
-            for piece in pieces:
-                first = first or time.perf_counter()
+            with self.console.status("reading (the first question of its length compiles)"):
+                piece = next(pieces, None)
+            first, compiled_first = time.perf_counter(), self.compiling.seconds
+            self.console.print("[bold cyan]model[/] ", end="")
+            while piece is not None:
                 self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+                piece = next(pieces, None)
         except KeyboardInterrupt:
             pieces.close()
             self.console.print(" [red]stopped[/]", end="")
         self.console.print()
-        first = first or time.perf_counter()
-        later = self.chat.generated - 1
-        rate = f", {later / max(time.perf_counter() - first, 1e-9):.1f} tokens/s" if later > 0 else ""
+        now = time.perf_counter()
+        first = first or now
+        later, seconds = self.chat.generated - 1, now - first - (self.compiling.seconds - compiled_first)
+        rate = f", {later / max(seconds, 1e-9):.1f} tokens/s" if later > 0 else ""
+        compiled = self.compiling.seconds - compiled
         self.console.print(
             f"[dim]{self.chat.generated} token{'' if self.chat.generated == 1 else 's'}{rate}; the first after "
-            f"{first - started:.2f} s; {self.chat.reused} tokens of the prompt were read before[/]",
+            f"{first - started:.2f} s; {self.chat.reused} tokens of the prompt were read before"
+            f"{f'; compiling took {compiled:.1f} s, once' if compiled > 0 else ''}[/]",
             highlight=False,
         )
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb `chat`; 2 if the model cannot be loaded or a flag is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax chat", description=__doc__)
+    """The verb `chat`.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: the model cannot be loaded, a flag is wrong, a picture cannot be read.
+    """
+    parser = Parser(prog="python -m saisa_jax chat", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a finished model: WORKDIR/finetune/model, or an import")
     parser.add_argument("--image", action="append", default=[], help="a picture of the first question; may be repeated")
     parser.add_argument("--max_new_tokens", type=int, help="of an answer; by default as many as fit, at most 256")
@@ -131,23 +154,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="int8: 8-bit weights (needs qwix)")
     flags = parser.parse_args(argv)
     sampling = Sampling(flags.temperature, flags.top_p)
-    try:
-        check_sampling(sampling)
-        if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
-            raise ValueError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
+    check_sampling(sampling)
+    if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
+    console = Console()
+    with console.status("loading"):
         bundle = load(flags.checkpoint, dtype=flags.dtype, quantize=flags.quantize)
-        chat = Chat(bundle)
+    chat = Chat(bundle)
+    with console.status("looking at the picture (the first one compiles)"):
         for image in flags.image:
             chat.add_image(image)
-    except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        print(f"chat: {error}", file=sys.stderr)
-        return 2
     _line_editing()
-    console = Console()
     model = bundle.model
     console.print(
         f"{bundle.config.name}: {model.alignment}, {model.num_layers} layers of width {model.embed_dim}. "
-        "/help lists the commands.",
+        "/help lists the commands. A first answer takes longer: the model's programs are compiled.",
         highlight=False,
         soft_wrap=True,
     )

@@ -5,7 +5,6 @@ python -m saisa_jax flops --model=vicuna-7b --vision=clip-vit-l-336 --text=64
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,6 +12,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from saisa_jax.command_line import Parser
 from saisa_jax.config import ConfigError, ModelConfig
 from saisa_jax.models import flops, presets
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
       ConfigError: an unknown model or encoder, or numbers that make no prompt.
     """
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax flops", description="what the alignments cost")
+    parser = Parser(prog="python -m saisa_jax flops", description="what the alignments cost")
     parser.add_argument("--model", default="vicuna-7b", help=", ".join(presets.LLMS))
     parser.add_argument("--vision", default="clip-vit-l-336", help=", ".join(presets.VISIONS))
     parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt (default 64, the authors')")

@@ -337,7 +337,10 @@ class Saisa(nn.Module):
         if visual is not None:
             visual_mask = make_mask(places, _places(visual), c.sliding_window)
             visual_rope = rotation(visual.positions, c)
-        streaming = isinstance(visual, Rows)
+        streaming, tokens = isinstance(visual, Rows), visual.x if isinstance(visual, Rows) else None
+
+        # What no layer changes is no part of the carry, which the backward pass keeps a copy of for every layer.
+        carried = visual.x if isinstance(visual, Rows) and c.alignment == "naavit" else None
 
         def layer(carry: Any, inputs: Any) -> Any:
             x, stream = carry
@@ -345,7 +348,8 @@ class Saisa(nn.Module):
             others = []
             if image is not None:  # this run of layers sees the image
                 if streaming:
-                    stream, (k, v) = self._read_visual(params, stream)
+                    after, (k, v) = self._read_visual(params, tokens if stream is None else stream)
+                    stream = None if stream is None else after
                     k = rotate_keys(k, visual_rope)
                 else:
                     k, v = image
@@ -356,7 +360,7 @@ class Saisa(nn.Module):
             available = {"hidden": (x, stream), "attention": weights, "kv": kv}
             return (x, stream), {name: available[name] for name in capture if name in available}
 
-        carry = (asking.x, visual.x if isinstance(visual, Rows) else None)
+        carry = (asking.x, carried)
         first, outs = carry, []
         for run in layer_runs(c, visual is not None):
             projectors = slice(run.first_projector, run.first_projector + run.stop - run.start)

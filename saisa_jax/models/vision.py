@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from saisa_jax.config import VisionConfig
@@ -42,7 +43,13 @@ class VisionBlock(nn.Module):
         x = x + (scaled(self, "scale1", h) if c.layer_scale else h)
         h = layer_norm(c.norm_eps, self.param_dtype, "norm2")(x).astype(self.dtype)
         h = VisionMLP(c.mlp_dim, c.activation, self.dtype, self.param_dtype, name="mlp")(h)
-        return x + (scaled(self, "scale2", h) if c.layer_scale else h)
+        return split_by_image(x + (scaled(self, "scale2", h) if c.layer_scale else h))
+
+
+def split_by_image(x: Float[Array, "I *rows C"]) -> Float[Array, "I *rows C"]:
+    """Each device its own images. Said in every layer: otherwise the compiler may give each a share of the channels of
+    all images, with a sum over all devices after every product."""
+    return nn.with_logical_constraint(x, ("activation_batch", *(x.ndim - 1) * (None,)))
 
 
 def scaled(block: Any, name: str, branch: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
@@ -104,6 +111,31 @@ def convolution(width: int, dtype: Any, param_dtype: Any, use_bias: bool = True)
     return dense(width, axes, axis=(-3, -2, -1), use_bias=use_bias, dtype=dtype, param_dtype=param_dtype)
 
 
+def resampled(table: Float[Array, "rows C"], config: VisionConfig) -> Float[Array, "S C"]:
+    """The positions of the image's patches from those that were learnt on images of another size; bicubic."""
+    old, new, first = config.positions_per_side, config.patches_per_side, int(config.class_token)
+    if old == new:
+        return table
+    weights = jnp.asarray(_cubic(old, new), table.dtype)
+    grid = table[first:].reshape(old, old, -1)
+    grid = jnp.einsum("ai,bj,ijc->abc", weights, weights, grid, precision="highest")
+    return jnp.concatenate([table[:first], grid.reshape(new * new, -1)])
+
+
+def _cubic(old: int, new: int) -> np.ndarray:
+    """[new, old]: torch's bicubic interpolation of one axis (a = -0.75, pixels' centres fall together)."""
+    a = -0.75
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        t = np.abs(places - np.floor(places) - tap)
+        near = ((a + 2) * t - (a + 3)) * t**2 + 1
+        far = ((t - 5) * t + 8) * a * t - 4 * a
+        column = np.clip(np.floor(places).astype(int) + tap, 0, old - 1)  # the border goes on for ever
+        np.add.at(weights, (np.arange(new), column), np.where(t <= 1, near, far))
+    return weights
+
+
 class VisionEncoder(nn.Module):
     """Pixels to features.
 
@@ -127,7 +159,7 @@ class VisionEncoder(nn.Module):
         if c.class_token:
             init = named(nn.initializers.normal(0.02), "vision_embed")
             self.class_embedding = self.param("class_embedding", init, (c.embed_dim,), self.param_dtype)
-        rows = c.num_patches + int(c.class_token)
+        rows = c.positions_per_side**2 + int(c.class_token)
         self.position_embedding = self.param("position_embedding", positions, (rows, c.embed_dim), self.param_dtype)
         if c.pre_norm:
             self.pre_norm = layer_norm(c.norm_eps, self.param_dtype)
@@ -166,7 +198,7 @@ class VisionEncoder(nn.Module):
         if c.class_token:
             first = jnp.broadcast_to(self.class_embedding, (x.shape[0], 1, c.embed_dim))
             x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
-        x = x + self.position_embedding.astype(x.dtype)
+        x = x + resampled(jnp.asarray(self.position_embedding, x.dtype), c)
         if c.pre_norm:
             x = self.pre_norm(x)
-        return x.astype(self.dtype)
+        return split_by_image(x.astype(self.dtype))

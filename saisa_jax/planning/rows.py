@@ -22,7 +22,7 @@ from rich.table import Table
 from saisa_jax.config import STAGES, Config, ConfigError
 from saisa_jax.config.command_line import read_config
 from saisa_jax.data.pipeline import stage_counts
-from saisa_jax.data.plan import pack
+from saisa_jax.data.plan import WINDOW, pack
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
@@ -33,6 +33,7 @@ TEXT_LENGTHS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 SLOTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 SAMPLES_PER_STEP = {"pretrain": 256, "finetune": 128}  # the paper's
 SHOWN = 12
+ENOUGH = 4 * WINDOW  # samples that are packed, of however many: shares come out within a few tenths of a percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +87,16 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
     Raises:
       ConfigError: there are no samples.
     """
-    tokens, images = counts
-    if not len(tokens):
+    if not len(counts[0]):
         raise ConfigError(f"{stage}.sources: no sample can be used")
+    chosen = np.random.default_rng(0).permutation(len(counts[0]))[:ENOUGH]
+    tokens, images = counts[0][chosen], counts[1][chosen]
     settings = config.stage(stage)
-    needed = sample_flops(config, stage, counts).sum()
+    needed = sample_flops(config, stage, (tokens, images)).sum()
     shapes = {(t, m) for t in TEXT_LENGTHS for m in SLOTS} | {(settings.text_length, settings.max_images)}
     found = []
     for text_length, max_images in sorted(shapes):
-        if max_images < images.max():
+        if max_images < images.max() or not 0.5 < _balance(tokens, images, text_length, max_images) < 2:
             continue
         plan = pack(np.minimum(tokens, text_length), images, text_length, max_images, [0])
         executed = len(plan) * row_flops(config, stage, text_length, max_images)
@@ -111,6 +113,12 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
             )
         )
     return sorted(found, key=lambda choice: choice.flops_per_sample)
+
+
+def _balance(tokens: np.ndarray, images: np.ndarray, text_length: int, max_images: int) -> float:
+    """How many times as fast a row runs out of text as of slots; far from 1 one of them stays empty."""
+    text, slots = np.minimum(tokens, text_length).mean() / text_length, images.mean() / max(max_images, 1)
+    return float(text / slots) if slots else 1.0
 
 
 @lru_cache(maxsize=4096)
@@ -161,7 +169,7 @@ def llava_pretrain(samples: int = 558_128, seed: int = 0) -> Counts:
 
 
 def llava_finetune(samples: int = 665_298, text_only: int = 40_688, seed: int = 0) -> Counts:
-    """One image and 30 to 600 text tokens, short conversations more often than long ones; and text alone, long-tailed."""
+    """One image and 30 to 600 text tokens, short ones more often than long ones; and text alone, long-tailed."""
     rng = np.random.default_rng(seed)
     with_image = np.exp(rng.uniform(np.log(30), np.log(600), samples - text_only))
     alone = np.clip(rng.lognormal(np.log(700), 0.9, text_only), 30, 2048)

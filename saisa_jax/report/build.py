@@ -6,7 +6,6 @@ python -m saisa_jax report --runs=runs/compare/saisa,runs/compare/llava --out=ru
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from saisa_jax.command_line import Parser
 from saisa_jax.data.images import load_image
 from saisa_jax.data.sample import DataError
 from saisa_jax.report import attention, examples, page, pictures, plots
@@ -26,7 +26,7 @@ LARGEST_EXAMPLE = 512  # pixels; larger images are shown smaller
 
 def main(argv: Sequence[str]) -> int:
     """The verb `report`; 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax report", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m saisa_jax report", description=(__doc__ or "").split("\n\n")[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", help="one run of train.py")
     which.add_argument("--runs", help="several of them, with commas between; then --out is needed")

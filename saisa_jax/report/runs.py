@@ -9,13 +9,14 @@ from typing import Any
 
 from etils import epath
 
+from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, ModelConfig, from_config_dict
 
 NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA"}
 TITLES = {"pretrain": "Stage 1: pretrain", "finetune": "Stage 2: finetune"}
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """There is nothing to report; the message says which command makes it."""
 
 

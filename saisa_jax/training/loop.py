@@ -18,28 +18,25 @@ from etils import epath
 from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
+from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, train_iterator
-from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
 from saisa_jax.models.lora import is_adapter, merge_adapters
-from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
-from saisa_jax.training.optimizer import flatten, make_optimizer, merge, split
-from saisa_jax.training.preemption import RunLockedError, StopSignal, run_lock
+from saisa_jax.training.optimizer import flatten, merge
+from saisa_jax.training.preemption import StopSignal, run_lock
+from saisa_jax.training.prepare import prepare
 from saisa_jax.training.skipped import SkippedSteps
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
-from saisa_jax.training.state import TrainState, create_state, param_shardings, state_shardings
+from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message names the step and its samples."""
-
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, RunLockedError, TrainingError)
 
 
 def run(config: Config, workdir: epath.Path) -> int:
@@ -77,28 +74,15 @@ class Stage:
     def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.settings, self.model = config.stage(name), config.trained_model(name)
         self.cache = str(self.directory)  # of the counts of its samples
         self.rows = stage_rows(config, name, tokenizer, self.cache)
         self.steps = steps_in_stage(config, name, tokenizer, self.cache)
-        self.mesh = parallel.make_mesh(config.mesh)
-        self.rules = parallel.make_rules(self.model, self.mesh)
-        parallel.check_attention(self.model, self.mesh)
-        parts = self.settings.accumulation
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * parts
-        if self.settings.batch_size % ways:
-            raise ConfigError(
-                f"{name}.batch_size={self.settings.batch_size} does not divide by mesh data x fsdp x "
-                f"{name}.accumulation={parts} = {ways}: "
-                f"set --config.{name}.batch_size to {self.settings.batch_size // ways * ways + ways}"
-            )
-        groups = self.settings.groups
-        trainable, _ = jax.eval_shape(lambda params: split(params, groups), abstract_params(self.model))
-        self.optimizer = make_optimizer(self.settings.optimizer, groups, trainable, self.steps)
-        self.shardings = state_shardings(self.model, groups, self.optimizer, self.mesh, self.rules)
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = prepare(
+            config, name, self.steps
+        )
         make_params, argument, self.source = starting_params(config, name, workdir, tokenizer)
         with parallel.use(self.mesh, self.rules):
-            self.state = create_state(make_params, argument, groups, self.optimizer, self.shardings)
+            self.state = create_state(make_params, argument, self.settings.groups, self.optimizer, self.shardings)
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None

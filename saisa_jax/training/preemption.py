@@ -14,6 +14,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from saisa_jax.command_line import UserError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -60,7 +62,7 @@ class StopSignal:
             os.write(2, f"\n{name}: stopping after this step, with a checkpoint{hint}\n".encode())
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(UserError, RuntimeError):
     """Another process works in the same directory."""
 
 

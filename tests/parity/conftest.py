@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -151,3 +152,32 @@ def tower(recorded: Fixture, fixtures_dir: Path) -> dict[str, Any]:
 def prompt(request: pytest.FixtureRequest) -> str:
     """The name of each recorded prompt in turn."""
     return request.param
+
+
+DIFFERENCE = "largest difference of "
+
+
+@pytest.fixture
+def close(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Asserts that our numbers are theirs, and notes how far they are apart for the table after the tests."""
+
+    def check(ours: Any, theirs: Any, atol: float, what: str = "logits") -> None:
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.shape == theirs.shape
+        record_property(DIFFERENCE + what, float(np.abs(ours - theirs).max()))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    largest: dict[str, float] = {}
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, value in report.user_properties:
+            if name.startswith(DIFFERENCE):
+                row = f"{report.nodeid.split('/')[-1]} {name.removeprefix(DIFFERENCE)}"
+                largest[row] = max(largest.get(row, 0.0), value)
+    if largest:
+        terminalreporter.section("largest differences")
+        for row, value in largest.items():
+            terminalreporter.write_line(f"{value:.1e}  {row}")

@@ -1,16 +1,20 @@
-"""What `convert export` writes, transformers' own PyTorch classes load, and compute the same with it."""
+"""What `convert export` writes, torch loads and computes the same with: as it was imported, and after training."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from saisa_jax.__main__ import main
-from saisa_jax.batch import empty_batch
-from saisa_jax.checkpoints import load_model
+from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
+from saisa_jax.config import ModelConfig
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.testing.checkpoints import write_checkpoint
 
@@ -24,23 +28,64 @@ CLASSES = {
     "llava-hf": "LlavaForConditionalGeneration",
     "hf-vision": "CLIPVisionModel",
 }
+BEFORE, AFTER = np.arange(3, 9), np.arange(9, 40)  # text on both sides of the picture
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA whose source was in another layout, so that every file is written from our configuration."""
-    root = tmp_path_factory.mktemp("exported")
-    write_checkpoint(root / "in", "llava")
-    write_checkpoint(root / "tower", "hf-vision")
-    words = ["import", "--from", root / "in", "--vision", root / "tower", "--to", root / "ckpt", "--dtype", "float32"]
+def convert(*words: object) -> None:
     assert main(["convert", *map(str, words)]) == 0
+
+
+def imported(root: Path, layout: str) -> Path:
+    write_checkpoint(root / "in", layout)
+    write_checkpoint(root / "tower", "hf-vision")
+    convert("import", "--from", root / "in", "--vision", root / "tower", "--to", root / "ckpt", "--dtype", "float32")
     return root / "ckpt"
 
 
+def trained(checkpoint: Path) -> Path:
+    """The same model with every parameter changed, saved as training saves it."""
+    random = np.random.default_rng(0)
+    params, config, tokenizer, metadata = load_model(checkpoint)
+    params = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape, np.float32), params)
+    to = checkpoint.parent / "trained"
+    save_model(to, params, config, tokenizer, metadata, copy_sidecar(checkpoint))
+    return to
+
+
+@pytest.fixture(scope="module", params=["as imported", "trained"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA whose source was in another layout, so that every file is written from our configuration."""
+    found = imported(tmp_path_factory.mktemp("exported"), "llava")
+    return trained(found) if request.param == "trained" else found
+
+
+def row(model: ModelConfig, with_image: bool) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """A row of text around a picture, the places of its text, and those of its visual tokens."""
+    patches = model.vision.num_patches if with_image else 0
+    tokens = np.concatenate([BEFORE, AFTER])
+    batch = empty_batch(1, len(tokens), int(with_image), model.vision.image_size)
+    places = np.arange(len(tokens)) + patches * (np.arange(len(tokens)) >= len(BEFORE))
+    batch["tokens"][0], batch["positions"][0], batch["segment_ids"][0] = tokens, places, 1
+    if with_image:
+        batch["images"][:] = np.random.default_rng(1).integers(0, 256, batch["images"].shape)
+        batch["image_positions"][0], batch["image_segment_ids"][0] = len(BEFORE), 1
+    return batch, places, len(BEFORE) + np.arange(patches)
+
+
+def ours(model: ModelConfig, params: Any, batch: Batch) -> np.ndarray:
+    logits, _ = jax.jit(lambda p, b: Saisa(model).apply({"params": p}, b))(params, batch)
+    return np.asarray(logits)[0, :, : model.vocab_size]
+
+
+def pixels(model: ModelConfig, batch: Batch) -> Any:
+    """The picture as torch wants it, [1, 3, height, width]."""
+    mean, std = np.float32(model.vision.image_mean), np.float32(model.vision.image_std)
+    return torch.tensor(((batch["images"][0] / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("layout", CLASSES)
-def test_transformers_loads_it(checkpoint: Path, layout: str, tmp_path: Path) -> None:
-    words = ["export", "--from", checkpoint, "--layout", layout, "--to", tmp_path / "out", "--dtype", "float32"]
-    assert main(["convert", *map(str, words)]) == 0
+def test_transformers_loads_it(checkpoint: Path, layout: str, tmp_path: Path, close: Callable[..., None]) -> None:
+    convert("export", "--from", checkpoint, "--layout", layout, "--to", tmp_path / "out", "--dtype", "float32")
     load = getattr(transformers, CLASSES[layout]).from_pretrained
     theirs, loading = load(tmp_path / "out", output_loading_info=True)
     # The norm after the last layer has no say in the features; a tower without it is whole.
@@ -50,10 +95,62 @@ def test_transformers_loads_it(checkpoint: Path, layout: str, tmp_path: Path) ->
         transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
         return
     params, config, *_ = load_model(checkpoint)
-    tokens = np.arange(3, 40)
-    batch = empty_batch(1, len(tokens), 0, config.model.vision.image_size)
-    batch["tokens"][0], batch["positions"][0], batch["segment_ids"][0] = tokens, np.arange(len(tokens)), 1
-    logits, _ = jax.jit(lambda p, b: Saisa(config.model).apply({"params": p}, b))(params, batch)
+    batch, places, visual = row(config.model, layout == "llava-hf")
+    ids = np.zeros(len(places) + len(visual), np.int64)
+    ids[places] = batch["tokens"][0]
+    picture = {}
+    if layout == "llava-hf":
+        ids[visual] = theirs.config.image_token_index
+        picture = {"pixel_values": pixels(config.model, batch)}
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor(tokens[None])).logits[0].numpy()
-    np.testing.assert_allclose(np.asarray(logits)[0, :, : config.model.vocab_size], expected, rtol=0, atol=1e-4)
+        expected = theirs(input_ids=torch.tensor(ids[None]), **picture).logits[0].numpy()[places]
+    close(ours(config.model, params, batch), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["as imported", "trained"])
+def test_torch_reads_the_official_layout(kind: str, tmp_path: Path, close: Callable[..., None]) -> None:
+    from safetensors.torch import load_file
+
+    from tests.parity import torch_saisa
+
+    source = imported(tmp_path, "saisa")
+    source = trained(source) if kind == "trained" else source
+    out = tmp_path / "out"
+    convert("export", "--from", source, "--layout", "saisa", "--to", out, "--dtype", "float32")
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["mm_vision_tower"] == "vision_tower"
+    tower = transformers.CLIPVisionModel.from_pretrained(out / "vision_tower")
+    params, config, *_ = load_model(source)
+    batch, places, visual = row(config.model, True)
+    with torch.no_grad():
+        states = tower(pixels(config.model, batch), output_hidden_states=True).hidden_states
+        expected = torch_saisa.logits(
+            load_file(out / "model.safetensors"),
+            raw,
+            states[raw["mm_vision_select_layer"]][0, 1:],
+            torch.tensor(batch["tokens"][0]),
+            torch.tensor(places),
+            torch.tensor(visual),
+        )
+    close(ours(config.model, params, batch), expected, atol=1e-4)
+
+
+def test_the_restatement_in_torch_is_the_official_code(fixtures_dir: Path, close: Callable[..., None]) -> None:
+    """On what the official code gave: else the test before this one would say little."""
+    from safetensors.torch import load_file
+
+    from tests.parity import torch_saisa
+
+    directory = fixtures_dir / "saisa_tiny"
+    raw, expected = json.loads((directory / "config.json").read_text()), load_file(directory / "expected.safetensors")
+    picture = json.loads((directory / "expected.json").read_text())["prompts"]["p1"]["image"]
+    ids = expected["p1.input_ids"]
+    found = torch_saisa.logits(
+        load_file(directory / "model.safetensors"),
+        raw,
+        expected[f"image_{picture}.vision_features"],
+        ids[ids != -200],
+        expected["p1.text_positions"],
+        expected["p1.visual_positions"],
+    )
+    close(found.detach(), expected["p1.logits_text"], atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig, RopeScalingConfig
+from saisa_jax.convert.checkpoint import resized
 from saisa_jax.convert.exporter import export_params
 from saisa_jax.convert.importer import config_from_hf, import_model, import_params
 from saisa_jax.convert.tables import table
@@ -27,10 +29,11 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.parity
 
+RANGE = 0.1  # of the random weights
 PROMPT = 600  # tokens: long enough that a wrong rotation or window shows
 SMALL = {
     "vocab_size": 150, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": 1,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": RANGE, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA3 = {  # of a first context so short that some frequencies are kept, some divided, some in between
@@ -59,7 +62,7 @@ def randomized(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * RANGE)
     return model.eval()
 
 
@@ -81,7 +84,7 @@ def logits_of(config: ModelConfig, params: Any, batch: Batch) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_decoder(family: str, tmp_path: Path) -> None:
+def test_decoder(family: str, tmp_path: Path, close: Callable[..., None]) -> None:
     name, options = DECODERS[family]
     torch.manual_seed(0)
     theirs = randomized(getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
@@ -93,7 +96,7 @@ def test_decoder(family: str, tmp_path: Path) -> None:
     params = import_params(tmp_path / "theirs", config).params
     batch = empty_batch(1, PROMPT, 0, config.vision.image_size)
     batch["tokens"][0], batch["positions"][0], batch["segment_ids"][0] = tokens, np.arange(PROMPT), 1
-    np.testing.assert_allclose(logits_of(config, params, batch), expected, rtol=0, atol=1e-4)
+    close(logits_of(config, params, batch), expected, atol=1e-4)
 
     # What we write, their class reads.
     export_params(params, config, "hf-llm", tmp_path / "ours")
@@ -144,7 +147,7 @@ def pictures(config: ModelConfig, count: int) -> tuple[np.ndarray, Any]:
 
 @pytest.mark.parametrize("select_layer", [-1, -2])
 @pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2"])
-def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
+def test_encoder(family: str, select_layer: int, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
@@ -154,14 +157,14 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path) -> None:
     first = int(config.vision.class_token)
     params = import_params(tmp_path, config).params["vision"]
     features, hidden = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
-    np.testing.assert_allclose(features, states[select_layer][:, first:].numpy(), rtol=0, atol=1e-4)
+    close(features, states[select_layer][:, first:].numpy(), atol=1e-4, what="features")
     used = config.vision.num_used_layers + 1
-    np.testing.assert_allclose(hidden, torch.stack(states[:used]).numpy(), rtol=0, atol=1e-4)
+    close(hidden, torch.stack(states[:used]).numpy(), atol=1e-4, what="hidden states")
 
 
 @pytest.mark.parametrize("image_size", [64, 75])
 @pytest.mark.parametrize("select_layer", [-1, -2])
-def test_convnext(select_layer: int, image_size: int, tmp_path: Path) -> None:
+def test_convnext(select_layer: int, image_size: int, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder("convnext"))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=select_layer)
@@ -174,10 +177,28 @@ def test_convnext(select_layer: int, image_size: int, tmp_path: Path) -> None:
     params = import_params(tmp_path, config).params["vision"]
     features, maps = ConvNext(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
     expected = states[select_layer].reshape(2, config.vision.num_patches, config.vision.embed_dim)
-    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-4)
+    close(features, expected, atol=1e-4, what="features")
     assert len(maps) == config.vision.num_used_layers + 1
     for ours, state in zip(maps, states, strict=False):
-        np.testing.assert_allclose(ours, state, rtol=0, atol=1e-4)
+        close(ours, state, atol=1e-4, what="hidden states")
+
+
+@pytest.mark.parametrize("size", [42, 84])
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
+def test_encoder_on_images_of_another_size(family: str, size: int, tmp_path: Path, close: Callable[..., None]) -> None:
+    """Positions are resampled as theirs are: smaller and larger pictures than the table was made for."""
+    torch.manual_seed(0)
+    theirs = randomized(encoder(family))
+    config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
+    config = dataclasses.replace(config, vision=resized(config.vision, size))
+    images, pixels = pictures(config, 1)
+    always = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = theirs(pixels, output_hidden_states=True, **always).hidden_states[-1]
+    params = import_params(tmp_path, config).params["vision"]
+    features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
+    assert features.shape[1] == (size // 14) ** 2 != config.vision.positions_per_side**2
+    close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
 
 
 OLD_PREFIX = {  # of the keys that transformers 4 wrote, or that the class with a head writes
@@ -217,7 +238,7 @@ def test_encoder_comes_back_bit_for_bit_from_either_spelling(family: str, prefix
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])
-def test_encoder_with_its_final_norm(family: str, tmp_path: Path) -> None:
+def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
     config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
@@ -227,11 +248,11 @@ def test_encoder_with_its_final_norm(family: str, tmp_path: Path) -> None:
         expected = theirs(pixels).last_hidden_state
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
-    np.testing.assert_allclose(features, expected[:, int(config.vision.class_token) :].numpy(), rtol=0, atol=1e-4)
+    close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_llava(tower: str, tmp_path: Path) -> None:
+def test_llava(tower: str, tmp_path: Path, close: Callable[..., None]) -> None:
     """The whole baseline: a picture between text, in the layout that transformers 5 saves."""
     torch.manual_seed(0)
     vision = encoder(tower).config
@@ -256,4 +277,4 @@ def test_llava(tower: str, tmp_path: Path) -> None:
     batch["positions"][0] = places = np.array([0, 1, 2, *(patches + np.arange(3, 7))])
     batch["segment_ids"][0], batch["images"][0] = 1, images
     batch["image_positions"][0], batch["image_segment_ids"][0] = len(before), 1
-    np.testing.assert_allclose(logits_of(ours, imported.params, batch), expected[places], rtol=0, atol=1e-4)
+    close(logits_of(ours, imported.params, batch), expected[places], atol=1e-4)

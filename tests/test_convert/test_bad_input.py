@@ -77,7 +77,7 @@ def test_sources_that_do_not_fit(
     spoil(Path(shutil.copytree(whole, tmp_path / "in")))
     assert main(["convert", "import", f"--from={tmp_path / 'in'}", f"--to={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("convert import: ") and message in error and "Traceback" not in error
+    assert error.startswith("convert: ") and message in error and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

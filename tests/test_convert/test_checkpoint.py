@@ -115,6 +115,21 @@ def test_a_starting_point_for_training(sources: Path, tmp_path: Path) -> None:
         assert everything(sources / source) == everything(tmp_path / layout)
 
 
+def test_images_of_another_size(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of positions stays as it was and goes back so; only layouts that can say so take it."""
+    to, learnt = tmp_path / "ckpt", tiny_model("hf-vision").vision.image_size
+    convert("import", "--llm", sources / "hf-llm", "--vision", sources / "hf-vision", "--to", to, "--image_size", 16)
+    bundle = saisa_jax.load(str(to))
+    assert (bundle.model.vision.image_size, bundle.model.vision.position_size) == (16, learnt)
+    assert bundle.model.vision.num_patches < bundle.params["vision"]["position_embedding"].shape[0] - 1
+    assert len(bundle.generate(["what is it?"], [[Image.new("RGB", (9, 9))]], max_new_tokens=2)) == 1
+    convert("export", "--from", to, "--layout", "hf-vision", "--to", tmp_path / "out")
+    assert everything(sources / "hf-vision") == everything(tmp_path / "out")
+    capsys.readouterr()
+    assert main(["convert", "export", f"--from={to}", "--layout=llava", f"--to={tmp_path / 'llava'}"]) == 2
+    assert "no place for positions that are resampled" in capsys.readouterr().err
+
+
 def test_the_sidecar_goes_through_training_and_grows_stale(
     sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

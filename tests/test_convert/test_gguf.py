@@ -96,7 +96,7 @@ def test_tensors_and_config(file: Path) -> None:
     for name, heads in (("q", N), ("k", K)):
         read = source.read(f"model.layers.0.self_attn.{name}_proj.weight")
         np.testing.assert_allclose(permuted(read, heads), held[f"blk.0.attn_{name}.weight"], atol=0.02)
-    config = decoder_config_from_hf(source.config, file)
+    config = decoder_config_from_hf(source.config(), file)
     assert (config.norm_eps, config.rope_theta, config.head_dim) == (1e-5, 1e5, H)
     assert config.tie_embeddings and config.vocab_size == W and config.max_length == 128
 
@@ -106,10 +106,10 @@ def test_rope_factors_of_llama_3(tmp_path: Path) -> None:
     smooth = np.clip((turns - 1) / 3, 0, 1)
     factors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
     source = GgufFile(write(tmp_path / "3.gguf", tensors() | {"rope_freqs.weight": factors}))
-    scaling = decoder_config_from_hf(source.config, tmp_path).rope_scaling
+    scaling = decoder_config_from_hf(source.config(), tmp_path).rope_scaling
     assert (scaling.kind, scaling.factor) == ("llama3", 32.0) and "rope_freqs.weight" not in source.names
     with pytest.raises(ConvertError, match="not those of Llama"):
-        _ = GgufFile(write(tmp_path / "4.gguf", tensors() | {"rope_freqs.weight": factors * 2})).config
+        _ = GgufFile(write(tmp_path / "4.gguf", tensors() | {"rope_freqs.weight": factors * 2})).config()
 
 
 def test_digits_are_split_where_smollm_splits_them(file: Path) -> None:
@@ -119,6 +119,13 @@ def test_digits_are_split_where_smollm_splits_them(file: Path) -> None:
     assert build_tokenizer(metadata, file).tokenize("a 12") == ["a", "Ġ", "12"]
     text = "é  日本\t 12"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_inspect_says_how_it_is_stored(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "inspect", str(file), "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "14 Q8_0" in out and "6 F32" in out
+    assert any("blk" not in line and "down_proj" in line and "Q8_0" in line for line in out.splitlines())
 
 
 def test_an_import_answers(file: Path, tmp_path: Path) -> None:

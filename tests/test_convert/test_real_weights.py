@@ -19,6 +19,7 @@ import saisa_jax
 from saisa_jax.__main__ import main
 from saisa_jax.convert.importer import config_from_hf, import_params
 from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.data.sample import USER, Turn
 from saisa_jax.models.vision import VisionEncoder
 
 NAME = "SmolLM2-135M-Instruct"
@@ -52,9 +53,7 @@ def test_smollm2_says_the_same_as_in_torch(real: Path, tmp_path: Path) -> None:
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        batch, _ = bundle.prompts([prompt], [[]])
-        ours = batch["tokens"][0][batch["segment_ids"][0] > 0].tolist()
-        assert ours == ids[0].tolist()
+        assert bundle.prompt((Turn(USER, prompt),), 0).tokens.tolist() == ids[0].tolist()
         with torch.no_grad():
             out = theirs.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

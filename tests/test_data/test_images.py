@@ -156,11 +156,19 @@ def test_huge_images_are_refused_before_they_are_decoded(monkeypatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with (
         pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(DataError, match=r"sample 'a/7': .* has 12000 x 12000 pixels; at most 100,000,000"),
+        pytest.raises(DataError, match=r"sample 'a/7': .* has 12000 x 12000 pixels; at most 89,478,485"),
     ):
         load_image(bomb, "a/7")
     with pytest.raises(DataError, match=r"sample 'a/7': .* is too large to decode"):
         load_image(worse, "a/7")
+
+
+def test_huge_files_are_refused_before_they_are_opened(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(data := _encoded(Image.new("1", (3, 3))))
+    monkeypatch.setattr(images_module, "MAX_BYTES", len(data) - 1)
+    for source in (data, tmp_path / "a.png", str(tmp_path / "a.png")):
+        with pytest.raises(DataError, match=rf"sample 'a/7': .* is a file of {len(data)} bytes; at most"):
+            load_image(source, "a/7")
 
 
 def _png_that_says(width: int, height: int) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from etils import epath
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.console import Console
 from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import Config, ConfigError
 from saisa_jax.data.easy_vqa import majority_baseline
+from saisa_jax.data.sample import Turn
 from saisa_jax.evaluation import command, runner, tasks
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
@@ -37,7 +39,7 @@ def truths() -> dict[tuple[str, str], str]:
 
 
 class Encoded(NamedTuple):
-    tokens: list[int]
+    tokens: np.ndarray
 
 
 class Tokenizer:
@@ -57,8 +59,8 @@ class Pretender(Bundle):
     batches: list[list[str]] = dataclasses.field(default_factory=list)
     stop_after: int | None = None
 
-    def prompts(self, questions: Sequence[str], images: Sequence[Sequence[str]]) -> tuple[None, list[Encoded]]:
-        return None, [Encoded(list(range(len(question.split())))) for question in questions]
+    def prompt(self, turns: Sequence[Turn], num_images: int, max_new_tokens: int = 0, name: str = "") -> Any:
+        return Encoded(np.arange(len(turns[-1].text.split())))
 
     def generate(self, questions: list[str], images: list[list[str]], max_new_tokens: int) -> list[str]:
         if len(self.batches) == self.stop_after:

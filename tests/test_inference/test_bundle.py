@@ -12,7 +12,7 @@ from saisa_jax import parallel
 from saisa_jax.checkpoints import save_model
 from saisa_jax.config import MeshConfig
 from saisa_jax.data.sample import DataError
-from saisa_jax.inference.bundle import load
+from saisa_jax.inference.bundle import Request, load
 from saisa_jax.inference.image_cache import EncodedImage, ImageCache
 from saisa_jax.models.kv_cache import ImageKV
 
@@ -52,8 +52,10 @@ def test_a_handle_of_another_model_is_encoded_anew(tiny_bundle, pictures):
 def test_encoded_images_give_the_logits_of_new_ones(bundle, pictures):
     images = images_for(pictures)
     requests = bundle._requests(QUESTIONS, images, 4)
-    batch = bundle.batch(requests)
-    slots = bundle.image_slots(batch, requests)
+    slots = bundle.image_slots(bundle.batch(requests), requests)
+    anew = [Request(r.encoded, tuple(dataclasses.replace(i, kv=None) for i in r.images)) for r in requests]
+    batch = bundle.batch(anew)
+    assert batch["images"].size and (slots is None or not bundle.batch(requests)["images"].size)
     fresh, cache, positions = bundle.generator.prefill(bundle.params, batch, 16)
     if bundle.model.alignment == "llava":
         assert slots is None and all(image.kv is None for image in bundle.encode_images(pictures))
@@ -114,7 +116,7 @@ class compilations:
 def test_bad_requests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path):
     broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
     broken.write_bytes(Path(pictures[0]).read_bytes()[:60])
-    Image.new("1", (10_001, 10_001)).save(huge)
+    Image.new("1", (10_000, 10_000)).save(huge)
     questions = [
         QUESTIONS[0],
         "what?",
@@ -130,7 +132,7 @@ def test_bad_requests_are_all_named_and_harm_no_other(bundle, pictures, tmp_path
         2: "2 <image> placeholder",
         3: "empty: ask something",
         4: "model.max_length",
-        5: "10001 x 10001 pixels",
+        5: "10000 x 10000 pixels",
     }
     out = bundle.generate(questions, images, max_new_tokens=3, on_error="return")
     for number, reason in reasons.items():
