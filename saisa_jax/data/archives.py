@@ -180,7 +180,7 @@ def _key(name: str) -> int:
 
 @lru_cache(maxsize=8)
 def _scan(path: str, modified: int, size: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """A member's name, all members' keys in order, and the members; done once for as long as the file stays the same."""
+    """A member's name, all members' keys in order, and the members; done once while the file stays the same."""
     del modified, size
     example = ""
 

@@ -296,7 +296,7 @@ def test_shards_in_a_bucket(mine, tmp_path, monkeypatch) -> None:
 def test_workers_that_are_stopped(mine, tmp_path, how) -> None:
     """Two processes make what one makes; Ctrl-C, or a kill of the first, leaves none and a directory that goes on."""
     records = json.loads((mine / "train.json").read_text())
-    (mine / "many.json").write_text(json.dumps(records * 100))
+    (mine / "many.json").write_text(json.dumps(records * 50))
     argv = arguments(mine, tmp_path / "out", "--shards=30", file="many.json")
     command = [sys.executable, "-m", "saisa_jax", "data", "prepare", *argv, "--workers=2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
