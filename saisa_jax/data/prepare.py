@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from saisa_jax.config import STAGES, Config, to_dict
-from saisa_jax.config.recipe import read_recipe
+from saisa_jax.config.command_line import read_config
 from saisa_jax.data.counts import fingerprint
 from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import load_image, read_image
@@ -47,7 +47,7 @@ from saisa_jax.data.tokenizer import load_tokenizer
 
 PLAN, REPORT = "plan.json", "report.jsonl"
 SAMPLES_PER_SHARD = 4096
-SPLITS = ("sources", "validation")
+SPLITS = {"train": "sources", "validation": "validation"}  # and the field of a stage that lists them
 LEFT_OUT = "left_out"
 
 
@@ -267,11 +267,8 @@ def main(argv: Sequence[str]) -> int:
       ConfigError: the recipe cannot be.
       DataError: a source cannot be read, no sample can be used, or DIR holds something else.
     """
-    if {"-h", "--help"} & set(argv):
-        _parser().parse_args(["--help"])
-    config, rest = read_recipe(argv)
-    args = _parser().parse_args(rest)
-    job, plan = make_job(config, args)
+    args, settings = _parser().parse_known_args(argv)
+    job, plan = make_job(read_config(settings), args)
     console, started = Console(), time.perf_counter()
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
     try:
@@ -302,18 +299,17 @@ def main(argv: Sequence[str]) -> int:
 def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
     """The job, and what a directory remembers of it: the same plan makes the same files."""
     settings = config.stage(args.stage)
-    listed = getattr(settings, args.split)
+    name = f"{args.stage}.{SPLITS[args.split]}"
+    listed = getattr(settings, SPLITS[args.split])
     if args.source is not None:
         if not 0 <= args.source < len(listed):
-            raise DataError(
-                f"--source={args.source} is not one of {args.stage}.{args.split}, which lists {len(listed)}"
-            )
+            raise DataError(f"--source={args.source} is not one of {name}, which lists {len(listed)}")
         listed = listed[args.source : args.source + 1]
     if not listed:
-        raise DataError(f"{args.stage}.{args.split} is empty: name what to prepare")
+        raise DataError(f"{name} is empty: name what to prepare")
     if len({source.weight for source in listed}) > 1:
         raise DataError(
-            f"{args.stage}.{args.split} have different weights, which training applies: prepare them one by one with "
+            f"{name} have different weights, which training applies: prepare them one by one with "
             "--source=0, --source=1, ... and give each set its weight"
         )
     samples = Concatenated([open_source(source) for source in listed])
@@ -336,11 +332,12 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m saisa_jax data prepare",
+        allow_abbrev=False,
         description="Samples of any source as ArrayRecord shards that are checked and counted.",
         epilog="--config=RECIPE[:argument] is needed, and --config.a.b=value overrides it, as in train.py.",
     )
     parser.add_argument("--stage", choices=STAGES, default="finetune", help="whose sources, template and text_length")
-    parser.add_argument("--split", choices=SPLITS, default="sources", help="the stage's list of them")
+    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="which sources of the stage")
     parser.add_argument("--source", type=int, help="only that one of the list, from 0 (default: all, joined)")
     parser.add_argument("--to", required=True, help="a directory, local or gs://; an unfinished one is gone on with")
     parser.add_argument("--shards", type=int, help=f"files (default: one for each {SAMPLES_PER_SHARD:,} samples)")

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from saisa_jax.config import SourceConfig
 from saisa_jax.data import easy_vqa
 from saisa_jax.data.llava import JsonConversations
-from saisa_jax.data.sample import DataError, Samples
+from saisa_jax.data.sample import DataError, Sample, Samples
 from saisa_jax.data.shards import ShardedSamples
 from saisa_jax.data.tfds_source import TfdsSamples
+
+
+@dataclass(frozen=True)
+class EasyVqa:
+    """The embedded set. Another process makes it anew, which is quicker than handing over its 40,000 questions."""
+
+    task: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(easy_vqa.samples(self.task, self.split))
+
+    def __getitem__(self, index: int) -> Sample:
+        return easy_vqa.samples(self.task, self.split)[index]
+
 
 OPENERS: dict[str, Callable[[SourceConfig], Samples]] = {
     "arrayrecord": ShardedSamples,
     "chat": JsonConversations,
-    "easy_vqa": lambda config: easy_vqa.samples(config.task, config.split),
+    "easy_vqa": lambda config: EasyVqa(config.task, config.split),
     "llava": JsonConversations,
     "tfds": TfdsSamples,
 }

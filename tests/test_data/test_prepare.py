@@ -1,0 +1,330 @@
+"""`data prepare` and the shards it writes: what goes in comes out, checked, counted, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from saisa_jax.config import SourceConfig
+from saisa_jax.config.command_line import read_config
+from saisa_jax.data import prepare
+from saisa_jax.data.command import main as data_command
+from saisa_jax.data.counts import count, fingerprint
+from saisa_jax.data.images import read_image
+from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.sample import DataError
+from saisa_jax.data.shards import ShardedSamples
+from saisa_jax.data.sources import open_source
+from saisa_jax.data.tokenizer import load_tokenizer
+
+TINY = "saisa_jax/testing/configs.py"
+COLORS = ("red", "blue", "green", "yellow", "black", "gray", "teal", "brown")
+SAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory) -> Path:
+    """A LLaVA file of 24 samples, each third of text alone, and its images: noise, so that they have a size."""
+    root = tmp_path_factory.mktemp("mine")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(SAMPLES):
+        question = {"from": "human", "value": "what is the color of the shape?" * (1 + i % 2)}
+        record = {"id": f"s{i}", "conversations": [question, {"from": "gpt", "value": COLORS[i % 8]}]}
+        if i % 3:
+            record["image"] = f"{i}.{'jpg' if i % 2 else 'png'}"
+            pixels = rng.integers(0, 256, (30 + i, 60, 3), np.uint8)
+            Image.fromarray(pixels).save(root / "images" / record["image"])
+        samples.append(record)
+    samples[0]["conversations"].insert(0, {"from": "system", "value": "be brief"})
+    (root / "train.json").write_text(json.dumps(samples))
+    return root
+
+
+def arguments(mine: Path, to: Path | str, *more: str, file: str = "train.json") -> list[str]:
+    source = f"({{'path': '{mine}/{file}', 'images': '{mine}/images'}},)"
+    return [f"--config={TINY}", f"--config.finetune.sources={source}", f"--to={to}", "--workers=1", *more]
+
+
+def open_shards(path: Path | str) -> ShardedSamples:
+    source = open_source(SourceConfig("arrayrecord", path=str(path)))
+    assert isinstance(source, ShardedSamples)
+    return source
+
+
+def test_what_goes_in_comes_out(mine, tmp_path, capsys) -> None:
+    argv = arguments(mine, tmp_path / "out", "--shards=3")
+    assert data_command(["prepare", *argv]) == 0
+    out = capsys.readouterr().out
+    assert "24 samples with 16 images" in out and "'format': 'arrayrecord'" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "index.json", "report.jsonl", *(f"shard-0000{i}-of-00003.arrayrecord" for i in range(3)),
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "report.jsonl").read_text() == ""
+
+    config = read_config(argv[:2])
+    tokenizer = load_tokenizer("easy_vqa")
+    before, after = open_source(config.finetune.sources[0]), open_shards(tmp_path / "out")
+    copy = pickle.loads(pickle.dumps(after))
+    assert len(pickle.dumps(after)) < 500
+    for i in reversed(range(SAMPLES)):
+        one, two = before[i], after[i]
+        assert (one.id, one.turns, one.system) == (two.id, two.turns, two.system)
+        assert two.images == tuple(read_image(image) for image in one.images)  # the files, byte for byte
+        assert copy[i] == two
+    assert after[0].system == "be brief"
+    found = after.counts(fingerprint(config, "finetune", tokenizer))
+    assert found is not None
+    for got, expected in zip(found, count(before, config, "finetune", tokenizer), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert after.counts(fingerprint(config, "pretrain", tokenizer)) is None  # another template
+
+    # A second start has nothing to do; a start with another plan is refused.
+    assert data_command(["prepare", *argv]) == 0
+    assert data_command(["prepare", *argv, "--image_size=16"]) == 2
+    error = capsys.readouterr().err
+    assert "was prepared otherwise (image_size: None there, 16 here" in error and "choose another --to" in error
+
+
+def test_training_reads_the_same_batches(mine, tmp_path) -> None:
+    argv = arguments(mine, tmp_path / "out", "--shards=2")
+    assert data_command(["prepare", *argv]) == 0
+    shards = f"({{'format': 'arrayrecord', 'path': '{tmp_path}/out'}},)"
+    tokenizer = load_tokenizer("easy_vqa")
+    batches = []
+    for source in (argv[1], f"--config.finetune.sources={shards}"):
+        config = read_config([argv[0], source, "--config.finetune.batch_size=2"])
+        data = dataclasses.replace(config.data, packing=True, turns_per_sample=None)
+        config = dataclasses.replace(config, data=data)
+        iterator = train_iterator(config, "finetune", tokenizer)
+        batches.append([next(iterator) for _ in range(4)])
+    for one, two in zip(*batches, strict=True):
+        assert one.sample_ids == two.sample_ids
+        for name in one.batch:
+            np.testing.assert_array_equal(one.batch[name], two.batch[name])
+
+
+def test_what_cannot_be_used_is_reported_and_left_out(mine, tmp_path, capsys) -> None:
+    records = json.loads((mine / "train.json").read_text())[:8]
+    whole = (mine / "images" / "1.jpg").read_bytes()
+    (mine / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (mine / "images" / "none.jpg").write_bytes(b"")
+    for record, image in zip(records, ("cut.jpg", "none.jpg", "missing.jpg", "../1.jpg"), strict=False):
+        record["image"] = image
+    records[4]["conversations"][1]["value"] = " "
+    records[5]["conversations"].pop()
+    records[6]["conversations"][0]["from"] = "robot"
+    (mine / "bad.json").write_text(json.dumps(records))
+    assert data_command(["prepare", *arguments(mine, tmp_path, "--shards=2", file="bad.json")]) == 0
+    assert "7 of 8 samples left out" in capsys.readouterr().out
+    report = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in report] == [f"s{i}" for i in range(7)]
+    for line, reason in zip(
+        report,
+        ("cannot read", "cannot read", "there is no image", "is not a path within", "empty answer",
+         "no token is supervised", "unknown role"),
+        strict=True,
+    ):  # fmt: skip
+        assert reason in line["reason"]
+    samples = open_shards(tmp_path)
+    assert [sample.id for sample in samples] == ["s7"]
+    assert len(samples.contents.shards) == 1  # a shard of nothing is no file
+    (mine / "bad.json").write_text(json.dumps(records[:7]))
+    assert data_command(["prepare", *arguments(mine, tmp_path / "2", file="bad.json")]) == 2
+    assert "none of 7 samples can be used" in capsys.readouterr().err
+
+
+def test_a_stopped_one_goes_on(mine, tmp_path, monkeypatch, capsys) -> None:
+    whole, argv = arguments(mine, tmp_path / "whole", "--shards=4"), arguments(mine, tmp_path / "out", "--shards=4")
+    assert data_command(["prepare", *whole]) == 0
+    real, seen = prepare._prepare_sample, []
+
+    def stopped(job, index, encoder):
+        seen.append(index)
+        if len(seen) == 15:
+            raise KeyboardInterrupt
+        return real(job, index, encoder)
+
+    monkeypatch.setattr(prepare, "_prepare_sample", stopped)
+    assert data_command(["prepare", *argv]) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert len(list((tmp_path / "out").glob("*.arrayrecord"))) == 2
+    with pytest.raises(DataError, match=r"there is no .*index.json: it is written last"):
+        open_shards(tmp_path / "out")
+    assert data_command(["prepare", *argv, "--image_size=16"]) == 2  # another plan does not go on with it
+    assert data_command(["prepare", *argv]) == 0
+    assert seen == [*range(15), *range(12, SAMPLES)]
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("mode", "size"), [("pad", (48, 16)), ("square", (96, 32)), ("resize", (32, 32))])
+def test_larger_images_are_made_smaller(mode, size) -> None:
+    image = Image.new("RGB", (120, 40), "red")
+    for kind, tolerance in (("JPEG", 3), ("PNG", 0)):
+        stream = io.BytesIO()
+        image.save(stream, kind)
+        target = 48 if mode == "pad" else 32
+        small = Image.open(io.BytesIO(prepare.shrunk(image, stream.getvalue(), target, mode)))
+        assert (small.size, small.format, small.mode) == (size, kind, "RGB")
+        assert np.abs(np.asarray(small).astype(int) - (255, 0, 0)).max() <= tolerance
+        assert prepare.shrunk(image, stream.getvalue(), 120, "pad") == stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--source=1",), "--source=1 is not one of finetune.sources, which lists 1"),
+        (("--split=validation", "--config.finetune.validation=()"), "finetune.validation is empty"),
+        (("--shards=25",), "--shards=25 of 24 samples"),
+        (("--config.finetune.template=chatm",), "did you mean 'chatml'"),
+        (("--config.finetune.sources=({'path': 'none.json'},)",), "sources.path='none.json' cannot be read"),
+        (("--config.finetune.sources=({'format': 'easy_vqa'}, {'format': 'easy_vqa', 'weight': 0.5})",),
+         "prepare them one by one with --source=0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_prepared(mine, tmp_path, capsys, more, message) -> None:
+    assert data_command(["prepare", *arguments(mine, tmp_path / "out", *more)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_shards(mine, tmp_path) -> None:
+    assert data_command(["prepare", *arguments(mine, tmp_path, "--shards=2")]) == 0
+    path, index = tmp_path / "shard-00001-of-00002.arrayrecord", tmp_path / "index.json"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    place = whole.index(b"\xff\xd8\xff") + 200  # within the data of a JPEG
+    flipped[place] ^= 0xFF
+    path.write_bytes(bytes(flipped))
+    samples, errors = open_shards(tmp_path), []
+    for i in range(SAMPLES):
+        try:
+            samples[i]
+        except DataError as error:
+            errors.append(str(error))
+    assert len(errors) == 1 and "shard-00001-of-00002.arrayrecord:" in errors[0] and "cannot be read" in errors[0]
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(DataError, match=r"shard-00001-of-00002.arrayrecord has [\d,]+ bytes, not"):
+        open_shards(tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard-00001-of-00002.arrayrecord is missing; copy it again"):
+        open_shards(tmp_path)
+    text = index.read_text()
+    for broken, message in (
+        (text[:-20], "cannot be read"),
+        ("[]", "is of format None, and this version reads 1"),
+        (text.replace('"format": 1', '"format": 9'), "is of format 9"),
+        (
+            text.replace('"tokens": [', '"tokens": [1, ').replace('"images": [', '"images": [1, '),
+            "is damaged: it counts 25 samples",
+        ),
+        (text.replace('"fingerprint"', '"finger"', 1), "is damaged"),
+    ):
+        index.write_text(broken)
+        with pytest.raises(DataError, match=message):
+            open_shards(tmp_path)
+
+
+def test_threads_share_it(mine, tmp_path) -> None:
+    assert data_command(["prepare", *arguments(mine, tmp_path, "--shards=5")]) == 0
+    samples, wrong = open_shards(tmp_path), []
+
+    def read(offset: int) -> None:
+        wrong.extend(i for i in range(100) if samples[(i + offset) % SAMPLES].id != f"s{(i + offset) % SAMPLES}")
+
+    threads = [threading.Thread(target=read, args=(3 * n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for gs://: whole objects, nothing of which array_record can see."""
+
+    protocol = ("gcs", "gs")
+    store: dict = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    def __init__(self, *args, **kwargs) -> None:
+        kwargs.pop("finalize_on_close", None)
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(str(path).removeprefix("gs://"))
+
+
+def test_shards_in_a_bucket(mine, tmp_path, monkeypatch) -> None:
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data_command(["prepare", *arguments(mine, "gs://bucket/mine", "--shards=2")]) == 0
+    assert sorted(name.rpartition("/")[2] for name in Bucket.store) == [
+        "index.json", "report.jsonl", "shard-00000-of-00002.arrayrecord", "shard-00001-of-00002.arrayrecord",
+    ]  # fmt: skip
+    samples = open_shards("gs://bucket/mine")
+    assert not list(tmp_path.rglob("*.arrayrecord"))
+    assert samples[1].id == "s1"
+    assert [path.name for path in tmp_path.rglob("*.arrayrecord")] == ["shard-00000-of-00002.arrayrecord"]
+    assert [sample.id for sample in pickle.loads(pickle.dumps(samples))] == [f"s{i}" for i in range(SAMPLES)]
+    assert len(list(tmp_path.rglob("*"))) == 4  # two folders, two shards, no parts
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_workers_that_are_stopped(mine, tmp_path, how) -> None:
+    """Two processes make what one makes; Ctrl-C, or a kill of the first, leaves none and a directory that goes on."""
+    records = json.loads((mine / "train.json").read_text())
+    (mine / "many.json").write_text(json.dumps(records * 50))
+    argv = arguments(mine, tmp_path / "out", "--shards=30", file="many.json")
+    command = [sys.executable, "-m", "saisa_jax", "data", "prepare", *argv, "--workers=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 180
+    while not list((tmp_path / "out").glob("*.arrayrecord")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), err
+    while time.monotonic() < deadline and _alive(process.pid):
+        time.sleep(0.05)
+    assert not _alive(process.pid), "a worker is left"
+    there = len(list((tmp_path / "out").glob("*.arrayrecord")))
+    assert 0 < there < 30 and not (tmp_path / "out" / "index.json").exists()
+    assert data_command(["prepare", *argv]) == 0
+    assert data_command(["prepare", *arguments(mine, tmp_path / "one", "--shards=30", file="many.json")]) == 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def _alive(group: int) -> bool:
+    """Whether any process of a group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
