@@ -50,7 +50,7 @@ def with_adapters(block: nn.Module, config: LoraConfig, methods: Collection[str]
         # As in Hugging Face's PEFT: uniform up to 1 / sqrt(inputs).
         lora_a_initializer=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
     )
-    adapted: nn.Module = qwix.apply_lora_to_model(block, qwix.LoraProvider([rule]), methods=methods)  # pyright: ignore
+    adapted: Any = qwix.apply_lora_to_model(block, qwix.LoraProvider([rule]), methods=methods)
     return adapted
 
 

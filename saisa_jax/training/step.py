@@ -44,7 +44,7 @@ def make_train_step(
         def gradient_of(rows: Batch) -> Any:
             return jax.value_and_grad(sums_of, has_aux=True)(state.trainable, state.frozen, rows)
 
-        (total, weight), gradients = _accumulate(gradient_of, batch, accumulation, shardings.trainable)
+        (total, weight), gradients = _accumulate(gradient_of, batch, accumulation, state.trainable, shardings)
         divisor = jnp.maximum(weight, 1.0)
         loss = total / divisor
         gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) / divisor, gradients)
@@ -87,16 +87,17 @@ def _sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch]
     return sums
 
 
-def _accumulate(gradient_of: Callable[[Batch], Any], batch: Batch, parts: int, shardings: Any) -> Any:
+def _accumulate(
+    gradient_of: Callable[[Batch], Any], batch: Batch, parts: int, trainable: Any, shardings: TrainState
+) -> Any:
     """The sum of ((loss, weight), gradients) over micro-batches; as they are sums, the split changes nothing."""
     if parts == 1:
         return gradient_of(batch)
-    micro_batches = micro_batches_of(batch, parts)
-    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda rows: rows[0], micro_batches))
-    sums, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+    gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
+    gradients = jax.lax.with_sharding_constraint(gradients, shardings.trainable)
+    start = (jnp.zeros(()), jnp.zeros(())), gradients
     add = lambda sums, rows: (jax.tree.map(jnp.add, sums, gradient_of(rows)), None)  # noqa: E731
-    return jax.lax.scan(add, (sums, gradients), micro_batches)[0]
+    return jax.lax.scan(add, start, micro_batches_of(batch, parts))[0]
 
 
 def micro_batches_of(batch: Any, parts: int) -> Any:
