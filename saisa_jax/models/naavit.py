@@ -42,7 +42,7 @@ class Mask:
 
     queries: Places
     keys: Places
-    allowed: Bool[Array, "B T S"]
+    allowed: Any  # bool [B, T, S]; not annotated, since trees of shapes and of shardings are Masks as well
     window: int | None = struct.field(pytree_node=False)
 
 

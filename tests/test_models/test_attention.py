@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental import pallas as pl
+from jax.experimental import topologies
 
 from saisa_jax import parallel
 from saisa_jax.config import ConfigError, MeshConfig
@@ -202,6 +204,33 @@ def test_flash_lowers_for_tpus(dtype, head_dim):
     q, blocks = random_blocks(dtype, head_dim=head_dim, window=100)
     lowered = export.export(jax.jit(lambda q: output_and_gradients(q, blocks, "flash")), platforms=["tpu"])(q)
     assert lowered.mlir_module().count("tpu_custom_call") == 3
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("topology", "dtype", "head_dim", "window"),
+    [
+        ("v5e:2x2", jnp.bfloat16, 128, None),
+        ("v5e:2x2", jnp.float32, 80, 100),
+        ("v5p:2x2x1", jnp.bfloat16, 64, None),
+        ("v6e:2x2", jnp.bfloat16, 128, None),
+    ],
+)
+def test_flash_compiles_for_tpus_and_holds_no_scores(monkeypatch, topology, dtype, head_dim, window):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = parallel.make_mesh(MeshConfig(1, 1, -1), devices)
+    q, blocks = random_blocks(dtype, heads=8, kv_heads=4, head_dim=head_dim, window=window)
+    sharded = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(mesh))  # noqa: E731
+    with parallel.use(mesh, parallel.RULES):
+        run = jax.jit(lambda q, blocks: output_and_gradients(q, blocks, "flash"))
+        compiled = run.lower(*jax.tree.map(sharded, (q, blocks))).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3
+    scores = len(ROWS) * 2 * TEXT * (VISUAL + TEXT) * 4  # of the two heads of a device
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * scores
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
