@@ -27,6 +27,11 @@ $(VENV)/installed: requirements.txt | $(BIN)/python
 	$(PIP) install -r requirements.txt
 	@touch $@
 
+$(VENV)/installed-tpu: requirements-tpu.txt $(VENV)/installed-dev
+	@echo "Installing requirements-tpu.txt into $(VENV): the TPU's compiler, 700 MB"
+	$(PIP) install -r requirements-tpu.txt
+	@touch $@
+
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@echo "Installing requirements-dev.txt into $(VENV)"
 	$(PIP) install -r requirements-dev.txt
@@ -67,9 +72,12 @@ demo-compare: $(VENV)/installed  ## SAISA beside NAAViT, LLaVA, SAISA blind and 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-slow lint format
+.PHONY: test test-aot test-slow lint format
 test: torch  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-aot: $(VENV)/installed-tpu  ## the tests that compile for a TPU without one
+	$(BIN)/python -m pytest -m aot
 
 test-slow: torch  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -13,7 +13,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from saisa_jax.command_line import UserError
-from saisa_jax.config import Config, from_config_dict, nearest_fields
+from saisa_jax.config import Config, ConfigError, from_config_dict
+from saisa_jax.config.command_line import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, for example configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the finished model go.")
@@ -35,20 +36,10 @@ def main(argv: list[str]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """As absl does, but what is wrong with --config is one line and not a page."""
-    for argument in argv:
-        path = argument.removeprefix("--config.").split("=")[0].split("[")[0]
-        if argument.startswith("--config.") and (near := nearest_fields(path)):
-            sys.exit(f"there is no --config.{path}; did you mean {' or '.join('--config.' + name for name in near)}?")
     try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value and _CONFIG.value.stages  # a recipe that could not be read says so when it is used
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        while error.args and isinstance(error.args[0], Exception):  # ConfigDict wraps one in the other
-            error = error.args[0]
-        lines = str(error.args[0] if len(error.args) == 1 else error).strip().splitlines()
-        sys.exit(f"--config: {lines[-1].strip()}")
+        return parse_flags(argv)
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

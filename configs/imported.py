@@ -14,7 +14,9 @@ def get_config(checkpoint: str) -> ConfigDict:
     _, imported = read_account(checkpoint)
     config = to_config_dict(imported)
     config.update({"init_from": checkpoint, "data": {"tokenizer": f"{checkpoint}/tokenizer"}})
-    for stage, task in ((config.pretrain, "caption"), (config.finetune, "vqa")):
-        stage.sources = (to_dict(SourceConfig("easy_vqa", task=task)),)
-        stage.validation = (to_dict(SourceConfig("easy_vqa", task=task, split="validation")),)
+    for stage, task in (("pretrain", "caption"), ("finetune", "vqa")):
+        held_out = SourceConfig("easy_vqa", task=task, split="validation")
+        config.update(
+            {stage: {"sources": (to_dict(SourceConfig("easy_vqa", task=task)),), "validation": (to_dict(held_out),)}}
+        )
     return config

@@ -14,7 +14,9 @@ VERBS = {
     "bench": ("saisa_jax.inference.bench", "what a second question about a picture costs, and a compilation"),
     "chat": ("saisa_jax.inference.terminal", "a conversation with a finished model about pictures"),
     "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
+    "data": ("saisa_jax.data.command", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
     "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
+    "rows": ("saisa_jax.planning.rows", "which rows, of how many text tokens and images, cost least for the data"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
 }
 

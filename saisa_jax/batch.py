@@ -45,10 +45,21 @@ class Batch(TypedDict):
 
 
 class HostBatch(NamedTuple):
-    """A batch and the ids of the samples in each of its rows; the ids never travel to the device."""
+    """A batch, and what the host knows of it; only the batch travels to the device."""
 
     batch: Batch
-    sample_ids: tuple[str, ...]
+    sample_ids: tuple[tuple[str, ...], ...]  # of each row's segments 1, 2, ...
+    dropped: tuple[str, ...] = ()  # samples that could not be used, and why; their segments are empty
+    cut_tokens: int = 0  # text tokens cut off the ends of samples that were too long
+
+    @property
+    def names(self) -> list[str]:
+        """The samples of all rows."""
+        return [name for row in self.sample_ids for name in row]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(map(len, self.sample_ids)) - len(self.dropped)
 
 
 def empty_batch(rows: int, text_length: int, max_images: int, image_size: int) -> Batch:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from saisa_jax.config import ConfigError, MeshConfig, ModelConfig
+from saisa_jax.config import ATTENTION_IMPLS, ConfigError, MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -97,6 +97,20 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
     if whole:
         logging.info("%d key/value heads do not divide by mesh.tensor=%d: replicated", config.num_kv_heads, tensor)
     return tuple((name, None if name in whole else axes) for name, axes in RULES)
+
+
+def check_attention(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises:
+    ConfigError: the chosen attention does not run on the mesh's devices.
+    """
+    platform = "gpu" if (name := mesh.devices.flat[0].platform) == "cuda" else name
+    wanted = ATTENTION_IMPLS[config.attention_impl]
+    if wanted not in (None, platform):
+        others = [impl for impl, serves in ATTENTION_IMPLS.items() if serves in (None, platform)]
+        raise ConfigError(
+            f"model.attention_impl={config.attention_impl} runs on a {wanted}, and the devices are of {platform}: set "
+            f"--config.model.attention_impl={' or '.join(others)}"
+        )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from saisa_jax.config import (
     to_config_dict,
     to_dict,
 )
+from saisa_jax.config.command_line import read_config
 from saisa_jax.testing.configs import tiny_config
 
 
@@ -114,3 +115,34 @@ def test_derived_sizes():
     earlier = convnext(select_layer=-2, embed_dim=8, patch_size=4)
     assert (earlier.stem_size, earlier.num_patches, earlier.num_used_layers) == (4, 64, 1)
     assert Config().model_for("pretrain").projector.sharing == "shared"
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+RECIPE = "--config=saisa_jax/testing/configs.py"
+
+
+def test_a_recipe_with_settings():
+    config = read_config([f"{RECIPE}:llava", "--config.finetune.optimizer.lr=0.5", "--config.stages=finetune"])
+    assert config.model.alignment == "llava" and config.finetune.optimizer.lr == 0.5
+    assert config.stages == ("finetune",)
+    assert read_config(["--config", "saisa_jax/testing/configs.py"]) == tiny_config()  # nothing is left from before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"--config is missing"),
+        (["--config=nowhere.py"], r"nowhere.py"),
+        ([f"{RECIPE}:nothing"], r"nothing"),
+        ([RECIPE, "--config.finetune.batchsize=3"], r"no --config.finetune.batchsize; .*--config.finetune.batch_size"),
+        ([RECIPE, "--config.seed=three"], r"invalid literal for int\(\)"),
+        ([RECIPE, "--config.seed=-1"], r"seed=-1 must not be negative"),
+        ([RECIPE, "--sed=3"], r"'sed'"),
+        ([RECIPE, "seed=3"], r"unexpected arguments \['seed=3'\]"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_config(arguments)
+    assert "\n" not in str(raised.value)

@@ -53,7 +53,7 @@ def test_arrows_go_one_way(room: str) -> None:
 def test_requirements_are_what_is_imported() -> None:
     distributions = importlib.metadata.packages_distributions()
     modules = {name.split(".")[0] for path in SOURCES for name in imports(path)}
-    modules -= sys.stdlib_module_names | OPTIONAL | {"saisa_jax"}
+    modules -= sys.stdlib_module_names | OPTIONAL | {"saisa_jax", "configs"}
     imported = {canonical(name) for module in modules for name in distributions.get(module, [module])}
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     required = {canonical(re.split(r"[\[<>=~ ]", line)[0]) for line in lines if line}

@@ -1,20 +1,19 @@
 """The checkpoints of a run: state, data position and metadata, there as a whole or not at all.
 
 STEP/state/   the arrays
-STEP/data/    the position of the data iterator, one file for each process
-STEP/meta/    the caller's metadata; shape, dtype and checksum of every leaf of the state; versions
+STEP/meta/    the data position; the caller's metadata; shape, dtype and checksum of every leaf of the state; versions
+
+The data position is one for all processes (a row number), so that a run goes on with any number of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
@@ -72,7 +71,7 @@ class RunCheckpointer:
         Args:
           step: larger than every step there.
           state: a tree of arrays.
-          data_iterator: has `get_state` (JSON-ready) and `set_state`, as Grain's iterators do; or None.
+          data_iterator: has `get_state` (JSON-ready, the same in every process) and `set_state`; or None.
           metadata: JSON-ready.
 
         Raises:
@@ -83,15 +82,12 @@ class RunCheckpointer:
         self.wait()
         document = {
             **storage.header(),
-            "processes": 0 if data_iterator is None else jax.process_count(),
+            "data": None if data_iterator is None else data_iterator.get_state(),
             "leaves": account(state),
             "metadata": metadata,
         }
-        position = None if data_iterator is None else {"state": data_iterator.get_state()}
         try:
             items: dict[str, Any] = {"meta": ocp.args.JsonSave(seal(document))}
-            if position is not None:
-                items["data"] = grain.checkpoint.CheckpointSave(_Position(json.dumps(seal(position))))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"step {step}: metadata and data position must be JSON-ready: {error}") from error
         items["state"] = ocp.args.StandardSave(storage.stored_tree(state))
@@ -185,7 +181,8 @@ class RunCheckpointer:
         lines = differences(meta["leaves"], describe(abstract_state))
         if lines:
             raise CheckpointError(f"{where} is of another model or recipe: {'; '.join(lines)}")
-        position = None if data_iterator is None else self._read_position(step, where, meta["processes"])
+        if data_iterator is not None and meta["data"] is None:
+            raise CheckpointError(f"{where} holds no data position")
         template = storage.template(abstract_state)
         restored = self._read(step, "state", ocp.args.StandardRestore(storage.stored_tree(template)), where)
         state = storage.complete(restored, template)
@@ -193,22 +190,13 @@ class RunCheckpointer:
         if bad:
             raise DamagedError(f"{where} is damaged; other values than were saved: {', '.join(bad)}")
         if data_iterator is not None:
-            data_iterator.set_state(position)
+            data_iterator.set_state(meta["data"])
         return jax.tree.unflatten(jax.tree.structure(abstract_state), state.values()), meta["metadata"]
 
     def _read_meta(self, step: int, where: str) -> dict[str, Any]:
         meta = self._read(step, "meta", ocp.args.JsonRestore(), where, unseal)
         storage.check_format(meta, where)
         return meta
-
-    def _read_position(self, step: int, where: str, processes: int) -> Any:
-        if processes != jax.process_count():
-            raise CheckpointError(
-                f"{where} holds data positions of {processes} processes, and this run has {jax.process_count()}; go on "
-                "with as many as before"
-            )
-        open_seal = lambda position: unseal(json.loads(position.text))["state"]  # noqa: E731
-        return self._read(step, "data", grain.checkpoint.CheckpointRestore(_Position()), where, open_seal)
 
     def _read(self, step: int, item: str, args: Any, where: str, then: Callable[[Any], Any] = lambda item: item) -> Any:
         """One item of a step; `then` runs on it as part of the reading."""
@@ -224,22 +212,3 @@ class RunCheckpointer:
                 aside.rmtree()
             (self._directory / str(step)).rename(aside)
         self._manager.reload()
-
-
-class _Position:
-    """A data position on its way into or out of a checkpoint, with the methods that Grain's handler calls.
-
-    It stands in for the iterator, which is to be set only after everything else was found well.
-    """
-
-    def __init__(self, text: str = ""):
-        self.text = text
-
-    def get_state(self) -> bytes:
-        return self.text.encode()
-
-    def set_state(self, state: bytes) -> None:
-        self.text = state.decode()
-
-    def start_prefetch(self) -> None:
-        """There is nothing to fetch."""

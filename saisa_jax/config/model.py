@@ -7,18 +7,23 @@ F mlp_dim, L num_layers, W vocab_size, C vision width, P visual tokens of an ima
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
-from saisa_jax.config.checks import DTYPES, check, choice, positive
+from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 
 ALIGNMENTS = ("saisa", "naavit", "llava")
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
-ATTENTION_IMPLS = ("xla",)
+ATTENTION_IMPLS = {"xla": None, "flash": "tpu", "cudnn": "gpu"}  # models/attention.py, and what each runs on
 ENCODERS = ("vit", "convnext")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_MODES = ("pad", "square", "resize")
+PROJECTIONS = (
+    *(f"layers/attn/{name}_proj" for name in "qkvo"),
+    *(f"layers/mlp/{n}_proj" for n in ("gate", "up", "down")),
+)
 
 VOCAB_MULTIPLE = 128  # The vocabulary is padded to this in the parameters; padded logits are -inf.
 
@@ -178,6 +183,28 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen projections of the decoder's layers; see `models/lora.py`."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # what the adapters put out is scaled by alpha / rank
+    targets: str = r"layers/(attn/(q|k|v|o)_proj|mlp/.*)"  # regex of whole paths: which of PROJECTIONS have one
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, f"lora.rank={self.rank} must not be negative")
+        positive("lora.alpha", self.alpha)
+        try:
+            named = self.projections
+        except re.error as error:
+            raise ConfigError(f"lora.targets={self.targets!r} is no regular expression: {error}") from error
+        check(len(named) > 0, f"lora.targets={self.targets!r} matches none of {', '.join(PROJECTIONS)}")
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return tuple(name for name in PROJECTIONS if re.fullmatch(self.targets, name))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-family decoder with a vision encoder and an alignment (paper section 3)."""
 
@@ -201,9 +228,10 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat_policy: str = "none"
     scan_layers: bool = True  # False: the same scan, unrolled
-    attention_impl: str = "xla"
+    attention_impl: str = "xla"  # of training; generation always uses xla
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of the stage that trains; see `Config.trained_model`
 
     def __post_init__(self) -> None:
         for name in (
@@ -213,7 +241,7 @@ class ModelConfig:
             positive(f"model.{name}", getattr(self, name))
         choice("model.alignment", self.alignment, ALIGNMENTS)
         choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
-        choice("model.attention_impl", self.attention_impl, ATTENTION_IMPLS)
+        choice("model.attention_impl", self.attention_impl, tuple(ATTENTION_IMPLS))
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.param_dtype", self.param_dtype, DTYPES)
         check(

@@ -57,6 +57,7 @@ class Config:
             f"model.projector.sharing={self.model.projector.sharing} is not what stage 2 trains, "
             f"finetune.sharing={self.finetune.sharing}: set both alike",
         )
+        check(self.model.lora.rank == 0, "model.lora belongs to a stage: set finetune.lora")
         if self.model.alignment != "saisa":
             for stage in self.stages:
                 check(
@@ -67,7 +68,11 @@ class Config:
     def stage(self, name: str) -> StageConfig:
         return getattr(self, name)
 
+    def trained_model(self, stage: str) -> ModelConfig:
+        """The model while stage `stage` trains it: with the adapters that are merged into it at the end."""
+        return dataclasses.replace(self.model_for(stage), lora=self.stage(stage).lora)
+
     def model_for(self, stage: str) -> ModelConfig:
-        """The model as stage `stage` sees it: its own sharing of projectors."""
+        """The model as stage `stage` leaves it: its own sharing of projectors."""
         projector = dataclasses.replace(self.model.projector, sharing=self.stage(stage).sharing)
         return dataclasses.replace(self.model, projector=projector)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 from saisa_jax.config.data import SourceConfig
-from saisa_jax.config.model import SHARINGS
+from saisa_jax.config.model import SHARINGS, LoraConfig
 
 STAGES = ("pretrain", "finetune")  # in this order
 SCHEDULES = ("cosine", "linear", "constant")
+ON_NAN = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    # Of Adam's first moment: bfloat16 saves 2 bytes of the 12 that a trainable parameter takes. The second one is
+    # always float32.
+    first_moment_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         choice("optimizer.schedule", self.schedule, SCHEDULES)
+        choice("optimizer.first_moment_dtype", self.first_moment_dtype, ("float32", "bfloat16"))
         positive("optimizer.lr", self.lr)
         positive("optimizer.clip_norm", self.clip_norm)
         check(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
@@ -55,6 +60,7 @@ class OptimizerConfig:
 
 VISION_PATTERN = r"vision/.*"
 PROJECTOR_PATTERN = r"(layers/)?visual_proj/.*"
+ADAPTER_PATTERN = r".*_lora_[ab]"
 
 Groups = tuple[tuple[str, GroupConfig], ...]
 
@@ -68,6 +74,11 @@ TRAIN_ALL_BUT_VISION: Groups = (  # stage 2
     (r".*", GroupConfig()),
 )
 TRAIN_ALL: Groups = ((r".*", GroupConfig()),)
+TRAIN_ADAPTERS: Groups = (  # stage 2 with `lora`; LLaVA's rates are 2e-4 and 2e-5
+    (ADAPTER_PATTERN, GroupConfig()),
+    (PROJECTOR_PATTERN, GroupConfig(lr_scale=0.1)),
+    (r".*", GroupConfig(frozen=True, dtype="bfloat16")),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class StageConfig:
     template: str = "vicuna_v1"
     sharing: str = "per_layer"  # of the projectors during this stage
     batch_size: int = 128  # rows of a step, over all devices; packed rows hold several samples each
+    accumulation: int = 1  # micro-batches that a step reads its rows in, one after the other; saves activations
     text_length: int = 1024  # T: text tokens of a row
     max_images: int = 1  # M: image slots of a row
     steps: int | None = None  # None: epochs decide
@@ -87,10 +99,16 @@ class StageConfig:
     # Who trains: the first row whose regex matches the whole path of a parameter gives its group; a parameter that
     # no row matches is an error.
     groups: Groups = TRAIN_ALL_BUT_VISION
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with groups=TRAIN_ADAPTERS
 
     def __post_init__(self) -> None:
         choice("sharing", self.sharing, SHARINGS)
         positive("batch_size", self.batch_size)
+        positive("accumulation", self.accumulation)
+        check(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size={self.batch_size} does not divide by accumulation={self.accumulation}",
+        )
         positive("text_length", self.text_length)
         check(self.max_images >= 0, f"max_images={self.max_images} must not be negative")
         for kind in ("sources", "validation"):
@@ -118,11 +136,17 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    loss_chunk: int = 512  # positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all
+    # A loss or gradient that is not finite: stop, or leave parameters and moments as they are, write the samples into
+    # skipped.jsonl, and go on.
+    on_nan: str = "stop"
+    max_skips: int = 10  # more skipped steps in a row stop the run
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+        choice("training.on_nan", self.on_nan, ON_NAN)
+        for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "max_skips"):
             positive(f"training.{name}", getattr(self, name))
-        for name in ("eval_every", "eval_samples"):
+        for name in ("eval_every", "eval_samples", "loss_chunk"):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
 
 

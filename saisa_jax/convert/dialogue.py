@@ -8,7 +8,10 @@ from typing import Any
 from saisa_jax.convert.tables import ConvertError
 from saisa_jax.data.conversation import end_token_id
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.templates import find_template
+from saisa_jax.data.templates import TEMPLATES, Template, find_template
+
+# What stands before each turn, by which a tokenizer's own chat template is known.
+HEADERS = {"chatml": "<|im_start|>", "llama_3_instruct": "<|start_header_id|>"}
 
 
 def find_dialogue(
@@ -31,20 +34,17 @@ def find_dialogue(
         end_token_id(find_template(name), tokenizer)
     except DataError as error:
         raise ConvertError(f"--template={name} does not fit the tokenizer: {error}") from error
-    if system_prompt is None and name == "chatml" and "<|im_start|>" in chat:
-        system_prompt = _chatml_system(tokenizer)
+    if system_prompt is None and name in HEADERS and HEADERS[name] in chat:
+        system_prompt = _own_system(tokenizer, TEMPLATES[name])
     return name, system_prompt
 
 
 def _guess(tokenizer: Any, chat: str) -> str:
-    if "<|im_start|>" in chat:
-        return "chatml"
+    for name, header in HEADERS.items():
+        if header in chat:
+            return name
     if "[INST]" in chat:
         return "mistral_instruct"
-    if "<|start_header_id|>" in chat:
-        raise ConvertError(
-            "no template here has the header tokens of Llama-3-Instruct; --template=llama_3 asks in SAISA's words"
-        )
     vocabulary = tokenizer.get_vocab()
     for token, name in (("</s>", "vicuna_v1"), ("<|end_of_text|>", "llama_3"), ("<|im_end|>", "chatml")):
         if token in vocabulary:
@@ -52,8 +52,9 @@ def _guess(tokenizer: Any, chat: str) -> str:
     raise ConvertError("no template is known that ends its answers with a token of this tokenizer: say --template=NAME")
 
 
-def _chatml_system(tokenizer: Any) -> str:
+def _own_system(tokenizer: Any, template: Template) -> str:
     """What the tokenizer's own chat template puts before a conversation that has no system prompt; "": nothing."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    found = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", str(text), re.DOTALL)
+    before, after = map(re.escape, template.system_format.split("{system}"))
+    found = re.search(f"{before}(.*?){after}", str(text), re.DOTALL)
     return found[1] if found else ""

@@ -10,9 +10,9 @@ How text becomes tokens. A conversation is written as a stream of pieces: text, 
 - One BOS stands at the front where the template wants it and the tokenizer has one.
 - A byte-level BPE (Llama 3, Qwen, SmolLM) gets the space between `ASSISTANT:` and the answer as part of the answer, so
   that its first token is the one that stands in running text. A SentencePiece tokenizer (Llama 2, Mistral) puts its own
-  space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. Where a
-  piece starts without a space (the newline after an image) SentencePiece puts its space all the same: so did the
-  code that LLaVA's and SAISA's published weights were trained with.
+  space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. After an
+  image SentencePiece puts its space whatever the piece starts with, a newline or a written space: so did the code that
+  LLaVA's and SAISA's published weights were trained with.
 - Words of either side lose white space at their ends.
 """
 
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, TooLongError, Turn
 from saisa_jax.data.templates import Template, find_template
 
 IMAGE = "<image>"
@@ -124,18 +124,52 @@ def end_token_id(template: Template | str, tokenizer: PreTrainedTokenizerFast) -
 
 
 def check_length(encoded: Encoded, text_length: int, max_length: int | None = None) -> None:
-    """Raises DataError if a conversation does not fit a row of `text_length` tokens, or `max_length` expanded."""
+    """Raises TooLongError if a conversation does not fit a row of `text_length` tokens, or `max_length` expanded."""
     tokens = len(encoded.tokens)
     if tokens > text_length:
-        raise DataError(
+        raise TooLongError(
             f"{tokens} text tokens do not fit a row of {text_length}; raise the stage's text_length", encoded.sample_id
         )
     if max_length is not None and encoded.length > max_length:
-        raise DataError(
+        raise TooLongError(
             f"{encoded.length} positions ({tokens} text tokens and {len(encoded.image_positions)} image(s)) exceed "
             f"model.max_length={max_length}; raise it, or shorten the conversation",
             encoded.sample_id,
         )
+
+
+def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encoded, int]:
+    """A conversation cut at its end to `text_length` text tokens and `max_length` positions, and how many were cut.
+
+    An image is kept whole, and only with text after it: one that does not fit, or that nothing follows any more, is
+    left out, and all after it. Fewer `image_positions` tell how many of the sample's images are left.
+
+    Raises:
+      DataError: nothing of what is left is supervised.
+    """
+    tokens = len(encoded.tokens)
+    count = min(text_length, int(np.searchsorted(encoded.positions, max_length)))  # positions rise
+    if count >= tokens:  # text follows every image, so that all fit
+        return encoded, 0
+    targets, loss_weights = encoded.targets[:count].copy(), encoded.loss_weights[:count].copy()
+    targets[-1:], loss_weights[-1:] = 0, 0  # what it predicted is gone
+    if not loss_weights.any():
+        raise DataError(
+            f"nothing supervised is left of {tokens} text tokens and {len(encoded.image_positions)} image(s) when cut "
+            f"to text_length={text_length} and model.max_length={max_length}; raise the stage's text_length or "
+            "model.max_length, or set data.on_error=drop",
+            encoded.sample_id,
+        )
+    positions = encoded.positions[:count]
+    return replace(
+        encoded,
+        tokens=encoded.tokens[:count],
+        targets=targets,
+        loss_weights=loss_weights,
+        positions=positions,
+        image_positions=encoded.image_positions[encoded.image_positions < positions[-1]],
+        length=int(positions[-1]) + 1,
+    ), tokens - count
 
 
 # --- Turns -----------------------------------------------------------------------------------------------------------
@@ -270,7 +304,7 @@ def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: _TextEn
             text += value
             continue
         if text:
-            stream.add(encoder.ids(text))
+            stream.add(encoder.ids(text, stream.after_image))
             text = ""
         if kind == "control":
             stream.add([encoder.control(value, template)])
@@ -303,8 +337,8 @@ class _TextEncoder:
         self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates come again and again
         self.end = lru_cache(maxsize=64)(self._end)
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        if self.adds_space and text.startswith(" "):
+    def _ids(self, text: str, after_image: bool = False) -> tuple[int, ...]:
+        if self.adds_space and text.startswith(" ") and not after_image:
             text = text[1:]
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 

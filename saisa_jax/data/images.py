@@ -8,13 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from saisa_jax.config import IMAGE_MODES
-from saisa_jax.data.sample import DataError, ImageSource
+from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 
 # Beyond these an image is refused before it is decoded. The pixels are those at which PIL begins to warn, 268 MB as
 # RGB; as 16 bits without compression they are the bytes.
@@ -30,7 +31,7 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
     byte is kept; of an animation the first frame.
 
     Args:
-      source: a path, the bytes of a file, or a PIL image.
+      source: a path, the bytes of a file, a place in an archive, or a PIL image.
       sample_id: for errors.
 
     Raises:
@@ -40,7 +41,7 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
     name = _name(source)
     try:
         _check_bytes(source, name, sample_id)
-        image = source if isinstance(source, Image.Image) else _open(source)
+        image = source if isinstance(source, Image.Image) else _open(source, sample_id)
         _check_pixels(image.width * image.height, f"{name} has {image.width} x {image.height} pixels", sample_id)
         image.load()
         return _rgb(_upright(image))
@@ -52,6 +53,22 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
         raise DataError(f"{name} is too large to decode: {error}", sample_id) from error
     except Exception as error:  # PIL's readers raise almost anything on broken files
         raise DataError(f"cannot read {name}: {error or type(error).__name__}", sample_id) from error
+
+
+def read_image(source: ImageSource, sample_id: str = "") -> bytes:
+    """The encoded file of an image, as it lies on the disk.
+
+    Raises:
+      DataError: there is none, or it cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read() if isinstance(source, StoredImage) else Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {_name(source)}", sample_id) from error
+    except (DataError, OSError, ValueError) as error:
+        raise DataError(f"cannot read {_name(source)}: {error}", sample_id) from error
 
 
 def prepare_image(
@@ -98,9 +115,15 @@ class ImageLoader:
         self._cache: OrderedDict[str, UInt8[np.ndarray, "size size 3"]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": OrderedDict(), "_lock": None}  # another process starts with its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __call__(self, source: ImageSource | Image.Image, sample_id: str = "") -> UInt8[np.ndarray, "size size 3"]:
-        """The prepared image, read-only. Only images that come from a path are kept. Errors as `load_image`."""
-        key = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        """The prepared image, read-only. Only images that have a place are kept. Errors as `load_image`."""
+        key = _name(source) if isinstance(source, str | os.PathLike | StoredImage) else None
         if key is not None:
             with self._lock:
                 if key in self._cache:
@@ -136,8 +159,10 @@ def augment(image: UInt8[np.ndarray, "size size 3"], rng: np.random.Generator) -
     return moved
 
 
-def _open(source: ImageSource) -> Image.Image:
+def _open(source: ImageSource, sample_id: str) -> Image.Image:
     """Reads the header; pixels are decoded later."""
+    if isinstance(source, StoredImage):
+        source = read_image(source, sample_id)
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
     return Image.open(Path(source), formats=FORMATS)
@@ -148,6 +173,8 @@ def _name(source: ImageSource | Image.Image) -> str:
         return f"image of {len(source)} bytes"
     if isinstance(source, Image.Image):
         return f"{source.mode} image"
+    if isinstance(source, StoredImage):
+        return source.name
     return os.fspath(source)
 
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from saisa_jax.command_line import UserError
 
 USER = "user"
 ASSISTANT = "assistant"
 
-ImageSource = str | os.PathLike[str] | bytes  # a path, or an encoded file
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image within another file. It is read when its pixels are wanted, not when its sample is."""
+
+    @property
+    def name(self) -> str:
+        """Where it lies: one name for one image, and for messages."""
+        ...
+
+    def read(self) -> bytes:
+        """The encoded file; DataError if it is not there or damaged."""
+        ...
+
+
+ImageSource = str | os.PathLike[str] | bytes | StoredImage  # a path, an encoded file, or a place of one
 
 
 class DataError(UserError, ValueError):
@@ -18,6 +34,11 @@ class DataError(UserError, ValueError):
 
     def __init__(self, message: str, sample_id: str = "") -> None:
         super().__init__(f"sample {sample_id!r}: {message}" if sample_id else message)
+        self.sample_id, self.reason = sample_id, message
+
+
+class TooLongError(DataError):
+    """A sample of more tokens or positions than a row or the model has room for."""
 
 
 @dataclass(frozen=True)
@@ -38,3 +59,15 @@ class Sample:
     # The turns are pairs of question and answer that do not refer to one another: the pipeline may reorder them and
     # leave some out.
     independent_turns: bool = False
+    system: str | None = None  # the conversation's own system prompt; None: the run's, or the template's
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A source's samples by number. None is read before it is asked for; threads share it; pickled, it is small."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Raises DataError if this one cannot be used."""
+        ...

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from saisa_jax.config import SourceConfig
 from saisa_jax.data import easy_vqa
-from saisa_jax.data.sample import DataError, Sample
+from saisa_jax.data.llava import JsonConversations
+from saisa_jax.data.sample import DataError, Samples
+from saisa_jax.data.shards import ShardedSamples
+from saisa_jax.data.tfds_source import TfdsSamples
 
-OPENERS: dict[str, Callable[[SourceConfig], Sequence[Sample]]] = {
+OPENERS: dict[str, Callable[[SourceConfig], Samples]] = {
+    "arrayrecord": ShardedSamples,
+    "chat": JsonConversations,
     "easy_vqa": lambda config: easy_vqa.samples(config.task, config.split),
+    "llava": JsonConversations,
+    "tfds": TfdsSamples,
 }
 
 
-def open_source(config: SourceConfig) -> Sequence[Sample]:
+def open_source(config: SourceConfig) -> Samples:
     """The samples of a source, by index; pickled, it is small (paths, offsets).
 
     Raises:

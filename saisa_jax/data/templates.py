@@ -65,6 +65,15 @@ TEMPLATES: dict[str, Template] = {
             controls=("<|im_start|>", "<|im_end|>"),
             bos=False,
         ),
+        Template(
+            name="llama_3_instruct",
+            user="{system}<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            answer="{text}",
+            end="<|eot_id|>",
+            system_format="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+            controls=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        ),
     )
 }
 

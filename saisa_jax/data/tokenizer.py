@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from saisa_jax.data import easy_vqa
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.templates import TEMPLATES
+from saisa_jax.data.templates import TEMPLATES, Template
 
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 VOCAB_SIZE = 128
+DEMO_TEMPLATES = ("plain", "vicuna_v1", "llama_3", "mistral_instruct", "chatml")  # another one changes every token id
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -44,10 +46,10 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFa
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """The demo's tokenizer: a token for every word of its training text and of the templates, in lower case.
+    """The demo's tokenizer: a token for every word of its training text and of its templates, in lower case.
 
-    Punctuation marks and the newline are tokens of their own; other words are `<unk>`. The control tokens of every
-    template are in it, so that each of them can be tried. It always comes out the same.
+    Punctuation marks and the newline are tokens of their own; other words are `<unk>`. The control tokens of
+    `DEMO_TEMPLATES` are in it, so that each of them can be tried. It always comes out the same.
     """
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()),
@@ -61,7 +63,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 @lru_cache(maxsize=1)
 def _trained() -> str:
     """The trained tokenizer as JSON."""
-    controls = {token for template in TEMPLATES.values() for token in (template.end, *template.controls) if token}
+    templates = [TEMPLATES[name] for name in DEMO_TEMPLATES]
+    controls = {token for template in templates for token in (template.end, *template.controls) if token}
     special = [PAD, UNKNOWN, BOS, EOS, *sorted(controls - {EOS})]
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -74,14 +77,14 @@ def _trained() -> str:
         ]
     )
     trainer = trainers.WordLevelTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([*easy_vqa.texts(), *_template_texts()], trainer)
+    tokenizer.train_from_iterator([*easy_vqa.texts(), *_template_texts(templates)], trainer)
     return tokenizer.to_str()
 
 
-def _template_texts() -> list[str]:
+def _template_texts(templates: Sequence[Template]) -> list[str]:
     """The templates' own words."""
     texts: list[str] = []
-    for template in TEMPLATES.values():
+    for template in templates:
         text = template.system_format.replace("{system}", template.system) + template.user
         for token in ("{system}", "{text}", *template.controls):
             text = text.replace(token, " ")

@@ -20,7 +20,7 @@ from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ModelConfig, StageConfig
 from saisa_jax.data.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
 from saisa_jax.data.images import ImageLoader
-from saisa_jax.data.packing import pack_rows
+from saisa_jax.data.packing import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
@@ -258,9 +258,8 @@ class Bundle:
         size = self.model.vision.image_size if fresh else 0
         slots = max(len(request.encoded.image_positions) for request in requests)
         return pack_rows(
-            [request.encoded for request in requests],
-            [None if blind else [x.pixels[:size, :size] for x in request.images] for request in requests],
-            rows=bucket(len(requests), smallest=self.row_ways),
+            [[Example(r.encoded, None if blind else [x.pixels[:size, :size] for x in r.images])] for r in requests],
+            count=bucket(len(requests), smallest=self.row_ways),
             text_length=bucket(max(len(request.encoded.tokens) for request in requests)),
             max_images=bucket(slots, smallest=1) if slots else 0,
             image_size=size,
@@ -307,6 +306,7 @@ class Bundle:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
+    model = dataclasses.replace(model, attention_impl="xla")  # which alone has the weights, whatever training used
     return Saisa(model).apply(variables_of(params), batch, capture=("attention",))[1]["attention"]
 
 

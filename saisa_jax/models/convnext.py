@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from saisa_jax.config import VisionConfig
 from saisa_jax.models.layers import Params, dequantized, init_stack, layer_norm, named, scan_stack, with_scales
-from saisa_jax.models.vision import VisionMLP, convolution, cut_patches, normalized, scaled
+from saisa_jax.models.vision import VisionMLP, convolution, cut_patches, normalized, scaled, split_by_image
 
 KERNEL = 7  # of the depthwise convolutions
 EXPANSION = 4  # of the MLPs
@@ -89,7 +89,7 @@ class ConvNextBlock(nn.Module):
         h = Depthwise(self.dtype, self.param_dtype, name="depthwise")(x)
         h = layer_norm(c.norm_eps, self.param_dtype, "norm")(h).astype(self.dtype)
         h = VisionMLP(EXPANSION * width, c.activation, self.dtype, self.param_dtype, name="mlp")(h)
-        return x + (scaled(self, "scale", h) if c.layer_scale else h)
+        return split_by_image(x + (scaled(self, "scale", h) if c.layer_scale else h))
 
 
 class ConvNextStage(nn.Module):
@@ -149,7 +149,7 @@ class ConvNext(nn.Module):
     ) -> tuple[Float[Array, "I P C"], tuple[Any, ...] | None]:
         pixels = normalized(images, self.config).astype(self.dtype)
         x = self.embed_norm(self.patch_embed(cut_patches(pixels, self.config.stem_size))).astype(self.dtype)
-        maps = [x]
+        maps = [split_by_image(x)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         features = maps[-1].reshape(len(images), -1, maps[-1].shape[-1])

@@ -12,11 +12,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
+from saisa_jax.models.attention import attend
 from saisa_jax.models.layers import RMSNorm, Rotation, dense, rotate_keys, rotate_queries
-from saisa_jax.models.naavit import KeyBlock, attend
+from saisa_jax.models.naavit import KeyBlock, Mask, Places, make_mask
 from saisa_jax.models.projector import Projector
 
 
@@ -96,8 +97,9 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T D"],
         rope: Rotation,
-        mask: Bool[Array, "B T T"],
+        mask: Mask,
         others: Sequence[KeyBlock] = (),
+        impl: str = "xla",
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]], Any]:
         """The stream that asks, through one layer.
 
@@ -106,16 +108,17 @@ class Block(nn.Module):
           rope: rotation of its rows.
           mask: what its rows may read of itself.
           others: what else they may read: the image, the past; keys already rotated.
+          impl: how they are read (`attention.py`).
 
         Returns:
           The residual stream after the layer, its own keys (rotated) and values, and the attention weights over
-          [others..., own], float32 [B, N, T, S].
+          [others..., own], float32 [B, N, T, S] (None unless `impl` is xla).
         """
         h = self.input_norm(x)
         q = rotate_queries(self.attn.queries(h), rope)
         k, v = self.attn.keys_values(h)
         k = rotate_keys(k, rope)
-        out, weights = attend(q, [*others, KeyBlock(k, v, mask)], self.config.attention_impl)
+        out, weights = attend(q, [*others, KeyBlock(k, v, mask)], impl)
         x = x + self.attn.o_proj(out)
         x = x + self.mlp(self.post_attn_norm(x))
         x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))
@@ -126,4 +129,5 @@ def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
     """Inputs of the smallest legal shape, from which `Block.init` makes its parameters."""
     half = config.head_dim // 2
     zeros = jnp.zeros((1, 1, half))
-    return jnp.zeros((1, 1, config.embed_dim)), Rotation(zeros, zeros), jnp.ones((1, 1, 1), jnp.bool_)
+    place = Places(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    return jnp.zeros((1, 1, config.embed_dim)), Rotation(zeros, zeros), make_mask(place, place)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,8 +73,9 @@ class Product(NamedTuple):
     """A matrix product: what it is part of, its forward FLOPs, and what its two operands are.
 
     An operand is the path of a parameter, or an activation: pixels, patches (the encoder's residual stream), features
-    (what it puts out), hidden (between a projector's layers), visual (the visual residual stream), visual_normed,
-    visual_k, visual_v, text (the stream that asks), final (what the head reads).
+    (what it puts out), hidden (between a projector's layers), low_rank (between an adapter's two products), visual
+    (the visual residual stream), visual_normed, visual_k, visual_v, text (the stream that asks), final (what the head
+    reads).
     """
 
     part: str
@@ -196,6 +197,7 @@ def _activations_before_layers(config: ModelConfig, trains: Callable[[str], bool
         "patches": trains("vision/(?!post_norm/).*"),
         "features": features,
         "hidden": hidden,
+        "low_rank": True,  # adapters train
         "visual": visual,
         "visual_normed": normed,
         "visual_k": normed or trains("layers/attn/k_proj/.*"),
@@ -277,7 +279,7 @@ def _layer(config: ModelConfig, text: int, images: int) -> list[Product]:
     c, visual = config, images * config.vision.num_patches
     asking, read = (text + visual, 0) if c.alignment == "llava" else (text, visual)
     heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    return [
+    products = [
         *(_project(c, images) if c.per_layer_projectors else []),
         Product("q", 2 * asking * c.embed_dim * heads, "text", "layers/attn/q_proj/kernel"),
         *_keys_values("visual_normed", 2 * read * c.embed_dim * kv_heads),
@@ -289,6 +291,28 @@ def _layer(config: ModelConfig, text: int, images: int) -> list[Product]:
         *_mlp("text", 2 * asking * c.embed_dim * c.mlp_dim),
         *_mlp("visual", 2 * read * c.embed_dim * c.mlp_dim if c.alignment == "naavit" else 0),
     ]
+    return [*products, *_adapters(c, products)] if c.lora.rank else products
+
+
+def _adapters(config: ModelConfig, products: Iterable[Product]) -> Iterator[Product]:
+    """The two thin products beside each of a layer's that has an adapter."""
+    c = config
+    heads, kv_heads, rank = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.lora.rank
+    sizes = {  # inputs, outputs
+        "q_proj": (c.embed_dim, heads),
+        "k_proj": (c.embed_dim, kv_heads),
+        "v_proj": (c.embed_dim, kv_heads),
+        "o_proj": (heads, c.embed_dim),
+        "gate_proj": (c.embed_dim, c.mlp_dim),
+        "up_proj": (c.embed_dim, c.mlp_dim),
+        "down_proj": (c.mlp_dim, c.embed_dim),
+    }
+    for part, flops, left, right in products:
+        name = right.removesuffix("/kernel")
+        if name in c.lora.projections:
+            inputs, outputs = sizes[name.split("/")[-1]]
+            yield Product(part, flops * rank / outputs, left, f"{right}_lora_a")
+            yield Product(part, flops * rank / inputs, "low_rank", f"{right}_lora_b")
 
 
 def _keys_values(stream: str, flops: int) -> list[Product]:

@@ -1,4 +1,4 @@
-"""NAAViT, "No Attention Among Visual Tokens" (paper section 3.1): the mask, and the one attention call.
+"""NAAViT, "No Attention Among Visual Tokens" (paper section 3.1): the mask.
 
 The whole of NAAViT is that visual tokens are read and never ask. What a query may read is one line:
 
@@ -12,19 +12,38 @@ Worked example, "<s> <image> What ?" with two visual tokens: positions are <s> 0
         ?       1   1 |  1    1   1      which is why a picture costs no Q, no O and (under SAISA) no MLP.
 
 Under LLaVA the visual tokens join the stream that asks, and the same line makes their rows causal.
-Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim.
+Axes: B batch, T queries, S keys, K key/value heads, H head_dim. What is done with the mask stands in `attention.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = -1e30  # Finite, so that a query without a legal key gives 0 and not NaN.
+MASKED = -1e30  # The score of an illegal pair. Finite, so that a query without a legal key gives 0 and not NaN.
+
+
+class Places(NamedTuple):
+    """Where tokens stand: their positions in the interleaved sequence, and their segments (0 = padding)."""
+
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+
+
+@struct.dataclass
+class Mask:
+    """What T queries may read of S keys: the answer, and what it follows from.
+
+    `xla` and `cudnn` want the answer, made once for all layers. `flash` works it out tile by tile from the places; then
+    nothing reads `allowed`, and the compiler removes it.
+    """
+
+    queries: Places
+    keys: Places
+    allowed: Bool[Array, "B T S"]
+    window: int | None = struct.field(pytree_node=False)
 
 
 class KeyBlock(NamedTuple):
@@ -32,7 +51,12 @@ class KeyBlock(NamedTuple):
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
-    mask: Bool[Array, "B T S"]
+    mask: Mask
+
+
+def make_mask(queries: Places, keys: Places, window: int | None = None) -> Mask:
+    """The mask of every alignment. `window` (Mistral) also hides keys that lie `window` or more positions back."""
+    return Mask(queries, keys, may_attend(*queries, *keys, window), window)
 
 
 def may_attend(
@@ -42,44 +66,16 @@ def may_attend(
     key_segments: Int[Array, "B S"],
     window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """The mask of every alignment. `window` (Mistral) also hides keys that lie `window` or more positions back."""
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    same_segment = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+    """Which query may read which key."""
+    queries = query_positions[:, :, None], query_segments[:, :, None]
+    return legal(*queries, key_positions[:, None], key_segments[:, None], window)
+
+
+def legal(
+    query_position: Any, query_segment: Any, key_position: Any, key_segment: Any, window: int | None = None
+) -> Any:
+    """The line above, of integers that broadcast: the only place where it is decided."""
+    distance = query_position - key_position
+    same_segment = (query_segment == key_segment) & (key_segment > 0)
     mask = same_segment & (distance >= 0)
     return mask if window is None else mask & (distance < window)
-
-
-def attend(
-    q: Float[Array, "B T N H"], blocks: Sequence[KeyBlock], impl: str = "xla"
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T _"] | None]:
-    """Softmax attention over several blocks of keys at once, jointly normalised, nothing concatenated but weights.
-
-    Scores and softmax are float32. A query without any legal key puts out exactly 0.
-
-    Returns:
-      The attention output in the dtype of `q`, and the float32 weights over all blocks in their order (unused weights
-      are removed by the compiler).
-    """
-    if impl != "xla":
-        raise ValueError(f"model.attention_impl={impl!r} is not implemented; known: 'xla'")
-    batch, length, num_heads, head_dim = q.shape
-    num_kv_heads = blocks[0].k.shape[1]
-    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim) * (head_dim**-0.5)
-
-    scores = []
-    for block in blocks:
-        score = jnp.einsum("btkgh,bksh->bkgts", grouped, block.k, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(block.mask[:, None, None], score, MASKED))
-    highest = jnp.max(jnp.stack([jnp.max(score, axis=-1) for score in scores]), axis=0)[..., None]
-    highest = jax.lax.stop_gradient(jnp.maximum(highest, MASKED / 2))  # a query without a legal key: exp() gives 0
-    weights = [jnp.exp(score - highest) for score in scores]
-    total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
-    inverse = 1.0 / jnp.where(total == 0, 1.0, total)
-
-    out = sum(
-        jnp.einsum("bkgts,bksh->btkgh", weight.astype(q.dtype), block.v, preferred_element_type=jnp.float32)
-        for weight, block in zip(weights, blocks, strict=True)
-    )
-    out = out * jnp.moveaxis(inverse, 3, 1)  # [B, K, G, T, 1] -> [B, T, K, G, 1]
-    attention = (jnp.concatenate(weights, axis=-1) * inverse).reshape(batch, num_heads, length, -1)
-    return out.reshape(q.shape).astype(q.dtype), attention

@@ -53,7 +53,8 @@ from saisa_jax.models.layers import (
     take_layers,
     with_scales,
 )
-from saisa_jax.models.naavit import KeyBlock, may_attend
+from saisa_jax.models.lora import in_dtype, with_adapters
+from saisa_jax.models.naavit import KeyBlock, Places, make_mask
 from saisa_jax.models.projector import Projector
 from saisa_jax.models.vision import VisionEncoder
 
@@ -105,7 +106,7 @@ class Saisa(nn.Module):
             embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
         )
         self.vision = ENCODERS[c.vision.kind](c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
-        self.block = Block(c, parent=None)
+        self.block = with_adapters(Block(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
         self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
         if not c.per_layer_projectors:
             self.visual_proj = Projector(c)
@@ -154,9 +155,14 @@ class Saisa(nn.Module):
         unknown = set(capture) - set(CAPTURES)
         if unknown:
             raise ValueError(f"capture={sorted(unknown)} is unknown; known: {', '.join(CAPTURES)}")
+        if "attention" in capture and self.config.attention_impl != "xla":
+            raise ValueError(
+                f"model.attention_impl={self.config.attention_impl} never holds the attention that capture asks for; "
+                "set model.attention_impl=xla"
+            )
         features = self.encode_images(batch["images"]) if features is None else features
         visual, asking = self._streams(batch, features)
-        x, captured = self._run_layers(asking, visual, capture=capture)
+        x, captured = self._run_layers(asking, visual, capture=capture, impl=self.config.attention_impl)
         x = self.final_norm(x[:, -batch["tokens"].shape[1] :])  # under LLaVA visual tokens stand first
         aux: dict[str, Any] = self._name_captured(captured, batch["tokens"].shape[1]) if captured else {}
         aux |= {name: value for name, value in (("features", features), ("final_norm", x)) if name in capture}
@@ -286,8 +292,9 @@ class Saisa(nn.Module):
 
     # --- The layers --------------------------------------------------------------------------------------------------
 
-    def _bind(self, params: Params, method: Any, *args: Any) -> Any:
-        params = dequantized(params, jnp.dtype(self.config.dtype))
+    def _bind(self, params: Params, method: str, *args: Any) -> Any:
+        dtype = jnp.dtype(self.config.dtype)
+        params = in_dtype(dequantized(params, dtype), dtype)
         return self.block.apply({"params": params}, *args, method=method)
 
     def _take(self, run: Run, with_projectors: bool) -> Params:
@@ -301,8 +308,8 @@ class Saisa(nn.Module):
 
     def _read_visual(self, params: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
         """One layer's keys and values of the visual stream, and the stream as the next layer finds it."""
-        kv = self._bind(params, Block.visual_kv, x)
-        return self._bind(params, Block.update_visual, x) if self.config.alignment == "naavit" else x, kv
+        kv = self._bind(params, "visual_kv", x)
+        return self._bind(params, "update_visual", x) if self.config.alignment == "naavit" else x, kv
 
     def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
         c = self.config
@@ -314,6 +321,7 @@ class Saisa(nn.Module):
         visual: Rows | VisualKV | None,
         past: KVCache | None = None,
         capture: tuple[str, ...] = (),
+        impl: str = "xla",
     ) -> tuple[Any, dict[str, Any]]:
         """The stream that asks, through all layers.
 
@@ -322,14 +330,17 @@ class Saisa(nn.Module):
         """
         c = self.config
         rope = rotation(asking.positions, c)
-        places = asking.positions, asking.segment_ids
-        own_mask = may_attend(*places, *places, c.sliding_window)
+        places = _places(asking)
+        own_mask = make_mask(places, places, c.sliding_window)
         if past is not None:
-            past_mask = may_attend(*places, past.positions, past.segment_ids, c.sliding_window)
+            past_mask = make_mask(places, _places(past), c.sliding_window)
         if visual is not None:
-            visual_mask = may_attend(*places, visual.positions, visual.segment_ids, c.sliding_window)
+            visual_mask = make_mask(places, _places(visual), c.sliding_window)
             visual_rope = rotation(visual.positions, c)
-        streaming = isinstance(visual, Rows)
+        streaming, tokens = isinstance(visual, Rows), visual.x if isinstance(visual, Rows) else None
+
+        # What no layer changes is no part of the carry, which the backward pass keeps a copy of for every layer.
+        carried = visual.x if isinstance(visual, Rows) and c.alignment == "naavit" else None
 
         def layer(carry: Any, inputs: Any) -> Any:
             x, stream = carry
@@ -337,18 +348,19 @@ class Saisa(nn.Module):
             others = []
             if image is not None:  # this run of layers sees the image
                 if streaming:
-                    stream, (k, v) = self._read_visual(params, stream)
+                    after, (k, v) = self._read_visual(params, tokens if stream is None else stream)
+                    stream = None if stream is None else after
                     k = rotate_keys(k, visual_rope)
                 else:
                     k, v = image
                 others.append(KeyBlock(k, v, visual_mask))
             if past_kv is not None:
                 others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
-            x, kv, weights = self._bind(params, Block.__call__, x, rope, own_mask, others)
+            x, kv, weights = self._bind(params, "__call__", x, rope, own_mask, others, impl)
             available = {"hidden": (x, stream), "attention": weights, "kv": kv}
             return (x, stream), {name: available[name] for name in capture if name in available}
 
-        carry = (asking.x, visual.x if isinstance(visual, Rows) else None)
+        carry = (asking.x, carried)
         first, outs = carry, []
         for run in layer_runs(c, visual is not None):
             projectors = slice(run.first_projector, run.first_projector + run.stop - run.start)
@@ -380,6 +392,10 @@ class Saisa(nn.Module):
         if "attention" in captured:
             aux["attention"] = captured["attention"][:, :, :, -text_length:]
         return aux
+
+
+def _places(rows: Rows | VisualKV | KVCache) -> Places:
+    return Places(rows.positions, rows.segment_ids)
 
 
 def _visual_places(batch: Batch, visual_tokens: int) -> tuple[Int[Array, "B V"], Int[Array, "B V"]]:

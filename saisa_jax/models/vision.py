@@ -43,7 +43,13 @@ class VisionBlock(nn.Module):
         x = x + (scaled(self, "scale1", h) if c.layer_scale else h)
         h = layer_norm(c.norm_eps, self.param_dtype, "norm2")(x).astype(self.dtype)
         h = VisionMLP(c.mlp_dim, c.activation, self.dtype, self.param_dtype, name="mlp")(h)
-        return x + (scaled(self, "scale2", h) if c.layer_scale else h)
+        return split_by_image(x + (scaled(self, "scale2", h) if c.layer_scale else h))
+
+
+def split_by_image(x: Float[Array, "I *rows C"]) -> Float[Array, "I *rows C"]:
+    """Each device its own images. Said in every layer: otherwise the compiler may give each a share of the channels of
+    all images, with a sum over all devices after every product."""
+    return nn.with_logical_constraint(x, ("activation_batch", *(x.ndim - 1) * (None,)))
 
 
 def scaled(block: Any, name: str, branch: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
@@ -195,4 +201,4 @@ class VisionEncoder(nn.Module):
         x = x + resampled(jnp.asarray(self.position_embedding, x.dtype), c)
         if c.pre_norm:
             x = self.pre_norm(x)
-        return x.astype(self.dtype)
+        return split_by_image(x.astype(self.dtype))

@@ -25,6 +25,7 @@ class HeldOut:
     Args:
       batches: of the held-out split, made once.
       samples: how many of the first rows to answer by generation.
+      loss_chunk: positions of a row that have logits at the same time; 0: all.
     """
 
     def __init__(
@@ -36,14 +37,15 @@ class HeldOut:
         mesh: Mesh,
         samples: int = 3,
         max_new_tokens: int = 16,
+        loss_chunk: int = 0,
     ):
         self._batches = [parallel.to_device(host.batch, mesh) for host in batches]
-        self._step = make_eval_step(config)
+        self._step = make_eval_step(config, loss_chunk)
         self._generator = Generator(config, [end_token_id(stage.template, tokenizer)])
         self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
         self._truths, self._ids = [], []
         if batches and samples:
-            self._ids = [sample_id for sample_id in batches[0].sample_ids[:samples] if sample_id]  # "": padding
+            self._ids = [sample_id for row in batches[0].sample_ids[:samples] for sample_id in row]
             self._batch, self._truths = first_answers(batches[0].batch, len(self._ids))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:

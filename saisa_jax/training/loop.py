@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -19,16 +20,18 @@ from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
 from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, to_dict
-from saisa_jax.data.pipeline import eval_batches, steps_in_stage, train_iterator
+from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, train_iterator
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
-from saisa_jax.models.saisa import abstract_params
+from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
-from saisa_jax.training.optimizer import make_optimizer, make_schedule, merge, split
+from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
+from saisa_jax.training.prepare import prepare
+from saisa_jax.training.skipped import SkippedSteps
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
-from saisa_jax.training.state import TrainState, create_state, state_shardings
+from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
 
 
@@ -53,7 +56,7 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
-        check_stages(config, tokenizer)
+        check_stages(config, tokenizer, workdir)
         for name in config.stages:
             if model_directory(workdir, name).exists():
                 logging.info("%s is finished: %s", name, model_directory(workdir, name))
@@ -71,25 +74,17 @@ class Stage:
     def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.settings, self.model = config.stage(name), config.model_for(name)
-        self.steps = steps_in_stage(config, name)
-        self.mesh = parallel.make_mesh(config.mesh)
-        self.rules = parallel.make_rules(self.model, self.mesh)
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if self.settings.batch_size % ways:
-            raise ConfigError(
-                f"{name}.batch_size={self.settings.batch_size} does not divide by mesh data x fsdp = {ways}: "
-                f"set --config.{name}.batch_size to {self.settings.batch_size // ways * ways + ways}"
-            )
-        groups = self.settings.groups
-        trainable, _ = jax.eval_shape(lambda params: split(params, groups), abstract_params(self.model))
-        self.optimizer = make_optimizer(self.settings.optimizer, groups, trainable, self.steps)
-        self.schedule = make_schedule(self.settings.optimizer, self.steps)
-        self.shardings = state_shardings(self.model, groups, self.optimizer, self.mesh, self.rules)
+        self.cache = str(self.directory)  # of the counts of its samples
+        self.rows = stage_rows(config, name, tokenizer, self.cache)
+        self.steps = steps_in_stage(config, name, tokenizer, self.cache)
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = prepare(
+            config, name, self.steps
+        )
         make_params, argument, self.source = starting_params(config, name, workdir, tokenizer)
         with parallel.use(self.mesh, self.rules):
-            self.state = create_state(make_params, argument, groups, self.optimizer, self.shardings)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))
+            self.state = create_state(make_params, argument, self.settings.groups, self.optimizer, self.shardings)
+        params = flatten(merge(self.state.trainable, self.state.frozen))
+        self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
 
     def run(self, stop: StopSignal) -> bool:
@@ -101,9 +96,11 @@ class Stage:
         directory = self.directory / "checkpoints"
         with (
             parallel.use(self.mesh, self.rules),
+            contextlib.ExitStack() as closing,
             RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
         ):
-            data = train_iterator(self.config, self.name, self.tokenizer)
+            data = train_iterator(self.config, self.name, self.tokenizer, cache=self.cache)
+            closing.callback(data.close)
             before = self._resume(checkpointer, data)
             started = time.monotonic() - before
             finished = self._train(checkpointer, data, stop, started)
@@ -143,9 +140,12 @@ class Stage:
         self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal, started: float
     ) -> bool:
         # The order of what follows matters: the metrics of a step are read after the next one was started, so that the
-        # device never waits; and a step is saved only after its loss was seen to be finite.
+        # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
         habits, first = self.config.training, int(self.state.step)
-        train_step = make_train_step(self.model, self.optimizer, self.shardings)
+        train_step = make_train_step(
+            self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
+        )
+        self.skipped = SkippedSteps(self.directory, first)
         held_out = self._held_out()
         with (
             MetricsWriter(self.directory, habits.tensorboard, resume_step=first) as writer,
@@ -158,7 +158,7 @@ class Stage:
                 self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh))
                 if waiting:
                     log(*waiting)
-                waiting = step, metrics, host.sample_ids
+                waiting = step, metrics, host._replace(batch=None)
                 stopping, last = stop.requested, step == self.steps
                 save = stopping or last or step % habits.checkpoint_every == 0
                 evaluate = held_out and (last or (step % habits.eval_every == 0 and not stopping))
@@ -175,30 +175,59 @@ class Stage:
                     return False
         return True
 
+    def _merged(self, params: Any) -> Any:
+        """The parameters with their adapters merged into them, where the plain model's live."""
+        shardings = param_shardings(self.config.model_for(self.name), self.mesh, self.rules)
+        merged = functools.partial(merge_adapters, config=self.model.lora)
+        return jax.jit(merged, out_shardings=shardings)(params)
+
     def _held_out(self) -> HeldOut | None:
         habits = self.config.training
         if not habits.eval_every or not self.settings.validation:
             return None
-        batches = eval_batches(self.config, self.name, self.tokenizer, "validation", habits.eval_batches)
-        return HeldOut(self.model, self.settings, batches, self.tokenizer, self.mesh, habits.eval_samples)
+        batches = eval_batches(self.config, self.name, self.tokenizer, habits.eval_batches)
+        return HeldOut(
+            self.model,
+            self.settings,
+            batches,
+            self.tokenizer,
+            self.mesh,
+            samples=habits.eval_samples,
+            loss_chunk=habits.loss_chunk,
+        )
 
     def _log(
-        self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, samples: Any
+        self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, host: HostBatch
     ) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            writer.write("train", step, **values)
-            raise TrainingError(
-                f"{', '.join(broken)} at step {step} of {self.name}; its batch held {', '.join(samples)}. The last "
-                f"good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
-            )
+        if host.dropped:
+            writer.write("dropped", step, samples=host.dropped)
+        if values.pop("skipped"):
+            self._not_finite(writer, step, values, host)
+            return
         if step % self.config.training.log_every and step != self.steps:
             return
-        values["lr"] = float(jax.numpy.asarray(self.schedule(step - 1)))
-        rates = progress.update(step, samples=self.settings.batch_size, **values)
+        values["cut_tokens"] = host.cut_tokens
+        rates = progress.update(step, samples=host.num_samples, **values)
         writer.write("train", step, **values, **rates, seconds=time.monotonic() - started)
         self.last_loss = values["loss"]
+
+    def _not_finite(self, writer: MetricsWriter, step: int, values: dict[str, float], host: HostBatch) -> None:
+        """What becomes of a step that changed nothing, since its loss or gradient was not finite."""
+        habits = self.config.training
+        broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(host.names)}"
+        advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
+        writer.write("train" if habits.on_nan == "stop" else "skipped", step, **values)
+        if habits.on_nan == "stop":
+            raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
+        in_a_row = self.skipped.add(step, values, host.names)
+        logging.warning("%s; it was skipped", what)
+        if in_a_row > habits.max_skips:
+            raise TrainingError(
+                f"{what}. {in_a_row} steps in a row were not finite, more than --config.training.max_skips="
+                f"{habits.max_skips}. {advice}"
+            )
 
     def _finish(self, seconds: float) -> None:
         settings = self.settings
@@ -208,7 +237,7 @@ class Stage:
         summary = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.steps * settings.batch_size,
+            "samples": self.rows.samples_before(self.steps * settings.batch_size),
             "wall_seconds": seconds,
             "train_flops": per_step * self.steps,
             "parameters": self.parameters,
@@ -220,6 +249,9 @@ class Stage:
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2))
         # Last: a stage is finished when its model is there.
         params = merge(self.state.trainable, self.state.frozen)
+        if self.model.lora.rank:
+            save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
+            params = self._merged(params)
         final = model_directory(self.directory.parent, self.name)
         attach = None if self.source == "random" else copy_sidecar(self.source)
         save_model(final, params, self.config, self.tokenizer, summary, attach)

@@ -32,7 +32,7 @@ class MetricsWriter:
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        _cut_back(self.path, resume_step)
+        cut_back(self.path, resume_step)
         self._file = self.path.open("a")
         self._events = _event_writer(directory / "tensorboard", resume_step) if tensorboard else None
 
@@ -52,7 +52,7 @@ class MetricsWriter:
           step: the step that the values are of.
           values: numbers, also of NumPy and JAX; strings; lists and dictionaries of them.
         """
-        row = _jsonable({"kind": kind, "step": step, **values})
+        row = jsonable({"kind": kind, "step": step, **values})
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -66,7 +66,7 @@ class MetricsWriter:
             self._events.close()
 
 
-def _cut_back(path: epath.Path, resume_step: int | None) -> None:
+def cut_back(path: epath.Path, resume_step: int | None) -> None:
     """Drops rows after `resume_step`, and a last line that a crash has cut short."""
     if not path.exists():
         return
@@ -98,11 +98,11 @@ def _event_writer(directory: epath.Path, resume_step: int | None) -> Any:
     return SummaryWriter(os.fspath(directory), purge_step=purge_step)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -112,7 +112,7 @@ def _jsonable(value: Any) -> Any:
         raise TypeError(f"a metric cannot be {type(value).__name__}: {value!r}")
     if array.dtype.kind not in "biufUS":  # bfloat16 and its kin
         array = array.astype(np.float32)
-    return _jsonable(array.tolist())
+    return jsonable(array.tolist())
 
 
 class Progress:

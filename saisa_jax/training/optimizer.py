@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
@@ -80,7 +81,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.lr, max(1, warmup)), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, steps: int) -> Any:
+class Optimizer(NamedTuple):
+    """An optax optimizer that also tells the rate of its next update."""
+
+    init: Callable[[Params], Any]
+    update: Callable[..., tuple[Params, Any]]
+    learning_rate: Callable[[Any], Any]  # (optimizer state) -> rate; updates that were skipped do not count
+
+
+def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, steps: int) -> Optimizer:
     """AdamW over the trainable tree: clipping over all of it, then each group's decay and rate."""
     rows = _rows_of_trainable(trainable, groups)
 
@@ -90,12 +99,24 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, s
 
     labels = unflatten({path: str(row) for path, row in rows.items()})
     transforms: dict[Any, Any] = {str(row): of_group(groups[row][1]) for row in sorted(set(rows.values()))}
-    return optax.chain(
+    schedule = make_schedule(config, steps)
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        _adam(config),
         optax.multi_transform(transforms, labels),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
+        optax.scale_by_learning_rate(schedule),
     )
+    return Optimizer(chain.init, chain.update, lambda state: jnp.asarray(schedule(state[-1].count)))
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam whose moments do not take after the parameters' dtype.
+
+    The second moment is always float32: with b2 = 0.999 it shrinks by a thousandth a step, which bfloat16 rounds away,
+    so that it would never come down again.
+    """
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment_dtype)
+    return optax.GradientTransformation(lambda params: adam.init(optax.tree.cast(params, jnp.float32)), adam.update)
 
 
 def _rows_of_trainable(trainable: Params, groups: Groups) -> dict[str, int]:

@@ -17,8 +17,9 @@ from saisa_jax.checkpoints.checksums import describe, differences
 from saisa_jax.config import STAGES, Config, ConfigError, to_dict
 from saisa_jax.data.conversation import end_token_id
 from saisa_jax.data.pipeline import steps_in_stage
+from saisa_jax.models.lora import is_adapter
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
-from saisa_jax.training.optimizer import assign_groups, flatten
+from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
 
 
 def model_directory(workdir: epath.Path, stage: str) -> epath.Path:
@@ -44,7 +45,7 @@ def starting_params(
     source = next((str(path) for path in reversed(previous) if path.exists()), config.init_from)
     if not source:
         logging.info("%s starts from random weights (seed %d)", stage, config.seed)
-        return functools.partial(init_params, model), jax.random.key(config.seed), "random"
+        return functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random"
 
     params, _, trained_with, _ = load_model(source)
     if trained_with is not None and trained_with.get_vocab() != tokenizer.get_vocab():
@@ -73,14 +74,21 @@ def starting_params(
     lines = differences(describe(jax.eval_shape(convert, params)), describe(abstract_params(model)), dtypes=False)
     if lines:
         raise ConfigError(f"{source} does not fit --config.model: {'; '.join(lines)}")
+    if config.stage(stage).lora.rank:
+        return lambda params: _with_fresh_adapters(convert(params), config, stage), params, source
     return convert, params, source
+
+
+def _with_fresh_adapters(params: Any, config: Config, stage: str) -> Any:
+    fresh = flatten(init_params(config.trained_model(stage), jax.random.key(config.seed)))  # jit drops all the others
+    return unflatten({**flatten(params), **{path: leaf for path, leaf in fresh.items() if is_adapter(path)}})
 
 
 def _projects(params: Any) -> bool:
     return "visual_proj" in params or "visual_proj" in params.get("layers", {})
 
 
-def check_stages(config: Config, tokenizer: Any) -> None:
+def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> None:
     """Finds what would stop a later stage before the first one trains: its data, template and groups.
 
     Raises:
@@ -89,8 +97,16 @@ def check_stages(config: Config, tokenizer: Any) -> None:
     for name in config.stages:
         settings = config.stage(name)
         end_token_id(settings.template, tokenizer)
-        steps_in_stage(config, name)
-        assign_groups(abstract_params(config.model_for(name)), settings.groups)
+        steps_in_stage(config, name, tokenizer, str(workdir / name))
+        params = abstract_params(config.trained_model(name))
+        rows = assign_groups(params, settings.groups)
+        adapted = [path.removesuffix("_lora_a") for path in rows if path.endswith("_lora_a")]
+        training = [path for path in adapted if not settings.groups[rows[path]][1].frozen]
+        if training:
+            raise ConfigError(
+                f"{name}.lora.rank={settings.lora.rank} adapts kernels that are frozen, and {name}.groups train "
+                f"{', '.join(training)}; use groups=TRAIN_ADAPTERS, or --config.{name}.lora.rank=0"
+            )
 
 
 def check_same_recipe(config: Config, workdir: epath.Path) -> None:
@@ -118,5 +134,7 @@ def _recipe(raw: dict[str, Any]) -> dict[str, str]:
     """What decides a run's numbers, as {"finetune.optimizer.lr": "0.001"}."""
     free = ("name", "stages", "training", "mesh", "evaluation")
     raw = {name: value for name, value in raw.items() if name not in free}
-    raw["data"] = {name: value for name, value in raw["data"].items() if name not in ("num_threads", "prefetch")}
+    raw["data"] = {
+        name: value for name, value in raw["data"].items() if name not in ("num_workers", "num_threads", "prefetch")
+    }
     return {path.replace("/", "."): json.dumps(value) for path, value in flatten(raw).items()}

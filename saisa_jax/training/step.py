@@ -2,52 +2,111 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.saisa import Saisa
-from saisa_jax.training.loss import cross_entropy
-from saisa_jax.training.optimizer import merge
+from saisa_jax.training.loss import chunked_cross_entropy
+from saisa_jax.training.optimizer import Optimizer, merge
 from saisa_jax.training.state import TrainState
 
 Metrics = dict[str, Any]
 
 
 def make_train_step(
-    config: ModelConfig, optimizer: Any, shardings: TrainState
+    config: ModelConfig, optimizer: Optimizer, shardings: TrainState, accumulation: int = 1, loss_chunk: int = 0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted (state, batch) -> (state, metrics). The state is donated.
 
     Gradients are taken of the trainable tree alone: nothing runs backward through what only frozen parameters need.
-    Metrics: loss, tokens (sum of loss weights), grad_norm (before clipping).
+    A step whose loss or gradient is not finite changes nothing but the step counter.
+
+    Metrics: loss, tokens (sum of loss weights), grad_norm (before clipping), lr, skipped (1.0: nothing was changed).
+
+    Args:
+      config: the model.
+      optimizer: of `make_optimizer`.
+      shardings: of `state_shardings`.
+      accumulation: micro-batches that the batch is read in, one after the other.
+      loss_chunk: positions of a row that have logits at the same time; 0: all.
     """
-    model = Saisa(config)
+    sums_of = _sums_of(config, loss_chunk)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_of(trainable: Any) -> tuple[Any, Any]:
-            logits, _ = model.apply({"params": merge(trainable, state.frozen)}, batch)
-            total, weight = cross_entropy(logits, batch["targets"], batch["loss_weights"])
-            return total / jax.numpy.maximum(weight, 1.0), weight
+        def gradient_of(rows: Batch) -> Any:
+            return jax.value_and_grad(sums_of, has_aux=True)(state.trainable, state.frozen, rows)
 
-        (loss, weight), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
+        (total, weight), gradients = _accumulate(gradient_of, batch, accumulation, shardings.trainable)
+        divisor = jnp.maximum(weight, 1.0)
+        loss = total / divisor
+        gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) / divisor, gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), state.frozen, opt_state)
-        return new, {"loss": loss, "tokens": weight, "grad_norm": optax.tree.norm(gradients)}
+
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.trainable, updates), opt_state),
+            (state.trainable, state.opt_state),
+        )
+        metrics = {
+            "loss": loss,
+            "tokens": weight,
+            "grad_norm": norm,
+            "lr": optimizer.learning_rate(state.opt_state),
+            "skipped": 1.0 - good,
+        }
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(config: ModelConfig) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
+def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
     """A jitted (trainable, frozen, batch) -> (sum of losses, sum of weights)."""
+    return jax.jit(_sums_of(config, loss_chunk))
+
+
+def _sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
+    """(trainable, frozen, rows) -> (sum of losses, sum of weights)."""
     model = Saisa(config)
 
-    def step(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
-        logits, _ = model.apply({"params": merge(trainable, frozen)}, batch)
-        return cross_entropy(logits, batch["targets"], batch["loss_weights"])
+    def sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
+        apply = functools.partial(model.apply, {"params": merge(trainable, frozen)})
+        hidden, _ = apply(rows, method=Saisa.hidden)
+        head = functools.partial(apply, method=Saisa.head)
+        return chunked_cross_entropy(head, hidden, rows["targets"], rows["loss_weights"], loss_chunk)
 
-    return jax.jit(step)
+    return sums
+
+
+def _accumulate(gradient_of: Callable[[Batch], Any], batch: Batch, parts: int, shardings: Any) -> Any:
+    """The sum of ((loss, weight), gradients) over micro-batches; as they are sums, the split changes nothing."""
+    if parts == 1:
+        return gradient_of(batch)
+    micro_batches = micro_batches_of(batch, parts)
+    shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda rows: rows[0], micro_batches))
+    sums, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+    add = lambda sums, rows: (jax.tree.map(jnp.add, sums, gradient_of(rows)), None)  # noqa: E731
+    return jax.lax.scan(add, (sums, gradients), micro_batches)[0]
+
+
+def micro_batches_of(batch: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...]: row i goes to part i mod parts.
+
+    So every device, which holds neighbouring rows, has as many of each part, and no row moves to another device.
+    """
+
+    def interleave(x: Any) -> Any:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return nn.with_logical_constraint(x, (None, "activation_batch", *[None] * (x.ndim - 2)))
+
+    return jax.tree.map(interleave, batch)

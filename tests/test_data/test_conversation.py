@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.data.conversation import (
@@ -14,12 +14,12 @@ from saisa_jax.data.conversation import (
     encode,
     encode_prompt,
     end_token_id,
+    truncate,
 )
 from saisa_jax.data.sample import DataError, Turn
 from saisa_jax.data.templates import TEMPLATES, VICUNA_SYSTEM, find_template
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.tokenizer import DEMO_TEMPLATES
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]
 P = 4
 QUESTION, ANSWER = Turn("user", "what shape is present?"), Turn("assistant", "circle")
 TWO_ROUNDS = (QUESTION, ANSWER, Turn("user", "is it red?"), Turn("assistant", "no, it is blue."))
@@ -36,41 +36,12 @@ WHOLE_TEXT = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nwhat shape is present?<|im_end|>\n"
     "<|im_start|>assistant\ncircle<|im_end|>\n<|im_start|>user\nis it red?<|im_end|>\n"
     "<|im_start|>assistant\nno, it is blue.<|im_end|>",
+    "llama_3_instruct": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nwhat shape is present?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\ncircle<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nis it red?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nno, it is blue.<|eot_id|>",
 }
-
-
-@pytest.fixture(scope="module")
-def demo() -> PreTrainedTokenizerFast:
-    return load_tokenizer("easy_vqa")
-
-
-def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture(scope="module")
-def byte_level() -> PreTrainedTokenizerFast:
-    """As Llama 3, Qwen and SmolLM split text."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([VICUNA_SYSTEM, *WHOLE_TEXT.values()] * 3, trainer)
-    return _wrapped(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def sentence_piece() -> PreTrainedTokenizerFast:
-    """As Llama 2 and Mistral split text: spaces are part of the word, and one is put before every piece."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator([VICUNA_SYSTEM, *WHOLE_TEXT.values()] * 3, trainer)
-    return _wrapped(tokenizer)
 
 
 def _supervised(encoded, tokenizer) -> str:
@@ -138,6 +109,14 @@ def test_image_chunks_are_tokenised_one_by_one_as_llava_does(sentence_piece) -> 
     assert encoded.image_positions.tolist() == [1 + len(ids[0])]
 
 
+def test_a_space_after_an_image_is_one_more_than_sentence_pieces_own(sentence_piece) -> None:
+    encoded = encode((Turn("user", "is <image> like <image> ?"), ANSWER), "vicuna_v1", sentence_piece, P)
+    chunks = [sentence_piece.encode(chunk, add_special_tokens=False) for chunk in (" like ", " ? ASSISTANT:")]
+    start = int(encoded.image_positions[0])  # also the number of text tokens before it
+    assert encoded.tokens[start : start + len(chunks[0] + chunks[1])].tolist() == chunks[0] + chunks[1]
+    assert sentence_piece.convert_ids_to_tokens(chunks[0])[:2] == ["▁", "▁"]
+
+
 # --- Labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +146,7 @@ def test_a_token_right_after_an_image_is_never_supervised(demo) -> None:
 
 def test_a_prompt_is_the_conversation_without_its_last_answer(demo, byte_level, sentence_piece) -> None:
     for tokenizer in (demo, byte_level, sentence_piece):
-        for template in TEMPLATES:
+        for template in DEMO_TEMPLATES if tokenizer is demo else TEMPLATES:
             whole = encode(TWO_ROUNDS, template, tokenizer, P, num_images=1)
             prompt = encode_prompt(TWO_ROUNDS[:-1], template, tokenizer, P, num_images=1)
             count = len(prompt.tokens)
@@ -291,3 +270,73 @@ def test_a_template_whose_text_is_a_control_token(demo) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
     with pytest.raises(DataError, match=r"'mistral_instruct' writes '\[INST\]' as text, but it is a control token"):
         encode((QUESTION, ANSWER), "mistral_instruct", tokenizer, P)
+
+
+# --- Truncation ------------------------------------------------------------------------------------------------------
+
+
+def _random_turns(rng: np.random.Generator) -> list[Turn]:
+    turns: list[Turn] = []
+    for _ in range(rng.integers(1, 4)):
+        words = [str(word) for word in rng.choice(["<image>", "is", "it", "red", "?"], rng.integers(0, 6))]
+        turns.append(Turn("user", " ".join([*words, "what"])))
+        turns.append(Turn("assistant", " ".join(["circle"] * int(rng.integers(1, 6)))))
+    return turns
+
+
+def test_truncation_of_random_conversations(demo) -> None:
+    rng = np.random.default_rng(0)
+    cut, dropped, refused = 0, 0, 0
+    for case in range(600):
+        whole = encode(_random_turns(rng), "vicuna_v1", demo, P, system_prompt="", sample_id=f"s/{case}")
+        text_length, max_length = int(rng.integers(1, 40)), int(rng.integers(1, 80))
+        kept = (np.arange(len(whole.tokens)) < text_length) & (whole.positions < max_length)
+        n = int(kept.sum())
+        learned = whole.loss_weights[: max(n - 1, 0)]
+        if n < len(whole.tokens) and not learned.any():
+            with pytest.raises(
+                DataError, match=rf"^sample 's/{case}': nothing supervised is left .*text_length={text_length} "
+            ):
+                truncate(whole, text_length, max_length)
+            refused += 1
+            continue
+        part, count = truncate(whole, text_length, max_length)
+        check_length(part, text_length, max_length)
+        assert count == len(whole.tokens) - len(part.tokens) == (~kept).sum()
+        assert part.sample_id == whole.sample_id
+        np.testing.assert_array_equal(part.tokens, whole.tokens[:n])
+        np.testing.assert_array_equal(part.positions, whole.positions[:n])
+        np.testing.assert_array_equal(part.targets, [*part.tokens[1:], 0])
+        np.testing.assert_array_equal(part.loss_weights[:-1], whole.loss_weights[: n - 1])
+        assert part.loss_weights[-1] == 0 and part.loss_weights.any()
+        images = len(part.image_positions)
+        np.testing.assert_array_equal(part.image_positions, whole.image_positions[:images])
+        assert part.length == n + P * images == part.positions[-1] + 1
+        ends = part.image_positions + P
+        assert (ends <= part.positions[-1]).all()  # whole, and with text after it
+        left_out = whole.image_positions[images:]
+        assert (left_out > part.positions[-1]).all()  # none was dropped that text follows
+        cut, dropped = cut + (count > 0), dropped + (len(left_out) > 0)
+    assert min(cut, dropped, refused) > 50  # the cases above were all met
+
+
+def test_truncation_between_images(demo) -> None:
+    turns = (QUESTION, ANSWER, Turn("user", "<image> <image> and <image> what?"), ANSWER)
+    whole = encode(turns, "vicuna_v1", demo, P, system_prompt="")
+    names = demo.convert_ids_to_tokens(whole.tokens.tolist())
+    before = names.index("and")  # two images stand right before it
+    for text_length, images in ((before, 0), (before + 1, 2), (before + 2, 3)):
+        assert len(truncate(whole, text_length, 100)[0].image_positions) == images
+    start = int(whole.image_positions[0])
+    for max_length, images in ((start + 1, 0), (start + 2 * P, 0), (start + 2 * P + 1, 2), (start + 3 * P + 1, 2)):
+        part, _ = truncate(whole, 100, max_length)
+        assert len(part.image_positions) == images and part.length <= max_length
+
+
+def test_what_fits_is_left_alone(demo) -> None:
+    whole = encode((QUESTION, ANSWER), "vicuna_v1", demo, P, system_prompt="", num_images=1)
+    same, count = truncate(whole, len(whole.tokens), whole.length)
+    assert same is whole and count == 0
+    before = whole.targets.copy()
+    truncate(whole, len(whole.tokens) - 1, whole.length)
+    np.testing.assert_array_equal(whole.targets, before)

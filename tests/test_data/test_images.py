@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from saisa_jax.config import VisionConfig
 from saisa_jax.data import images as images_module
@@ -224,3 +227,54 @@ def test_augment_mirrors_left_to_right_and_never_turns() -> None:
     image[0, 1] = 255
     found = {tuple(np.argwhere(augment(image, np.random.default_rng(seed))[..., 0])[0].tolist()) for seed in range(50)}
     assert found == {(0, 1), (0, 6)}
+
+
+# --- As transformers' own processors on PIL --------------------------------------------------------------------------
+
+SIZES = [(57, 31), (31, 57), (33, 33), (1, 40), (40, 1), (1, 1), (336, 335), (101, 3), (28, 60), (29, 28), (7, 5)]
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def _pixels(processor: Any, image: Image.Image) -> np.ndarray:
+    """What a processor makes of an image, before it makes floating-point numbers of it."""
+    array = processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
+    return array.transpose(1, 2, 0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [28, 27])
+def test_square_is_clips_processor(size, side: int) -> None:
+    edges = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    processor = CLIPImageProcessorPil(**edges)
+    np.testing.assert_array_equal(
+        prepare_image(_picture(*size), side, "square", MEAN), _pixels(processor, _picture(*size))
+    )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [28, 27])
+def test_pad_is_llavas_square_through_clips_processor(size, side: int) -> None:
+    """LLaVA puts the image on a square of the mean colour, and hands that to CLIP's processor."""
+    image, long = _picture(*size), max(size)
+    square = np.empty((long, long, 3), np.uint8)
+    square[:] = [int(255 * mean) for mean in MEAN]
+    top, left = (long - image.height) // 2, (long - image.width) // 2
+    square[top : top + image.height, left : left + image.width] = np.asarray(image)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    np.testing.assert_array_equal(prepare_image(image, side, "pad", MEAN), _pixels(processor, Image.fromarray(square)))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [28, 27])
+def test_resize_is_siglips_processor(size, side: int) -> None:
+    processor = SiglipImageProcessorPil(size={"height": side, "width": side})
+    np.testing.assert_array_equal(
+        prepare_image(_picture(*size), side, "resize", MEAN), _pixels(processor, _picture(*size))
+    )

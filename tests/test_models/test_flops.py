@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from saisa_jax.__main__ import main
@@ -25,6 +24,7 @@ from saisa_jax.config import (
 )
 from saisa_jax.models import flops, presets
 from saisa_jax.models.saisa import Saisa, abstract_params
+from saisa_jax.testing.programs import products_in
 
 TEXT = 16
 
@@ -162,25 +162,6 @@ def test_xla_counts_the_same_with_two_images_or_none() -> None:
     for images in (0, 2):
         formula = flops.prefill(config, text=64, images=images).total
         assert flops.counted_prefill(config, text=64, images=images) == pytest.approx(formula, rel=0.02)
-
-
-def products_in(jaxpr: Any) -> int:
-    """FLOPs of the matrix products and convolutions in a program, loops multiplied out."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * int(np.prod(equation.outvars[0].aval.shape) * np.prod([left[axis] for axis in contracted]))
-        if equation.primitive.name == "conv_general_dilated":
-            kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
-            total += 2 * int(np.prod(equation.outvars[0].aval.shape) * np.prod(kernel)) // kernel[outputs]
-        is_program = lambda value: hasattr(value, "eqns") or hasattr(value, "jaxpr")  # noqa: E731
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
-            if is_program(value):
-                total += times * products_in(getattr(value, "jaxpr", value))
-    return total
 
 
 def shapes_of(config: ModelConfig, rows: int, images: int) -> Any:

@@ -10,7 +10,6 @@ import pytest
 
 from saisa_jax.config import ModelConfig, ProjectorConfig
 from saisa_jax.models.layers import take_layers
-from saisa_jax.models.naavit import may_attend
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params, layer_runs, share_to_per_layer
 from saisa_jax.testing.batches import IMAGE, make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
@@ -141,12 +140,12 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     """The layers one by one in Python: one sequence [V; T] with the whole mask, then what the alignment drops."""
     from saisa_jax.models.decoder import Block
     from saisa_jax.models.layers import rotate_keys, rotation
-    from saisa_jax.models.naavit import KeyBlock
+    from saisa_jax.models.naavit import KeyBlock, Places, make_mask
 
     model, block = Saisa(config), Block(config)
     bound = model.bind({"params": params})
     visual, asking = bound._streams(batch, bound.encode_images(batch["images"]))
-    x, places = asking.x, (asking.positions, asking.segment_ids)
+    x, places = asking.x, Places(asking.positions, asking.segment_ids)
     stream = None if visual is None else visual.x
     for run in layer_runs(config):
         for i in range(run.start, run.stop):
@@ -161,9 +160,9 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
                 if config.alignment == "naavit":
                     stream = block.apply({"params": own}, stream, method="update_visual")
                 k = rotate_keys(k, rotation(visual.positions, config))
-                others = [KeyBlock(k, v, may_attend(*places, visual.positions, visual.segment_ids))]
+                others = [KeyBlock(k, v, make_mask(places, Places(visual.positions, visual.segment_ids)))]
             rope = rotation(asking.positions, config)
-            x, _, _ = block.apply({"params": own}, x, rope, may_attend(*places, *places), others)
+            x, _, _ = block.apply({"params": own}, x, rope, make_mask(places, places), others)
     x = bound.final_norm(x[:, -batch["tokens"].shape[1] :])
     return np.asarray(bound.head(x))[..., : config.vocab_size]
 

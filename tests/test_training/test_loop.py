@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path,
 
         def broken(state, batch):
             state, metrics = step(state, batch)
-            return state, metrics | {"loss": float("nan") if int(state.step) == 2 else metrics["loss"]}
+            return state, metrics | ({"loss": float("nan"), "skipped": 1.0} if int(state.step) == 2 else {})
 
         return broken
 
@@ -140,6 +140,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path,
         loop.run(config, epath.Path(tmp_path))
     assert not (tmp_path / "pretrain" / "model").exists()
     assert not [path for path in (tmp_path / "pretrain" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_bad_batches_are_skipped_and_written_down_until_there_are_too_many(tmp_path, monkeypatch):
+    config, workdir, original = tiny_config(), epath.Path(tmp_path), loop.parallel.to_device
+    habits = dataclasses.replace(config.training, eval_every=0, on_nan="skip", max_skips=1)
+    config = dataclasses.replace(config, stages=("pretrain",), training=habits)
+    bad = {2, 3}
+    calls = []
+
+    def to_device(batch, mesh):
+        calls.append(None)
+        weights = batch["loss_weights"] * (np.inf if len(calls) in bad else 1)
+        return original(batch | {"loss_weights": weights.astype(np.float32)}, mesh)
+
+    monkeypatch.setattr(loop.parallel, "to_device", to_device)
+    with pytest.raises(
+        loop.TrainingError, match=r"is nan at step 3 .* 2 steps in a row .* --config.training.max_skips=1"
+    ):
+        loop.run(config, workdir)
+    bad.discard(3)
+    calls[:] = [None] * 2  # goes on from the checkpoint of step 2
+    assert loop.run(config, workdir) == 0
+    lines = (workdir / "pretrain" / "skipped.jsonl").read_text().splitlines()
+    (skipped,) = map(json.loads, lines)
+    assert skipped["step"] == 2 and len(skipped["samples"]) == 8 and skipped["samples"][0].startswith("easy_vqa/")
+    assert [step for step, _ in losses(workdir, "pretrain")] == [1, 3]
+    assert [row["step"] for row in rows(workdir, "pretrain", "skipped")] == [2]
+    # The schedule has made one step less.
+    assert [row["lr"] for row in rows(workdir, "pretrain")] == pytest.approx([1e-3, 7.5e-4])
 
 
 def test_errors_name_their_flag(finished, tmp_path):

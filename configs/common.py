@@ -1,0 +1,69 @@
+"""What the paper's recipes have in common: LLaVA-1.5's data and hyper-parameters, in two stages.
+
+The data lie where LLaVA's instructions put them:
+
+    data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json     and its images/ beside it
+    data/llava_v1_5_mix665k.json                        data/images/{coco,gqa,ocr_vqa,textvqa,vg}/...
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from saisa_jax.config import (
+    STAGES,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    StageConfig,
+    to_config_dict,
+)
+
+# Rows of a step, T text tokens and M image slots of a row. Rows are packed: with these, a step of the paper's data
+# holds about 256 samples in stage 1 and about 128 in stage 2, as the paper's do.
+PRETRAIN_ROWS: dict[str, Any] = {"batch_size": 32, "text_length": 256, "max_images": 8}
+FINETUNE_ROWS: dict[str, Any] = {"batch_size": 48, "text_length": 1024, "max_images": 3}
+
+CAPTIONS = SourceConfig("llava", "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")
+INSTRUCTIONS = SourceConfig("llava", "data/llava_v1_5_mix665k.json", images="data/images")
+
+
+def recipe(name: str, model: ModelConfig, start: str, stage: str | None, template: str = "vicuna_v1") -> ConfigDict:
+    """The paper's two stages.
+
+    Args:
+      name: of the run.
+      model: from `saisa_jax.models.presets`.
+      start: the directory that `convert import` made of the decoder and the encoder.
+      stage: the recipe's argument: pretrain, finetune, or None for both.
+      template: how stage 2 writes a conversation.
+    """
+    if stage is not None and stage not in STAGES:
+        raise ConfigError(f"configs/{name}.py:{stage} is unknown; known: {', '.join(STAGES)}; without one: both")
+    # The context of LLaVA-1.5; layers are recomputed in the backward pass, as theirs are.
+    model = dataclasses.replace(model, max_length=2048, remat_policy="full")
+    defaults = Config()  # learning rates, batches, who trains: LLaVA-1.5's
+    pretrain = dataclasses.replace(defaults.pretrain, sources=(CAPTIONS,), **PRETRAIN_ROWS)
+    finetune = StageConfig(
+        sources=(INSTRUCTIONS,),
+        template=template,
+        sharing=model.projector.sharing,
+        optimizer=OptimizerConfig(lr=2e-5),
+        **FINETUNE_ROWS,
+    )
+    config = Config(
+        name=name,
+        stages=STAGES if stage is None else (stage,),
+        init_from=start,
+        model=model,
+        data=DataConfig(tokenizer=f"{start}/tokenizer", packing=True, on_long="truncate"),
+        pretrain=pretrain,
+        finetune=finetune,
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+    return to_config_dict(config)

@@ -1,0 +1,18 @@
+r"""SAISA of Llama-3-8B and CLIP ViT-L/14 at 336 pixels.
+
+    python -m saisa_jax convert import --llm=meta-llama/Meta-Llama-3-8B \
+        --vision=openai/clip-vit-large-patch14-336 --to=checkpoints/llama3_8b
+    python train.py --config=configs/saisa_llama3_8b.py --workdir=runs/saisa_llama3_8b
+
+One stage alone: --config=configs/saisa_llama3_8b.py:pretrain, or :finetune.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import recipe
+from saisa_jax.models import presets
+
+
+def get_config(stage: str | None = None) -> ConfigDict:
+    model = presets.make("llama3-8b", "clip-vit-l-336")
+    return recipe("saisa_llama3_8b", model, "checkpoints/llama3_8b", stage, template="llama_3")

@@ -1,0 +1,167 @@
+"""The records of a .json array or a .jsonl file, at random, without holding them in memory.
+
+The file is read once, strictly, for where its records begin and end; a record is parsed again when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from saisa_jax.data.sample import DataError
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BOM = "\ufeff".encode().decode("latin-1")
+
+
+class JsonRecords:
+    """Parsed records by index; safe to share among threads, small when pickled (16 bytes for each record)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Reads the file once.
+
+        Raises:
+          DataError: it is not there, is neither .json nor .jsonl, is cut or malformed (the message names the line and
+            the byte), or is no array.
+        """
+        self.path = os.fspath(path)
+        if "://" in self.path:
+            raise DataError(
+                f"sources.path={self.path!r} is not on a disk: copy it here, or train from what `data prepare` writes"
+            )
+        try:
+            stat = os.stat(self.path)
+            self._version = (stat.st_mtime_ns, stat.st_size)
+            self.bounds = _find_records(self.path, *self._version)
+        except OSError as error:
+            raise DataError(f"sources.path={self.path!r} cannot be read: {error.strerror or error}") from error
+        self._lock, self._file = threading.Lock(), -1
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> Any:
+        """Raises DataError if the file has changed since it was opened, or the record's text is not UTF-8."""
+        start, stop = (int(bound) for bound in self.bounds[index])
+        self._open()
+        try:
+            return json.loads(os.pread(self._file, stop - start, start).decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"byte {start + error.start} of {self.path} is not UTF-8", self.name(index)) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path} changed while it was read: {error}", self.name(index)) from error
+
+    def name(self, index: int) -> str:
+        """The file's name and the number of the record, from 0: an id for one that has none."""
+        return f"{Path(self.path).name}:{index}"
+
+    def _open(self) -> None:
+        with self._lock:
+            if self._file >= 0:
+                return
+            try:
+                self._file = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"sources.path={self.path!r} cannot be read: {error.strerror or error}") from error
+            stat = os.fstat(self._file)
+            if (stat.st_mtime_ns, stat.st_size) != self._version:
+                raise DataError(f"{self.path} has changed since it was opened; start again")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_file")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._lock, self._file = threading.Lock(), -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            os.close(self._file)
+
+
+@lru_cache(maxsize=8)
+def _find_records(path: str, modified: int, size: int) -> Int64[np.ndarray, "records 2"]:
+    """Where records start and stop, in bytes; done once for as long as the file stays what it is."""
+    del modified
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".jsonl"):
+        raise DataError(f"sources.path={path!r} is neither a .json array nor a .jsonl file of samples")
+    if not size:
+        raise DataError(f"{path} is empty")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # As Latin-1 a byte is a character: offsets of the one are those of the other, and JSON's own signs are ASCII.
+        text = str(data, "latin-1")
+    found = _array_bounds(text, path) if suffix == ".json" else _line_bounds(text, path)
+    return np.array(list(found), np.int64).reshape(-1, 2)
+
+
+def _array_bounds(text: str, path: str) -> Iterator[tuple[int, int]]:
+    place = _skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
+    if text[place : place + 1] != "[":
+        raise _malformed(text, place, path, "an array '[' of samples is expected (one sample a line: name it .jsonl)")
+    place = _skip_space(text, place + 1)
+    if text[place : place + 1] == "]":
+        return
+    while True:
+        stop = _parse(text, place, path)
+        yield place, stop
+        place = _skip_space(text, stop)
+        sign = text[place : place + 1]
+        if sign == "]":
+            break
+        if sign != ",":
+            raise _malformed(text, place, path, "',' or ']' is expected after a sample")
+        place = _skip_space(text, place + 1)
+    if (rest := _skip_space(text, place + 1)) != len(text):
+        raise _malformed(text, rest, path, "something follows the array")
+
+
+def _line_bounds(text: str, path: str) -> Iterator[tuple[int, int]]:
+    start = len(_BOM) if text.startswith(_BOM) else 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        place = _skip_space(text, start)
+        if place < end:
+            stop = _parse(text, place, path)
+            if stop > end or (rest := _skip_space(text, stop)) < end:
+                raise _malformed(text, min(stop, end) if stop > end else rest, path, "a line is one whole sample")
+            yield place, stop
+        start = end + 1
+
+
+def _parse(text: str, place: int, path: str) -> int:
+    """Where the value that starts at `place` ends."""
+    try:
+        return _DECODER.raw_decode(text, place)[1]
+    except json.JSONDecodeError as error:
+        raise _malformed(text, error.pos, path, error.msg) from error
+    except (ValueError, RecursionError) as error:  # NaN; a number of 5,000 digits; ten thousand brackets
+        raise _malformed(text, place, path, str(error) or "nested too deeply") from error
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
+def _skip_space(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+
+def _malformed(text: str, place: int, path: str, what: str) -> DataError:
+    where = f"line {text.count(chr(10), 0, place) + 1}, byte {place}"
+    cut = place >= len(text.rstrip()) or what.startswith("Unterminated string")
+    return DataError(f"{path}, {where}{': the file is cut' if cut else ''}: {what}")

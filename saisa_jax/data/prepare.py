@@ -1,0 +1,349 @@
+"""`python -m saisa_jax data prepare`: samples of any source as ArrayRecord shards that are checked and counted.
+
+    python -m saisa_jax data prepare --config=RECIPE[:argument] [--config.a.b=value ...] --stage=finetune --to=DIR
+
+Every image is opened and decoded, every sample is encoded with the stage's template and tokenizer. What cannot be used
+goes to DIR/report.jsonl with its id and the reason, and is left out. Files are those that `shards.py` describes.
+
+A shard holds a fixed run of the source's samples, so that it is the same whenever it is made. A finished one has an
+account (shard-....json) beside it, and a second start makes those alone that have none. The accounts become the index
+when all shards are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from saisa_jax.config import STAGES, Config, to_dict
+from saisa_jax.config.recipe import read_recipe
+from saisa_jax.data.counts import fingerprint
+from saisa_jax.data.encoder import Encoder
+from saisa_jax.data.images import load_image, read_image
+from saisa_jax.data.order import Concatenated
+from saisa_jax.data.sample import DataError
+from saisa_jax.data.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
+from saisa_jax.data.sources import open_source
+from saisa_jax.data.tokenizer import load_tokenizer
+
+PLAN, REPORT = "plan.json", "report.jsonl"
+SAMPLES_PER_SHARD = 4096
+SPLITS = ("sources", "validation")
+LEFT_OUT = "left_out"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is prepared, as every process needs it."""
+
+    to: str
+    config: Config
+    stage: str
+    samples: Concatenated
+    shards: int
+    image_size: int | None
+
+    def shard_name(self, number: int) -> str:
+        return f"shard-{number:05d}-of-{self.shards:05d}.arrayrecord"
+
+    def account(self, number: int) -> epath.Path:
+        """Says that a shard is complete, and what it holds."""
+        return epath.Path(self.to) / f"shard-{number:05d}-of-{self.shards:05d}.json"
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.config, self.stage, load_tokenizer(self.config.data.tokenizer))
+
+    def bounds(self, number: int) -> range:
+        """The samples of a shard."""
+        size = len(self.samples)
+        return range(number * size // self.shards, (number + 1) * size // self.shards)
+
+
+def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> Index:
+    """Makes the shards that are not there yet, then report and index.
+
+    Raises:
+      DataError: the directory holds something else, no sample can be used, or the recipe cannot be.
+      KeyboardInterrupt: stopped; what is finished stays, and the same call goes on.
+    """
+    directory = epath.Path(job.to)
+    if (directory / INDEX).exists():
+        index = Index.read(directory)
+        _check_plan(index.plan, plan, directory)
+        return index
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / PLAN).exists():
+        _check_plan(json.loads((directory / PLAN).read_text()), plan, directory)
+    write_text(directory / PLAN, json.dumps(plan))
+    missing = [number for number in range(job.shards) if not job.account(number).exists()]
+    if len(missing) < job.shards:
+        console.print(f"{job.shards - len(missing)} of {job.shards} shards are there", highlight=False)
+    columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(job.samples))
+        progress.advance(task, len(job.samples) - sum(len(job.bounds(number)) for number in missing))
+        if workers < 2 or len(missing) < 2:
+            encoder = job.encoder()
+            for number in missing:
+                _make_shard(job, number, encoder, lambda: progress.advance(task))
+        else:
+            _in_workers(job, missing, min(workers, len(missing)), lambda count: progress.advance(task, count))
+    return _finish(job, plan, directory)
+
+
+def _check_plan(found: Any, plan: dict[str, Any], directory: epath.Path) -> None:
+    if found != plan:
+        found = found if isinstance(found, dict) else {}
+        names = [name for name in plan if found.get(name) != plan[name]]
+        seen = "; ".join(f"{name}: {str(found.get(name))[:100]} there, {str(plan[name])[:100]} here" for name in names)
+        raise DataError(f"{directory} was prepared otherwise ({seen}); choose another --to, or delete it")
+
+
+def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
+    """Writes report and index, the index last."""
+    accounts = [json.loads(job.account(number).read_text()) for number in range(job.shards)]
+    shards = [Shard(**account["shard"]) for account in accounts if account["shard"]["samples"]]
+    tokens, images = (np.array([n for a in accounts for n in a[name]], np.int32) for name in ("tokens", "images"))
+    report = [line for account in accounts for line in account[LEFT_OUT]]
+    write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
+    if not shards:
+        raise DataError(f"none of {len(job.samples)} samples can be used; {directory / REPORT} says why")
+    index = Index(tuple(shards), plan["fingerprint"], plan, tokens, images)
+    write_text(directory / INDEX, index.to_json())
+    for number, account in enumerate(accounts):
+        job.account(number).unlink()
+        if not account["shard"]["samples"]:
+            (directory / job.shard_name(number)).unlink()
+    (directory / PLAN).unlink()
+    return index
+
+
+# --- Shards ----------------------------------------------------------------------------------------------------------
+
+
+def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], object]) -> None:
+    """Makes one shard and its account; calls `tick` after each sample."""
+    account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: []}
+
+    def records() -> Iterator[bytes]:
+        for index in job.bounds(number):
+            try:
+                record, tokens, images = _prepare_sample(job, index, encoder)
+            except DataError as error:
+                if not error.sample_id:  # the recipe is wrong, not the sample
+                    raise
+                account[LEFT_OUT].append({"id": error.sample_id, "reason": error.reason})
+            else:
+                account["tokens"].append(tokens)
+                account["images"].append(images)
+                yield record
+            tick()
+
+    path = epath.Path(job.to) / job.shard_name(number)
+    size = write_shard(path, records())
+    account["shard"] = dataclasses.asdict(Shard(path.name, len(account["tokens"]), size))
+    write_text(job.account(number), json.dumps(account))
+
+
+def _prepare_sample(job: Job, index: int, encoder: Encoder) -> tuple[bytes, int, int]:
+    """One sample's record, its text tokens and its images; DataError if it cannot be trained on."""
+    sample = job.samples[index]
+    encoded = encoder.whole(sample)
+    files = [read_image(image, sample.id) for image in sample.images]
+    for number, data in enumerate(files):
+        image = load_image(data, sample.id)
+        if job.image_size is not None:
+            files[number] = shrunk(image, data, job.image_size, job.config.model.vision.image_mode)
+    return encode_record(sample, files), len(encoded.tokens), len(files)
+
+
+def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
+    """An image's file made smaller, so that the side which `mode` brings to `size` pixels has them already.
+
+    A file that is small enough comes back as it is. A JPEG stays one (quality 95, full colour), others become PNG.
+
+    Args:
+      image: the decoded file, upright.
+      data: the file.
+      size: pixels of the longer side (`pad`), the shorter one (`square`) or both (`resize`).
+      mode: `model.vision.image_mode`.
+    """
+    sides = image.size
+    target = {"pad": max, "square": min}.get(mode)
+    small = tuple(max(1, round(side * size / target(sides))) for side in sides) if target else (size, size)
+    if any(new >= old for new, old in zip(small, sides, strict=True)):
+        return data
+    stream = io.BytesIO()
+    jpeg = data.startswith(b"\xff\xd8")
+    options = {"format": "JPEG", "quality": 95, "subsampling": 0} if jpeg else {"format": "PNG"}
+    image.resize((small[0], small[1]), resample=Image.Resampling.BICUBIC).save(stream, **options)
+    return stream.getvalue()
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
+def _in_workers(job: Job, numbers: Sequence[int], workers: int, advance: Callable[[int], object]) -> None:
+    """Makes shards in processes of their own; when stopped, they leave after the sample that they are at."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
+    stop, counter = context.Event(), context.Value("q", 0)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counter))
+    try:
+        pending = {pool.submit(_work, number) for number in numbers}
+        seen = 0
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            advance(counter.value - seen)
+            seen = counter.value
+            for future in done:
+                future.result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker was killed (out of memory?); start again with fewer --workers") from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """The main process wants no more."""
+
+
+_worker: dict[str, Any] = {}  # what a worker process was started with
+
+
+def _start_worker(job: Job, stop: Any, counter: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which then says `stop`
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _worker.update(job=job, stop=stop, counter=counter, encoder=job.encoder())
+
+
+def _leave_with_parent() -> None:
+    """Ends this process when the main one is gone: a killed one cannot say `stop`."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(number: int) -> None:
+    stop, counter = _worker["stop"], _worker["counter"]
+
+    def tick() -> None:
+        with counter.get_lock():
+            counter.value += 1
+        if stop.is_set():
+            raise _Stopped
+
+    if not stop.is_set():
+        _make_shard(_worker["job"], number, _worker["encoder"], tick)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """The action `prepare`; 130 if it was stopped.
+
+    Raises:
+      ConfigError: the recipe cannot be.
+      DataError: a source cannot be read, no sample can be used, or DIR holds something else.
+    """
+    if {"-h", "--help"} & set(argv):
+        _parser().parse_args(["--help"])
+    config, rest = read_recipe(argv)
+    args = _parser().parse_args(rest)
+    job, plan = make_job(config, args)
+    console, started = Console(), time.perf_counter()
+    workers = args.workers if args.workers is not None else os.cpu_count() or 1
+    try:
+        index = prepare(job, plan, workers, console)
+    except KeyboardInterrupt:
+        print(f"data prepare: stopped; the same command goes on in {job.to}", file=sys.stderr)
+        return 130
+    left_out = len(job.samples) - len(index.tokens)
+    size = sum(shard.bytes for shard in index.shards)
+    console.print(
+        f"{job.to}: {len(index.tokens):,} samples with {int(index.images.sum()):,} images and "
+        f"{int(index.tokens.sum()):,} text tokens in {len(index.shards)} shard(s), {size / 2**20:,.1f} MiB, in "
+        f"{time.perf_counter() - started:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if left_out:
+        console.print(f"{left_out:,} of {len(job.samples):,} samples left out: {job.to}/{REPORT}", highlight=False)
+    console.print(
+        f"to train on it: --config.{job.stage}.sources=\"({{'format': 'arrayrecord', 'path': '{job.to}'}},)\"",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
+    """The job, and what a directory remembers of it: the same plan makes the same files."""
+    settings = config.stage(args.stage)
+    listed = getattr(settings, args.split)
+    if args.source is not None:
+        if not 0 <= args.source < len(listed):
+            raise DataError(
+                f"--source={args.source} is not one of {args.stage}.{args.split}, which lists {len(listed)}"
+            )
+        listed = listed[args.source : args.source + 1]
+    if not listed:
+        raise DataError(f"{args.stage}.{args.split} is empty: name what to prepare")
+    if len({source.weight for source in listed}) > 1:
+        raise DataError(
+            f"{args.stage}.{args.split} have different weights, which training applies: prepare them one by one with "
+            "--source=0, --source=1, ... and give each set its weight"
+        )
+    samples = Concatenated([open_source(source) for source in listed])
+    shards = args.shards or -(-len(samples) // SAMPLES_PER_SHARD)
+    if not 0 < shards <= len(samples):
+        raise DataError(f"--shards={shards} of {len(samples)} samples")
+    job = Job(args.to, config, args.stage, samples, shards, args.image_size)
+    plan = {
+        "sources": [to_dict(source) for source in listed],
+        "samples": len(samples),
+        "stage": args.stage,
+        "fingerprint": fingerprint(config, args.stage, load_tokenizer(config.data.tokenizer)),
+        "shards": shards,
+        "image_size": args.image_size,
+        "image_mode": config.model.vision.image_mode if args.image_size else None,
+    }
+    return job, json.loads(json.dumps(plan))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m saisa_jax data prepare",
+        description="Samples of any source as ArrayRecord shards that are checked and counted.",
+        epilog="--config=RECIPE[:argument] is needed, and --config.a.b=value overrides it, as in train.py.",
+    )
+    parser.add_argument("--stage", choices=STAGES, default="finetune", help="whose sources, template and text_length")
+    parser.add_argument("--split", choices=SPLITS, default="sources", help="the stage's list of them")
+    parser.add_argument("--source", type=int, help="only that one of the list, from 0 (default: all, joined)")
+    parser.add_argument("--to", required=True, help="a directory, local or gs://; an unfinished one is gone on with")
+    parser.add_argument("--shards", type=int, help=f"files (default: one for each {SAMPLES_PER_SHARD:,} samples)")
+    parser.add_argument("--workers", type=int, help="processes, each making a shard (default: one for each core)")
+    parser.add_argument("--image_size", type=int, help="make larger images smaller (default: keep them as they are)")
+    return parser

@@ -1,0 +1,111 @@
+"""The one attention call, and its implementations behind one signature.
+
+    xla     plain XLA: any device, dtype and shape; the reference. It alone can put out the weights.
+    flash   TPU: our own kernel (`attention_tpu.py`); neither scores nor masks in memory
+    cudnn   NVIDIA GPU: cuDNN's fused attention (`attention_gpu.py`); 16-bit, and no scores in memory
+
+`model.attention_impl` chooses for whole sequences: training and held-out losses. Generation asks with a handful of
+queries and always uses `xla`. An implementation that cannot serve what it is given is an error, no silent fallback.
+
+Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from saisa_jax.models.attention_gpu import cudnn_attention
+from saisa_jax.models.attention_tpu import flash_attention
+from saisa_jax.models.naavit import MASKED, KeyBlock, Mask, Places
+
+KERNELS = {"flash": flash_attention, "cudnn": cudnn_attention}
+
+
+def attend(
+    q: Float[Array, "B T N H"], blocks: Sequence[KeyBlock], impl: str = "xla"
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T _"] | None]:
+    """Softmax attention over several blocks of keys at once, jointly normalised.
+
+    Scores and softmax are float32. A query without any legal key puts out exactly 0.
+
+    Returns:
+      The attention output in the dtype of `q`, and the float32 weights over all blocks in their order (None of a
+      kernel; under `xla` they are removed by the compiler where nobody uses them).
+
+    Raises:
+      ValueError: an unknown `impl`, or a dtype or shape that it does not serve.
+    """
+    q = q * (q.shape[-1] ** -0.5)
+    if impl == "xla":
+        return _xla_attention(q, blocks)
+    if impl not in KERNELS:
+        raise ValueError(f"model.attention_impl={impl!r} is unknown; known: xla, {', '.join(KERNELS)}")
+    return _on_each_device(KERNELS[impl], q, *_joined(blocks)), None
+
+
+def _xla_attention(q: Any, blocks: Sequence[KeyBlock]) -> tuple[Any, Any]:
+    """Nothing is concatenated but the weights."""
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = blocks[0].k.shape[1]
+    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
+    scores = []
+    for block in blocks:
+        score = jnp.einsum("btkgh,bksh->bkgts", grouped, block.k, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(block.mask.allowed[:, None, None], score, MASKED))
+    highest = jnp.max(jnp.stack([jnp.max(score, axis=-1) for score in scores]), axis=0)[..., None]
+    highest = jax.lax.stop_gradient(jnp.maximum(highest, MASKED / 2))  # a query without a legal key: exp() gives 0
+    weights = [jnp.exp(score - highest) for score in scores]
+    total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
+    inverse = 1.0 / jnp.where(total == 0, 1.0, total)
+
+    out = sum(
+        jnp.einsum("bkgts,bksh->btkgh", weight.astype(q.dtype), block.v, preferred_element_type=jnp.float32)
+        for weight, block in zip(weights, blocks, strict=True)
+    )
+    out = out * jnp.moveaxis(inverse, 3, 1)  # [B, K, G, T, 1] -> [B, T, K, G, 1]
+    attention = (jnp.concatenate(weights, axis=-1) * inverse).reshape(batch, num_heads, length, -1)
+    return out.reshape(q.shape).astype(q.dtype), attention
+
+
+def _joined(blocks: Sequence[KeyBlock]) -> KeyBlock:
+    """All blocks as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    k, v, masks = zip(*blocks, strict=True)
+    keys = [jnp.concatenate(parts, axis=1) for parts in zip(*(mask.keys for mask in masks), strict=True)]
+    allowed = jnp.concatenate([mask.allowed for mask in masks], axis=2)
+    mask = Mask(masks[0].queries, Places(*keys), allowed, masks[0].window)
+    return KeyBlock(jnp.concatenate(k, axis=2), jnp.concatenate(v, axis=2), mask)
+
+
+def _on_each_device(kernel: Callable[..., Any], q: Any, k: Any, v: Any, mask: Mask) -> Any:
+    """Runs a kernel on each device's rows and heads: the compiler cannot part a kernel by itself.
+
+    Raises:
+      ValueError: rows that do not divide over the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, mask)
+    # One name at a time: within one spec, flax gives an axis of the mesh to the first name alone.
+    names = ("activation_batch", "activation_heads", "activation_kv_heads")
+    rows, heads, kv_heads = (nn.logical_to_mesh(PartitionSpec(name))[0] for name in names)
+    ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(rows))
+    if q.shape[0] % ways:
+        raise ValueError(f"{q.shape[0]} rows do not divide over {ways} devices of the mesh axes {rows}")
+    if heads != kv_heads:  # key/value heads that do not divide over the mesh: every query head brings its own copy
+        copies = q.shape[2] // k.shape[1]
+        k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
+    of_queries, of_keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
+    specs = of_queries, of_keys, of_keys, PartitionSpec(rows)
+    # The kernels do not say how their outputs vary over the mesh, so that there is nothing to check.
+    return jax.shard_map(kernel, in_specs=specs, out_specs=of_queries, check_vma=False)(q, k, v, mask)

@@ -1,0 +1,1 @@
+"""What a training step would cost on accelerators that are not here: memory, arithmetic, traffic, time."""

@@ -1,0 +1,179 @@
+"""What a program does, counted in the program itself: FLOPs in its jaxpr, traffic in its compiled HLO.
+
+XLA's own `cost_analysis` counts the body of a loop once; here a body counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products and convolutions of a jaxpr, over all devices; 2 for a multiply-add.
+
+    A scan's body counts once for each turn, a shard_map's once for each device, a kernel's once for each point of its
+    grid; of a branch the dearest. A `while` loop, whose turns nobody knows, counts once.
+    """
+    return sum(_flops_of(equation) for equation in jaxpr.eqns)
+
+
+def _flops_of(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracting)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+    inner = [flops(body) for body in _bodies(params)]
+    if name == "cond":
+        return max(inner)
+    return _turns(name, params) * sum(inner)
+
+
+def _turns(name: str, params: Any) -> int:
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return params["mesh"].size
+    if name == "pallas_call":
+        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
+    return 1
+
+
+def _bodies(params: Any) -> Iterator[Any]:
+    """Jaxprs among the parameters of an equation."""
+    for value in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        value = getattr(value, "jaxpr", value)
+        if hasattr(value, "eqns"):
+            yield value
+
+
+# --- Traffic ---------------------------------------------------------------------------------------------------------
+
+
+class Traffic(NamedTuple):
+    """A kind of collective: how often it runs in a step, and bytes that a device receives."""
+
+    count: int
+    bytes: float
+
+
+_SHAPE = re.compile(r"(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
+_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"^(?:ROOT )?%?\S+ = (.*?) ({_COLLECTIVES})(-start)?\((.*)$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?(%[^\s,}]+(?:, ?%[^\s,}]+)*)"
+)
+_TRIPS = re.compile(r'known_trip_count[^\d}]*"?(\d+)')
+
+
+def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
+    """Collectives of a compiled program by kind, each as often as it runs.
+
+    A loop runs as often as the compiler says (`known_trip_count`), or as its condition's bound: loops of a compiled
+    scan count from 0 in ones. Bytes are those that a device receives: of n devices, (n - 1) / n of what a gather puts
+    out or a scatter takes in, twice that for a reduction to all.
+
+    Args:
+      hlo: `compiled.as_text()`, the program of one device.
+      devices: of the whole mesh, for collectives that name no groups.
+    """
+    computations, entry = _computations(hlo)
+    # libtpu spreads an asynchronous collective over several fusions, some of them in the loop that hides it, all with
+    # its channel; it runs as often as the rarest.
+    by_channel: dict[str, tuple[str, int, float]] = {}
+    for name, turns in _how_often(computations, entry).items():
+        for line in computations[name]:
+            if match := _COLLECTIVE.match(line):
+                shape, kind, start, rest = match.groups()
+                moved = _received(kind, _bytes(shape, largest=bool(start)), _group_size(rest, devices))
+                channel = re.search(r"channel_id=(\d+)", rest)
+                key = channel[1] if channel else line
+                if key not in by_channel or turns < by_channel[key][1]:
+                    by_channel[key] = kind, turns, turns * moved
+    found: dict[str, Traffic] = {}
+    for kind, turns, moved in by_channel.values():
+        before = found.get(kind, Traffic(0, 0.0))
+        found[kind] = Traffic(before.count + turns, before.bytes + moved)
+    return found
+
+
+def _received(kind: str, size: float, group: int) -> float:
+    share = (group - 1) / group
+    return {
+        "all-reduce": 2 * size * share,
+        "reduce-scatter": size * (group - 1),  # `size` is that of the result
+        "collective-permute": size,
+    }.get(kind, size * share)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of each computation by name, and which is the program."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if line.endswith("{") and (head := re.match(r"(ENTRY )?(%?[^\s(]+) \(", line)):
+            name = "%" + head[2].removeprefix("%")
+            lines = computations[name] = []
+            entry = name if head[1] else entry
+        elif line.startswith("  "):
+            lines.append(line.strip())
+    return computations, entry
+
+
+def _how_often(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs in a step. Callers stand after what they call."""
+    times = dict.fromkeys(computations, 0)
+    times[entry] = 1
+    for name in reversed(computations):
+        if not times[name]:
+            continue
+        for line in computations[name]:
+            called = [callee for group in _CALLED.findall(line) for callee in re.split(r", ?", group)]
+            turns = _trip_count(line, computations) if re.search(r"\bwhile\(", line) else 1
+            for callee in called:
+                times[callee] = times.get(callee, 0) + turns * times[name]
+    return {name: count for name, count in times.items() if count}
+
+
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+    if stated := _TRIPS.search(line):
+        return int(stated[1])
+    condition = re.search(r"condition=(%[^\s,]+)", line)
+    bounds = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition[1]])) if condition else []
+    return int(bounds[0]) if len(bounds) == 1 else 1
+
+
+def _bytes(shape: str, largest: bool = False) -> float:
+    """Bytes of a shape, or of all of a tuple of them; of an asynchronous start, whose tuple holds operands, results
+    and signals, the largest: it is the result of a gather, and all are alike otherwise."""
+    sizes = [
+        _width(dtype) * math.prod(map(int, filter(None, axes.split(",")))) for dtype, axes in _SHAPE.findall(shape)
+    ]
+    return max(sizes) if largest else sum(sizes)
+
+
+def _width(dtype: str) -> float:
+    return 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) / 8  # type: ignore[index]
+
+
+def _group_size(rest: str, devices: int) -> int:
+    """Devices of one group: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['axis_0'=2,'axis_1'=4] {'axis_1'}`."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(iota[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    return devices

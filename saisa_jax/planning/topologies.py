@@ -1,0 +1,129 @@
+"""Accelerators by name: what a chip can do, and the devices of a slice of them to compile for, without having any."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from saisa_jax.config import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a chip can do, as its maker says.
+
+    Attributes:
+      flops: dense bfloat16 FLOP/s.
+      hbm: bytes of memory that a program may use.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s that a chip receives over all its links to its neighbours (ICI, NVLink) together: half of
+        the "bidirectional" figure.
+      axes: dimensions of a topology; 1 for GPUs, which all see each other.
+      devices: JAX devices of a chip.
+      example: a topology.
+      source: where the figures are from.
+    """
+
+    flops: float
+    hbm: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    axes: int
+    example: str
+    source: str
+    devices: int = 1
+
+
+_TPU_PAGES = "docs.cloud.google.com/tpu/docs/"
+
+# HBM of TPUs: what libtpu 0.0.42 itself says is available when a program is too large for it.
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 300e9, 3, "2x2x4", _TPU_PAGES + "v4"),
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 2, "4x4", _TPU_PAGES + "v5e"),
+    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 3, "2x2x4", _TPU_PAGES + "v5p"),
+    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 400e9, 2, "4x4", _TPU_PAGES + "v6e"),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 3, "2x2x1", _TPU_PAGES + "tpu7x", devices=2),
+    # SXM boards; 0.9 of the memory, for the driver and the allocator.
+    "a100": Chip(312e12, 0.9 * 80 * GIB, 2039e9, 300e9, 1, "8", "NVIDIA A100 80GB datasheet"),
+    "h100": Chip(989e12, 0.9 * 80 * GIB, 3350e9, 450e9, 1, "8", "NVIDIA H100 SXM datasheet"),
+    "h200": Chip(989e12, 0.9 * 141 * GIB, 4800e9, 450e9, 1, "8", "NVIDIA H200 SXM datasheet"),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice of chips: "v5e:4x4", or one node of GPUs: "h100:8"."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.chip.axes == 1
+
+
+def parse(name: str) -> Topology:
+    """The topology of that name: "v5e:4x4", "v5p:2x2x4", "h100:8".
+
+    Raises:
+      ConfigError: no such chip, with the nearest ones, or a shape that it does not come in.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        near = difflib.get_close_matches(kind, CHIPS, n=2, cutoff=0.4)
+        examples = [f"{near_kind}:{CHIPS[near_kind].example}" for near_kind in near]
+        hint = f"did you mean {' or '.join(examples)}?" if near else f"known chips: {', '.join(CHIPS)}"
+        raise ConfigError(f"--topology={name!r} names no known chip; {hint}")
+    chip = CHIPS[kind]
+    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
+        axes = "a number of GPUs" if chip.axes == 1 else f"a shape of {chip.axes} sides"
+        raise ConfigError(f"--topology={name!r}: {kind} takes {axes}, for example {kind}:{chip.example}")
+    return Topology(name, kind, tuple(int(side) for side in shape.split("x")))
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Devices to compile for. They hold no array and run nothing.
+
+    Raises:
+      ConfigError: the compiler is not installed, or does not know the shape.
+    """
+    return _gpus(topology) if topology.on_gpu else _tpus(topology)
+
+
+def _tpus(topology: Topology) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"--topology={topology.name} needs the TPU compiler: pip install 'jax[tpu]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to share
+    bounds = {"chips_per_host_bounds": [1] * topology.chip.axes} if topology.chips == 1 else {}
+    return _describe(topology, "tpu", topology_name=topology.name, **bounds)
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    # Filled in below.
+    raise ConfigError(topology.name)
+
+
+def _describe(topology: Topology, platform: str, **arguments: Any) -> list[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform=platform, **arguments).devices)
+    except Exception as error:  # whatever a plugin of another maker raises
+        raise ConfigError(f"--topology={topology.name} was refused by its compiler: {str(error).strip()}") from error

@@ -1,0 +1,99 @@
+"""The recipes of `configs/`: the paper's numbers, and models of known sizes; only shapes are made."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from saisa_jax.config import Config, ConfigError, from_config_dict
+from saisa_jax.data.templates import find_template
+from saisa_jax.models.saisa import abstract_params
+from saisa_jax.training.optimizer import split
+
+ROOT = Path(__file__).parents[1]
+OTHERS = {"common", "demo", "imported", "finetune_lora"}  # no recipe, or none of the paper's
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
+
+VICUNA_7B, VICUNA_13B, LLAMA3_8B, MISTRAL_7B = 6_738_415_616, 13_015_864_320, 8_030_261_248, 7_241_732_096
+
+
+def but_the_last_layer(published: int, width: int, mlp: int) -> int:
+    """A ViT of so many parameters without its last layer and its last norm, which nothing reads."""
+    return published - (4 * (width**2 + width) + 2 * width * mlp + mlp + width + 4 * width) - 2 * width
+
+
+CLIP = but_the_last_layer(303_507_456, 1024, 4096)
+SIGLIP = but_the_last_layer(428_225_600 - 15_238_352, 1152, 4304)  # without its pooling head
+CONVNEXT = 348_143_872
+
+
+def projector(vision: int, embed: int) -> int:
+    return vision * embed + embed + embed * embed + embed
+
+
+ONE = projector(1024, 4096)
+DECODERS = {"saisa_vicuna_13b": VICUNA_13B, "saisa_llama3_8b": LLAMA3_8B, "saisa_mistral_7b": MISTRAL_7B}
+FINETUNE = {  # parameters in stage 2: (trainable, frozen)
+    "saisa_vicuna_7b": (VICUNA_7B + 32 * ONE, CLIP),
+    "saisa_vicuna_13b": (VICUNA_13B + 40 * projector(1024, 5120), CLIP),
+    "saisa_llama3_8b": (LLAMA3_8B + 32 * ONE, CLIP),
+    "saisa_mistral_7b": (MISTRAL_7B + 32 * ONE, CLIP),
+    "saisa_vicuna_7b_siglip": (VICUNA_7B + 32 * projector(1152, 4096), SIGLIP),
+    "saisa_vicuna_7b_convnext": (VICUNA_7B + 32 * projector(2048, 4096), CONVNEXT),
+    "ablation_shared_projector": (VICUNA_7B + ONE, CLIP),
+    "ablation_half_the_layers": (VICUNA_7B + 16 * ONE, CLIP),
+    "llava_vicuna_7b": (VICUNA_7B + ONE, CLIP),
+    "naavit_vicuna_7b": (VICUNA_7B + ONE, CLIP),
+}
+
+
+def load(name: str, *argument: str) -> Config:
+    return from_config_dict(Config, importlib.import_module(f"configs.{name}").get_config(*argument))
+
+
+def count(tree: object) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_every_recipe_is_listed_here() -> None:
+    assert sorted(FINETUNE) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_the_papers_numbers_and_the_known_number_of_parameters(name: str) -> None:
+    config = load(name)
+    sizes = {}
+    for stage in config.stages:
+        params = abstract_params(config.model_for(stage))
+        parts = jax.eval_shape(lambda params, stage=stage: split(params, config.stage(stage).groups), params)
+        sizes[stage] = tuple(map(count, parts))
+        find_template(config.stage(stage).template)
+    assert sizes["finetune"] == FINETUNE[name]
+    one = projector(config.model.vision.embed_dim, config.model.embed_dim)
+    assert sizes["pretrain"] == (one, DECODERS.get(name, VICUNA_7B) + FINETUNE[name][1])
+
+    assert config.stages == ("pretrain", "finetune")
+    assert [config.stage(stage).optimizer.lr for stage in config.stages] == [1e-3, 2e-5]
+    for stage in config.stages:
+        optimizer = config.stage(stage).optimizer
+        assert (optimizer.schedule, optimizer.warmup_fraction, optimizer.weight_decay) == ("cosine", 0.03, 0.0)
+        assert (optimizer.b1, optimizer.b2, optimizer.clip_norm) == (0.9, 0.999, 1.0)
+        assert (config.stage(stage).epochs, config.stage(stage).steps) == (1.0, None)
+    assert config.model.max_length == 2048
+    assert config.name == name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_argument_and_docstring(name: str) -> None:
+    assert load(name, "pretrain").stages == ("pretrain",)
+    assert load(name, "finetune").stages == ("finetune",)
+    with pytest.raises(ConfigError, match=f"configs/{name}.py:finetun is unknown; known: pretrain, finetune"):
+        load(name, "finetun")
+    words = (importlib.import_module(f"configs.{name}").__doc__ or "").split()
+    start = load(name).init_from
+    assert f"--config=configs/{name}.py" in words and f"--workdir=runs/{name}" in words and f"--to={start}" in words
+    assert load(name).data.tokenizer == f"{start}/tokenizer"
