@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import transformers
 
 from saisa_jax.checkpoints import read_account
 from saisa_jax.command_line import Parser
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # files and host memory alone: leave accelerators to others
+    transformers.logging.set_verbosity_error()  # a tokenizer beside a config of LLaVA makes it wonder at length
     {"import": _import, "export": _export, "inspect": _inspect}[args.action](args)
     return 0
 

@@ -34,11 +34,12 @@ class Compiling:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._note)  # pyright: ignore
+        jax.monitoring.register_event_duration_secs_listener(self._note)
 
-    def _note(self, event: str, duration: float, **_: str | int) -> None:
+    def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del kwargs
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 class Terminal:
@@ -103,19 +104,23 @@ class Terminal:
         self.console.print(f"[bold {color}]{'model' if turn.role == ASSISTANT else 'you'}[/] ", end="")
         self.console.print(turn.text, markup=False, highlight=False)
 
+    def clocks(self) -> tuple[float, float]:
+        """The time, and the time without what was spent on compiling, in seconds."""
+        now = time.perf_counter()
+        return now, now - self.compiling.seconds
+
     def answer(self, question: str) -> None:
         """Prints the answer as it comes, and how fast it came. Ctrl-C stops it.
 
         Raises:
           DataError: the question cannot be asked.
         """
-        started, compiled, compiled_first = time.perf_counter(), self.compiling.seconds, 0.0
+        started, first = self.clocks(), None
         pieces = self.chat.ask(question, self.max_new_tokens, self.sampling, self.seed)
-        first = None
         try:
             with self.console.status("reading (the first question of its length compiles)"):
                 piece = next(pieces, None)
-            first, compiled_first = time.perf_counter(), self.compiling.seconds
+            first = self.clocks()
             self.console.print("[bold cyan]model[/] ", end="")
             while piece is not None:
                 self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
@@ -124,15 +129,15 @@ class Terminal:
             pieces.close()
             self.console.print(" [red]stopped[/]", end="")
         self.console.print()
-        now = time.perf_counter()
-        first = first or now
-        later, seconds = self.chat.generated - 1, now - first - (self.compiling.seconds - compiled_first)
-        rate = f", {later / max(seconds, 1e-9):.1f} tokens/s" if later > 0 else ""
-        compiled = self.compiling.seconds - compiled
+        ended = self.clocks()
+        first = first or ended
+        later = self.chat.generated - 1
+        rate = f", {later / max(ended[1] - first[1], 1e-9):.1f} tokens/s" if later > 0 else ""
+        compiled = (ended[0] - started[0]) - (ended[1] - started[1])
         self.console.print(
             f"[dim]{self.chat.generated} token{'' if self.chat.generated == 1 else 's'}{rate}; the first after "
-            f"{first - started:.2f} s; {self.chat.reused} tokens of the prompt were read before"
-            f"{f'; compiling took {compiled:.1f} s, once' if compiled > 0 else ''}[/]",
+            f"{first[0] - started[0]:.2f} s; {self.chat.reused} tokens of the prompt were read before"
+            f"{f'; compiling took {compiled:.1f} s, once' if compiled > 0.05 else ''}[/]",
             highlight=False,
         )
 

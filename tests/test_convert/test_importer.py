@@ -375,8 +375,9 @@ def test_config_files_that_are_refused(tmp_path: Path) -> None:
 def test_a_decoder_is_no_whole_model(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="not a whole multimodal model"):
         import_model(write(tmp_path / "llm", tensors("hf-llm"), TEXT))
-    with pytest.raises(ConvertError, match="leave out vision="):
-        import_model(write(tmp_path / "llava", tensors("llava-hf")), vision=tmp_path)
+    raw = {"text_config": TEXT, "vision_config": VISION, "vision_feature_layer": -2}
+    with pytest.raises(ConvertError, match="leave out --vision"):
+        import_model(write(tmp_path / "llava", tensors("llava-hf"), raw), vision=tmp_path)
 
 
 def test_nothing_of_a_fixture_is_written(tmp_path: Path) -> None:
