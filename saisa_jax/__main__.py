@@ -15,6 +15,7 @@ VERBS = {
     "chat": ("saisa_jax.inference.terminal", "a conversation with a finished model about pictures"),
     "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
+    "plan": ("saisa_jax.planning.command", "whether a recipe fits accelerators that are not here, and what it costs"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
 }
 
