@@ -19,7 +19,6 @@ from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.training.prepare import Prepared, prepare
 from saisa_jax.training.step import make_train_step
 
-
 # Triton's products are tuned on the GPU itself; without one their compiler gives up on some shapes.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 

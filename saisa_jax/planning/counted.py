@@ -109,14 +109,18 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
 
 
 def _received(kind: str, shape: str, start: bool, group: int) -> float:
-    """Bytes that a device receives, by the shape that a collective puts out. An asynchronous one puts out a tuple of
-    operands, results and signals, the largest of which is all that is gathered, or all that is scattered."""
-    sizes = _sizes(shape)
-    size = max(sizes) if start else sum(sizes)
-    if kind == "reduce-scatter" and not start:
-        size *= group  # the result is a part
-    share = {"all-reduce": 2.0, "collective-permute": group / max(group - 1, 1)}.get(kind, 1.0)
-    return share * size * (group - 1) / group
+    """Bytes that a device receives, by the shape that a collective puts out. The start of an asynchronous one puts out
+    a tuple of its operands, its results and scalars that are signals."""
+    size = sum(_sizes(shape.replace("u32[]", "") if start else shape))
+    if kind == "collective-permute":
+        return size / 2 if start else size
+    if kind == "all-reduce":
+        return 2 * size * (group - 1) / group
+    if kind in ("all-gather", "reduce-scatter") and start:
+        size *= group / (group + 1)  # a part and the whole
+    elif kind == "reduce-scatter":
+        size *= group  # a part
+    return size * (group - 1) / group
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

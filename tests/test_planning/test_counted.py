@@ -92,6 +92,10 @@ def test_collectives_in_a_compiled_loop() -> None:
 
 LIBTPU = """HloModule step
 
+%add (p.0: f32[], q.0: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%p.0, %q.0)
+}
+
 %cond (p.1: (u32[], f32[4,8])) -> pred[] {
   %bound = u32[]{:T(128)} constant(8)
   ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
