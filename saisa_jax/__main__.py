@@ -16,8 +16,9 @@ VERBS = {
     "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "data": ("saisa_jax.data.command", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
     "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
-    "rows": ("saisa_jax.planning.rows", "which rows, of how many text tokens and images, cost least for the data"),
+    "plan": ("saisa_jax.planning.command", "whether a recipe fits accelerators that are not here, and what it costs"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
+    "rows": ("saisa_jax.planning.rows", "which rows, of how many text tokens and images, cost least for the data"),
 }
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from saisa_jax import parallel
 from saisa_jax.config import TRAIN_ALL, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, VisionConfig
 from saisa_jax.models.convnext import ConvNext
-from saisa_jax.models.saisa import Saisa, init_params
+from saisa_jax.models.saisa import Saisa, abstract_params, init_params
 from saisa_jax.testing.batches import make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.optimizer import flatten, make_optimizer
@@ -130,3 +130,19 @@ def test_constraints_are_in_the_lowered_program():
         inside = jax.jit(apply).lower(params, batch).as_text()
     assert inside.count("sharding_constraint") > 5
     assert "sharding_constraint" not in jax.jit(apply).lower(params, batch).as_text()
+
+
+@pytest.mark.parametrize("encoder", ["vit", "convnext"])
+def test_each_device_encodes_its_own_images(encoder):
+    """The weights are gathered; a sum over devices would mean that each holds a share of all images' channels."""
+    config = tiny_config().model if encoder == "vit" else with_convnext(tiny_config().model)
+    mesh = parallel.make_mesh(MeshConfig(1, 8, 1))
+    rules = parallel.make_rules(config, mesh)
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    params = jax.tree.map(placed, abstract_params(config), param_shardings(config, mesh, rules))
+    images = jax.ShapeDtypeStruct((8, 2, 32, 32, 3), np.uint8, sharding=parallel.batch_sharding(mesh))
+    encode = lambda params, images: Saisa(config).apply({"params": params}, images, method=Saisa.encode_images)  # noqa: E731
+    with parallel.use(mesh, rules):
+        program = jax.jit(encode).lower(params, images).compile().as_text()
+    assert "all-gather(" in program
+    assert "all-reduce(" not in program and "reduce-scatter(" not in program

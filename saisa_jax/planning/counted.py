@@ -96,7 +96,7 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
         for line in computations[name]:
             if match := _COLLECTIVE.match(line):
                 shape, kind, start, rest = match.groups()
-                moved = _received(kind, _bytes(shape, largest=bool(start)), _group_size(rest, devices))
+                moved = _received(kind, shape, bool(start), _group_size(rest, devices))
                 channel = re.search(r"channel_id=(\d+)", rest)
                 key = channel[1] if channel else line
                 if key not in by_channel or turns < by_channel[key][1]:
@@ -108,13 +108,19 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
     return found
 
 
-def _received(kind: str, size: float, group: int) -> float:
-    share = (group - 1) / group
-    return {
-        "all-reduce": 2 * size * share,
-        "reduce-scatter": size * (group - 1),  # `size` is that of the result
-        "collective-permute": size,
-    }.get(kind, size * share)
+def _received(kind: str, shape: str, start: bool, group: int) -> float:
+    """Bytes that a device receives, by the shape that a collective puts out. The start of an asynchronous one puts out
+    a tuple of its operands, its results and scalars that are signals."""
+    size = sum(_sizes(shape.replace("u32[]", "") if start else shape))
+    if kind == "collective-permute":
+        return size / 2 if start else size
+    if kind == "all-reduce":
+        return 2 * size * (group - 1) / group
+    if kind in ("all-gather", "reduce-scatter") and start:
+        size *= group / (group + 1)  # a part and the whole
+    elif kind == "reduce-scatter":
+        size *= group  # a part
+    return size * (group - 1) / group
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -154,13 +160,9 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
     return int(bounds[0]) if len(bounds) == 1 else 1
 
 
-def _bytes(shape: str, largest: bool = False) -> float:
-    """Bytes of a shape, or of all of a tuple of them; of an asynchronous start, whose tuple holds operands, results
-    and signals, the largest: it is the result of a gather, and all are alike otherwise."""
-    sizes = [
-        _width(dtype) * math.prod(map(int, filter(None, axes.split(",")))) for dtype, axes in _SHAPE.findall(shape)
-    ]
-    return max(sizes) if largest else sum(sizes)
+def _sizes(shape: str) -> list[float]:
+    """Bytes of a shape, or of each of a tuple of them."""
+    return [_width(dtype) * math.prod(map(int, filter(None, axes.split(",")))) for dtype, axes in _SHAPE.findall(shape)]
 
 
 def _width(dtype: str) -> float:

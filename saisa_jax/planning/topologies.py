@@ -112,18 +112,56 @@ def _tpus(topology: Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to share
     bounds = {"chips_per_host_bounds": [1] * topology.chip.axes} if topology.chips == 1 else {}
-    return _describe(topology, "tpu", topology_name=topology.name, **bounds)
+    return _describe(topology.name, "tpu", topology_name=topology.name, **bounds)
 
 
 def _gpus(topology: Topology) -> list[Any]:
-    # Filled in below.
-    raise ConfigError(topology.name)
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ConfigError(f"--topology={topology.name} needs the compiler for GPUs (4 GB): pip install 'jax[cuda13]'")
+    return _describe(
+        topology.name, "cuda", topology_name="", target_config=_target(topology), topology=f"1x1x{topology.chips}"
+    )
 
 
-def _describe(topology: Topology, platform: str, **arguments: Any) -> list[Any]:
+def _target(topology: Topology) -> str:
+    """The description of a GPU that XLA compiles for (a GpuTargetConfigProto)."""
+    chip, hopper = topology.chip, topology.kind in ("h100", "h200")
+    device = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49152,
+        "shared_memory_per_core": 233472 if hopper else 167936,
+        "shared_memory_per_block_optin": 232448 if hopper else 166912,
+        "threads_per_core_limit": 2048,
+        "core_count": 132 if hopper else 108,
+        "fpus_per_core": 128 if hopper else 64,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "memory_bandwidth": int(chip.hbm_bandwidth),
+        "l2_cache_size": 52428800 if hopper else 41943040,
+        "clock_rate_ghz": 1.98 if hopper else 1.41,
+        "device_memory_size": int(chip.hbm / 0.9),
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+    }
+    fields = " ".join(f"{name}: {value}" for name, value in device.items())
+    capability = f"cuda_compute_capability {{ major: {9 if hopper else 8} minor: 0 }}"
+    versions = " ".join(f'{kind}_version: "13.0.0"' for kind in ("driver", "runtime", "compile_time_toolkit"))
+    return (
+        f'gpu_device_info {{ {fields} {capability} device_vendor: "NVIDIA Corporation" {versions} '
+        f'dnn_version: "9.10.0" }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} '
+        f'device_description_str: "NVIDIA {topology.kind.upper()}"'
+    )
+
+
+def _describe(name: str, platform: str, **arguments: Any) -> list[Any]:
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(platform=platform, **arguments).devices)
     except Exception as error:  # whatever a plugin of another maker raises
-        raise ConfigError(f"--topology={topology.name} was refused by its compiler: {str(error).strip()}") from error
+        raise ConfigError(f"--topology={name} was refused by its compiler: {str(error).strip()}") from error

@@ -262,3 +262,15 @@ def test_runs_cover_the_layers_and_their_projectors():
     assert len(list(layer_runs(tiny_config().model))) == 1
     stack = {"a": np.arange(6)}
     assert take_layers(stack, 0, 6)["a"] is stack["a"] and take_layers(stack, 1, 3)["a"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["saisa", "saisa-shared", "naavit"])
+def test_the_backward_pass_keeps_no_copies_of_what_no_layer_changes(kind):
+    """Under remat a layer keeps its inputs; SAISA's visual tokens are the same for all layers, NAAViT's are not."""
+    config, _ = model_of(kind)
+    config = dataclasses.replace(config, remat_policy="full", num_layers=5, head_dim=10)
+    batch = make_batch(config, mixed_layouts(), text_length=12, max_images=3)
+    loss = lambda params: Saisa(config).apply({"params": params}, batch)[0][..., :100].sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(abstract_params(config)))
+    copies = f"5,{len(mixed_layouts())},{3 * PATCHES},{config.embed_dim}]"
+    assert (copies in program) == (kind == "naavit")

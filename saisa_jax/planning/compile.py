@@ -1,0 +1,128 @@
+"""A stage's own train step, compiled for accelerators that are not here, with nothing but shapes."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from saisa_jax import parallel
+from saisa_jax.config import Config, StageConfig
+from saisa_jax.models import flops
+from saisa_jax.planning import counted
+from saisa_jax.planning.topologies import Topology, devices
+from saisa_jax.training.prepare import Prepared, prepare
+from saisa_jax.training.step import make_train_step
+
+# Triton's products are tuned on the GPU itself; without one their compiler gives up on some shapes.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device (that is one chip, but on tpu7x half of one). What is donated is argument and output."""
+
+    arguments: float
+    outputs: float
+    aliased: float
+    temporaries: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled train step.
+
+    Attributes:
+      topology: what for.
+      prepared: the stage.
+      memory: None: the compiler found that it does not fit, and `refused` is what it said.
+      formula_flops: of a step over all devices, by `models.flops`: what has to be computed.
+      counted_flops: of a step over all devices, in the program: with what is computed again (remat).
+      traffic: of a device in a step, by kind of collective.
+      seconds: that lowering and compiling took.
+    """
+
+    topology: Topology
+    prepared: Prepared
+    memory: Memory | None
+    refused: str
+    formula_flops: float
+    counted_flops: float
+    traffic: Mapping[str, counted.Traffic]
+    seconds: float
+
+    @property
+    def settings(self) -> StageConfig:
+        return self.prepared.settings
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.memory.peak <= self.topology.chip.hbm / self.topology.chip.devices
+
+
+def compile_stage(config: Config, stage: str, topology: Topology, steps: int) -> Program:
+    """Compiles a stage's train step for a topology. A model of 7B takes a minute or two of one core for TPUs.
+
+    Args:
+      steps: of the stage, for its schedule.
+
+    Raises:
+      ConfigError: no compiler for the topology, or a mesh that does not suit it.
+    """
+    started = time.monotonic()
+    prepared = prepare(config, stage, steps, devices(topology))
+    settings = prepared.settings
+    step: Any = make_train_step(
+        prepared.model, prepared.optimizer, prepared.shardings, settings.accumulation, config.training.loss_chunk
+    )
+    arguments = prepared.abstract_state(), prepared.abstract_batch()  # before the mesh, on which nothing can run
+    with parallel.use(prepared.mesh, prepared.rules):
+        traced = step.trace(*arguments)
+        memory, refused, hlo = _compiled(traced.lower(), GPU_OPTIONS if topology.on_gpu else {})
+    return Program(
+        topology=topology,
+        prepared=prepared,
+        memory=memory,
+        refused=refused,
+        formula_flops=flops.train_step(
+            prepared.model, settings.groups, settings.batch_size, settings.text_length, settings.max_images
+        ),
+        counted_flops=counted.flops(traced.jaxpr.jaxpr),
+        traffic=counted.traffic(hlo, prepared.mesh.size) if hlo else {},
+        seconds=time.monotonic() - started,
+    )
+
+
+def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str, str]:
+    """Memory, what the compiler said against it, and the program's text."""
+    try:
+        compiled = lowered.compile(options)
+    except Exception as error:  # its type depends on the compiler's plugin
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = re.search(r"Used \S+ of \S+ hbm|.*exceeds available HBM.*", str(error))
+        return None, said[0].strip() if said else str(error).splitlines()[0], ""
+    m = compiled.memory_analysis()
+    memory = Memory(
+        arguments=m.argument_size_in_bytes,
+        outputs=m.output_size_in_bytes,
+        aliased=m.alias_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        # 0: this compiler does not say. What is live at once is then everything.
+        peak=m.peak_memory_in_bytes or m.argument_size_in_bytes + m.temp_size_in_bytes,
+    )
+    return memory, "", compiled.as_text()
+
+
+def state_bytes(prepared: Prepared) -> float:
+    """Bytes that parameters and moments take on one device: arithmetic, nothing is compiled."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(prepared.abstract_state())
+    )

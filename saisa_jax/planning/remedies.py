@@ -1,0 +1,102 @@
+"""What to change when a step does not fit: cheap changes first, by arithmetic before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from saisa_jax.config import Config, ConfigError, MeshConfig
+from saisa_jax.planning.compile import Program, compile_stage, state_bytes
+from saisa_jax.planning.topologies import Topology, devices
+from saisa_jax.training.prepare import Prepared, prepare
+
+ACCUMULATIONS = (1, 2, 4, 8, 16)
+TRIES = 3  # compilations at most; each takes minutes
+SURE = 0.9  # of the memory; the arithmetic is no better than that
+
+
+class Remedy(NamedTuple):
+    """Flags that change a configuration, and what it becomes."""
+
+    flags: Mapping[str, Any]
+    config: Config
+
+    def __str__(self) -> str:
+        return " ".join(f"--config.{name}={value}" for name, value in self.flags.items())
+
+
+def candidates(config: Config, stage: str) -> Iterator[Remedy]:
+    """Changes in the order in which they should be tried: recomputation, the state over all chips, and then more and
+    more micro-batches."""
+    settings = config.stage(stage)
+    for accumulation in ACCUMULATIONS:
+        if accumulation < settings.accumulation or settings.batch_size % accumulation:
+            continue
+        changed = {
+            "model.remat_policy": "full",
+            "mesh.data": 1,
+            "mesh.fsdp": -1,
+            f"{stage}.accumulation": accumulation,
+        }
+        mesh = MeshConfig(data=1, fsdp=-1, tensor=config.mesh.tensor)
+        now = {
+            "model.remat_policy": config.model.remat_policy,
+            "mesh.data": config.mesh.data,
+            "mesh.fsdp": config.mesh.fsdp,
+            f"{stage}.accumulation": settings.accumulation,
+        }
+        flags = {name: value for name, value in changed.items() if value != now[name]}
+        if flags:
+            parts = {stage: dataclasses.replace(settings, accumulation=accumulation), "mesh": mesh}
+            model = dataclasses.replace(config.model, remat_policy="full")
+            yield Remedy(flags, dataclasses.replace(config, model=model, **parts))
+
+
+def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Remedy, Program] | None:
+    """The first remedy that compiles and fits; None: none of those tried does."""
+    room = topology.chip.hbm / topology.chip.devices
+    tries = 0
+    for remedy in candidates(config, stage):
+        try:
+            prepared = prepare(remedy.config, stage, steps, devices(topology))
+        except ConfigError:
+            continue  # its rows do not divide by the mesh
+        if estimate(prepared) > SURE * room:
+            continue
+        program = compile_stage(remedy.config, stage, topology, steps)
+        if program.fits:
+            return remedy, program
+        tries += 1
+        if tries == TRIES:
+            break
+    return None
+
+
+def estimate(prepared: Prepared) -> float:
+    """Bytes of one device at the height of a step, within a fifth or so: state, gradients, and what is kept and what
+    is in use of the activations."""
+    c, s, mesh = prepared.model, prepared.settings, prepared.mesh.shape
+    tensor = mesh["tensor"]
+    rows = s.batch_size / (mesh["data"] * mesh["fsdp"] * s.accumulation)
+    visual = s.max_images * c.vision.num_patches
+    asking = s.text_length + (visual if c.alignment == "llava" else 0)
+    width = jax.numpy.dtype(c.dtype).itemsize
+
+    trainable = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(prepared.abstract_state().trainable)
+    )
+    gradients = 4 * trainable * (1 if s.accumulation == 1 else 2)  # the sum so far, and the next ones
+    carried = rows * (asking + (visual if c.alignment == "naavit" else 0)) * c.embed_dim * width
+    # Scores and what softmax makes of them, forward and backward: three and a half times their size, as compiled.
+    scores = (
+        3.5 * 4 * rows * c.num_heads / tensor * asking * (s.text_length + visual) if c.attention_impl == "xla" else 0
+    )
+    layer = scores + 4 * rows * asking * c.mlp_dim / tensor * width + 3 * rows * visual * c.embed_dim * width
+    kept = c.num_layers * (carried if c.remat_policy != "none" else layer)
+    logits = 3 * 4 * rows * s.text_length * c.padded_vocab_size / tensor
+    return state_bytes(prepared) + gradients + kept + max(layer, logits)

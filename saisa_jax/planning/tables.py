@@ -1,0 +1,127 @@
+"""A plan in words: one table for a stage, one column for each program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from saisa_jax.planning.compile import Program
+from saisa_jax.planning.roofline import Epoch, Roofline, roofline, seconds_at
+from saisa_jax.planning.topologies import GIB
+
+HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled stage, and how much of it there is."""
+
+    program: Program
+    epoch: Epoch
+    mfu: float
+
+    @property
+    def roofline(self) -> Roofline:
+        return roofline(self.program)
+
+    @property
+    def step_seconds(self) -> float:
+        """At the assumed MFU, or the roofline if that is slower."""
+        return max(self.roofline.seconds, seconds_at(self.program, self.mfu))
+
+    @property
+    def hours(self) -> float:
+        return self.epoch.steps * self.step_seconds / HOUR
+
+    @property
+    def chip_hours(self) -> float:
+        return self.hours * self.program.topology.chips
+
+
+def verdict(program: Program) -> str:
+    """Whether it fits, in a sentence."""
+    topology, name = program.topology, program.prepared.name
+    room = topology.chip.hbm / topology.chip.devices / GIB
+    if program.memory is None:
+        return f"{name} does not fit {topology.name}: {program.refused}"
+    peak = program.memory.peak / GIB
+    if program.fits:
+        return f"{name} fits {topology.name}: {peak:.2f} of {room:.2f} GiB on a chip at its height"
+    return f"{name} does not fit {topology.name}: it needs {peak:.2f} GiB on a chip, which has {room:.2f}"
+
+
+def table(plans: Sequence[Plan]) -> Table:
+    """Programs side by side. The first one is the recipe's; changes of the others are relative to it."""
+    first = plans[0].program
+    mesh = " x ".join(f"{axis} {size}" for axis, size in first.prepared.mesh.shape.items())
+    shown = Table(title=f"{first.prepared.name} on {first.topology.name} ({mesh})", title_justify="left")
+    shown.add_column("")
+    for plan in plans:
+        shown.add_column(plan.program.prepared.model.alignment, justify="right", no_wrap=True)
+    for section in (_batch, _memory, _work, _time):
+        rows = [section(plan) for plan in plans]
+        for name in rows[0]:
+            shown.add_row(name, *(row.get(name, "") for row in rows))
+        shown.add_section()
+    return shown
+
+
+def _batch(plan: Plan) -> dict[str, str]:
+    s, vision = plan.program.settings, plan.program.prepared.model.vision
+    visual = s.batch_size * s.max_images * vision.num_patches
+    return {
+        "rows of a step": f"{s.batch_size} in {s.accumulation} part(s)",
+        "samples of a step, on average": f"{plan.epoch.samples_per_step:.0f}",
+        "image slots of a step": f"{s.batch_size * s.max_images:,}",
+        "text tokens of a step, padding too": f"{s.batch_size * s.text_length:,}",
+        "visual tokens of a step": f"{visual:,}",
+        "steps of an epoch": f"{plan.epoch.steps:,}",
+    }
+
+
+def _memory(plan: Plan) -> dict[str, str]:
+    memory = plan.program.memory
+    if memory is None:
+        return {"peak, GiB a device": "too large"}
+    parts = {
+        "arguments (state and batch), GiB a device": memory.arguments,
+        "outputs": memory.outputs,
+        "of which in the arguments' place": memory.aliased,
+        "temporaries": memory.temporaries,
+        "peak, GiB a device": memory.peak,
+    }
+    return {name: f"{size / GIB:.2f}" for name, size in parts.items()}
+
+
+def _work(plan: Plan) -> dict[str, str]:
+    program = plan.program
+    received = {
+        f"{kind}: GiB a device receives (times)": f"{traffic.bytes / GIB:.2f} ({traffic.count:,})"
+        for kind, traffic in sorted(program.traffic.items())
+    }
+    return {
+        "TFLOPs of a step, formula": f"{program.formula_flops / 1e12:,.0f}",
+        "TFLOPs of a step, counted (with remat)": f"{program.counted_flops / 1e12:,.0f}",
+        **received,
+    }
+
+
+def _time(plan: Plan) -> dict[str, str]:
+    line, settings = plan.roofline, plan.program.settings
+    visual = settings.batch_size * settings.max_images * plan.program.prepared.model.vision.num_patches
+    text = settings.batch_size * settings.text_length
+    rows = {
+        "arithmetic at peak, s": f"{line.compute:.3f}",
+        "memory (state and weights alone), s": f"{line.memory:.3f}",
+        "links, s": f"{line.links:.3f}" if plan.program.traffic else "unknown",
+        "roofline, s (bound by)": f"{line.seconds:.3f} ({line.bound})",
+        f"at {plan.mfu:.0%} MFU, s": f"{plan.step_seconds:.3f}",
+        "text tokens/s": f"{text / plan.step_seconds:,.0f}",
+        "visual tokens/s": f"{visual / plan.step_seconds:,.0f}",
+        "hours": f"{plan.hours:,.1f}",
+        "chip-hours": f"{plan.chip_hours:,.0f}",
+        "chip-hours at the roofline": (f"{plan.epoch.steps * line.seconds * plan.program.topology.chips / HOUR:,.0f}"),
+    }
+    return rows

@@ -1,0 +1,61 @@
+"""Steps of an epoch, and memory by arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+
+from saisa_jax.config import Config, MeshConfig, from_config_dict
+from saisa_jax.planning import remedies
+from saisa_jax.planning.command import as_llava
+from saisa_jax.planning.compile import state_bytes
+from saisa_jax.planning.roofline import epoch
+from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Config:
+    return from_config_dict(Config, importlib.import_module("configs.saisa_vicuna_7b").get_config())
+
+
+def test_the_recipes_steps_hold_as_many_samples_as_the_papers(recipe: Config) -> None:
+    """256 and 128 samples a step, 2,180 and 5,200 steps an epoch."""
+    pretrain, finetune = (epoch(recipe.stage(stage), recipe.data.packing) for stage in recipe.stages)
+    assert pretrain.samples_per_step == pytest.approx(256, rel=0.07) and pretrain.steps == pytest.approx(2180, rel=0.07)
+    assert finetune.samples_per_step == pytest.approx(128, rel=0.07) and finetune.steps == pytest.approx(5200, rel=0.07)
+
+
+def test_samples_that_are_given(recipe: Config) -> None:
+    assert epoch(recipe.finetune, True, samples=4800, per_row=2.0).steps == 50
+    unpacked = epoch(recipe.finetune, packing=False)
+    assert unpacked.samples_per_step == recipe.finetune.batch_size
+    assert epoch(tiny_config().finetune, True, samples=16).steps == 2
+
+
+def test_state_bytes_of_a_split_state() -> None:
+    config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=1, fsdp=1, tensor=1))
+    one = state_bytes(prepare(config, "finetune", 10, [object()]))
+    split = state_bytes(prepare(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8)), "finetune", 10))
+    assert one / 8 < split < one / 4  # norms and biases are whole everywhere
+
+
+def test_remedies_come_in_order_and_say_only_what_changes(recipe: Config) -> None:
+    none = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat_policy="none"))
+    lines = [str(remedy) for remedy in remedies.candidates(none, "finetune")]
+    assert lines[:2] == [
+        "--config.model.remat_policy=full",
+        "--config.model.remat_policy=full --config.finetune.accumulation=2",
+    ]
+    first = next(remedies.candidates(recipe, "finetune"))
+    assert first.config.finetune.accumulation == recipe.finetune.accumulation * 2
+    replicated = dataclasses.replace(recipe, mesh=MeshConfig(data=-1, fsdp=1))
+    assert str(next(remedies.candidates(replicated, "finetune"))) == "--config.mesh.data=1 --config.mesh.fsdp=-1"
+
+
+def test_the_same_recipe_as_llava(recipe: Config) -> None:
+    llava = as_llava(recipe)
+    assert (llava.model.alignment, llava.finetune.sharing) == ("llava", "shared")
+    assert llava.finetune.batch_size == recipe.finetune.batch_size
