@@ -73,8 +73,8 @@ demo-compare: $(VENV)/installed  ## SAISA beside NAAViT, LLaVA, SAISA blind and 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 .PHONY: test test-aot test-slow lint format
-test: torch  ## the whole test suite
-	$(BIN)/python -m pytest
+test: torch  ## the whole test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-aot: $(VENV)/installed-tpu  ## the tests that compile for a TPU without one
 	$(BIN)/python -m pytest -m aot

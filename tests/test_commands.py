@@ -78,17 +78,27 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_the_snippet_that_makes_data(directory: Path) -> None:
+    """Before the commands that read them."""
+    _, snippet = blocks("python")
+    exec(on_tiny(snippet, directory), {})
+
+
 @pytest.mark.parametrize("command", commands("python "))
 def test_python_command(command: str, directory: Path) -> None:
     out = run(command, directory)
+    if "data inspect" in command:
+        assert "what color is the shape?" in out and (directory / "mine" / "inspect.png").stat().st_size > 1000
+    if "data prepare" in command:
+        assert "64 samples with 64 images" in out
     if "flops" in command:
         assert "8.50" in out and "2.86" in out
     if "report" in command:
         assert (directory / "demo" / "report" / "index.html").stat().st_size > 1000
 
 
-def test_python_snippet(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = blocks("python")
+def test_the_snippet_that_asks(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snippet, _ = blocks("python")
     exec(on_tiny(snippet, directory), {})
     assert capsys.readouterr().out.startswith("[")
 
@@ -109,7 +119,7 @@ def test_make_demo_compare(tmp_path: Path) -> None:
 def test_every_make_target_of_the_readme_exists() -> None:
     targets = [line.split()[-1] for line in commands("make ")]
     assert targets == ["demo", "test"]
-    assert make_commands("test") == ["python -m pytest"]
+    assert make_commands("test") == ["python -m pytest -n 2 --dist loadfile"]
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
 
 

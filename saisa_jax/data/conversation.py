@@ -269,7 +269,8 @@ def _write(
     for number, turn in enumerate(turns):
         if turn.role == USER:
             first = before.replace("{system}", system if number == 0 else "")
-            pieces = [*_split_controls(carried + first, template), *_split_images(turn.text)]
+            text = turn.text if template.user_words else IMAGE * turn.text.count(IMAGE)
+            pieces = [*_split_controls(carried + first, template), *_split_images(text)]
             _add_pieces(stream, [*pieces, *_split_controls(after, template)], encoder, template)
             if stream.after_image:
                 raise DataError(f"turn {number} ends in an image: add text after {IMAGE}", sample_id)

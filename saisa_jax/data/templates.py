@@ -26,6 +26,7 @@ class Template:
     after: str = ""  # between the end token and the next turn, not supervised
     controls: tuple[str, ...] = ()  # tokens, not text, within `user`, `system_format` and `after`
     bos: bool = True
+    user_words: bool = True  # False: of a user's turn its images alone
 
 
 _VICUNA = Template(
@@ -42,7 +43,8 @@ TEMPLATES: dict[str, Template] = {
     for template in (
         # Stage 1. The newline keeps the image away from the first word of the caption, which would have no text token
         # to be predicted from.
-        Template(name="plain", user="{text}\n", answer="{text}", end=None),
+        # LLaVA leaves out what the user says ("Describe the image concisely."): image and caption are all.
+        Template(name="plain", user="{text}\n", answer="{text}", end=None, user_words=False),
         _VICUNA,
         # SAISA's own for Llama 3: Vicuna's words, another end token; not the header tokens of Llama-3-Instruct.
         replace(_VICUNA, name="llama_3", end="<|end_of_text|>"),

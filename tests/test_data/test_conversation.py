@@ -26,7 +26,7 @@ TWO_ROUNDS = (QUESTION, ANSWER, Turn("user", "is it red?"), Turn("assistant", "n
 
 # What the official prompt of each template is for TWO_ROUNDS without an image and with the system prompt "Be brief."
 WHOLE_TEXT = {
-    "plain": "<s>what shape is present?\ncircle</s>is it red?\nno, it is blue.</s>",
+    "plain": "<s>\ncircle</s>\nno, it is blue.</s>",
     "vicuna_v1": "<s>Be brief. USER: what shape is present? ASSISTANT: circle</s>"
     "USER: is it red? ASSISTANT: no, it is blue.</s>",
     "llama_3": "<s>Be brief. USER: what shape is present? ASSISTANT: circle<|end_of_text|>"
