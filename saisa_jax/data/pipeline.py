@@ -156,6 +156,18 @@ class Rows:
         epoch, within = self._locate(row)
         return sum(len(self.epoch(e)[1].places) for e in range(epoch)) + int(self.epoch(epoch)[1].starts[within])
 
+    def describe(self, steps: int) -> str:
+        """What so many steps read, in words."""
+        rows = steps * self.batch_size
+        samples = self.samples_before(rows)
+        unusable = 0 if self.counts is None else int((self.counts[0] == 0).sum())
+        left_out = (
+            f"; {unusable:,} of {len(self.samples):,} samples cannot be used and are left out" if unusable else ""
+        )
+        return (
+            f"{steps:,} steps read {samples:,} samples in {rows:,} rows, {samples / steps:.1f} samples a step{left_out}"
+        )
+
     def shape(self, row: int) -> tuple[int, int]:
         """(T, M) of a row: the stage's, or with `data.group_by_length` what its batch needs."""
         if not self.reader.config.data.group_by_length or self.counts is None:

@@ -86,6 +86,11 @@ class Stage:
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
+        self.losses_of_data = {
+            "dropped": 0,
+            "cut_tokens": 0,
+        }  # samples, and text tokens of samples, since the first step
+        logging.info("%s: %s", name, self.rows.describe(self.steps))
 
     def run(self, stop: StopSignal) -> bool:
         """Trains until the last step, and leaves a finished model; or until a signal, and leaves a checkpoint.
@@ -124,6 +129,7 @@ class Stage:
                 f"{', '.join(differing)}; bring them back, or start in another --workdir"
             )
         self.state = TrainState(frozen=frozen, **saved)
+        self.losses_of_data = metadata["losses_of_data"]
         logging.info("%s goes on from step %d", self.name, int(self.state.step))
         return float(metadata["seconds"])
 
@@ -168,7 +174,11 @@ class Stage:
                 if held_out and evaluate:
                     writer.write("eval", step, **held_out(self.state))
                 if save:
-                    metadata = {"seconds": time.monotonic() - started, "frozen": self._frozen_checksums}
+                    metadata = {
+                        "seconds": time.monotonic() - started,
+                        "frozen": self._frozen_checksums,
+                        "losses_of_data": self.losses_of_data,
+                    }
                     checkpointer.save(step, self._saved(), data, metadata)
                 if stopping and not last:
                     logging.warning("stopped by %s after step %d; the same command goes on", stopping, step)
@@ -200,6 +210,8 @@ class Stage:
         self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, host: HostBatch
     ) -> None:
         values = {name: float(value) for name, value in metrics.items()}
+        self.losses_of_data["dropped"] += len(host.dropped)
+        self.losses_of_data["cut_tokens"] += host.cut_tokens
         if host.dropped:
             writer.write("dropped", step, samples=host.dropped)
         if values.pop("skipped"):
@@ -207,9 +219,8 @@ class Stage:
             return
         if step % self.config.training.log_every and step != self.steps:
             return
-        values["cut_tokens"] = host.cut_tokens
         rates = progress.update(step, samples=host.num_samples, **values)
-        writer.write("train", step, **values, **rates, seconds=time.monotonic() - started)
+        writer.write("train", step, **values, **self.losses_of_data, **rates, seconds=time.monotonic() - started)
         self.last_loss = values["loss"]
 
     def _not_finite(self, writer: MetricsWriter, step: int, values: dict[str, float], host: HostBatch) -> None:
