@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.config import Config
+from saisa_jax.config import Config, SourceConfig
 from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.sample import DataError, Samples
 from saisa_jax.data.templates import find_template
@@ -64,3 +66,72 @@ def _with_progress(total: int, stage: str) -> Iterator[int]:
                 f"{total:,}",
             )
         yield number
+
+
+def counts_of_sources(
+    opened: Sequence[Samples],
+    sources: Sequence[SourceConfig],
+    config: Config,
+    stage: str,
+    tokenizer: PreTrainedTokenizerFast,
+    cache: str | None,
+) -> Counts:
+    """The counts of all sources: of a source's own index, of the cache, or counted now."""
+    parts = [
+        _counts_of(samples, source, config, stage, tokenizer, cache)
+        for samples, source in zip(opened, sources, strict=True)
+    ]
+    tokens, images = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return tokens, images
+
+
+def _counts_of(
+    samples: Samples,
+    source: SourceConfig,
+    config: Config,
+    stage: str,
+    tokenizer: PreTrainedTokenizerFast,
+    cache: str | None,
+) -> Counts:
+    mark = fingerprint(config, stage, tokenizer)
+    indexed = getattr(samples, "counts", None)
+    if indexed is not None and (found := indexed(mark)) is not None:
+        return found
+    if cache is None:
+        return count(samples, config, stage, tokenizer)
+    key = hashlib.sha256(repr((source, len(samples), _stamp(source), mark)).encode()).hexdigest()[:16]
+    path = Path(cache) / f"counts-{key}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return stored["tokens"], stored["images"]
+    tokens, images = count(samples, config, stage, tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".tmp.npz")
+    np.savez(half, tokens=tokens, images=images)
+    half.replace(path)
+    return tokens, images
+
+
+def _stamp(source: SourceConfig) -> tuple[int, int] | None:
+    """When a source's file was written, and its size."""
+    path = Path(source.path)
+    return (path.stat().st_mtime_ns, path.stat().st_size) if source.path and path.is_file() else None
+
+
+def room_needed(counts: Counts, samples: Any, encoder: Encoder) -> Counts:
+    """The room that samples need in a row, at most: counts after truncation, and 0 tokens for what is left out.
+
+    Raises:
+      DataError: a sample that does not fit, where it is not to be dropped.
+    """
+    tokens, images = counts
+    config, settings = encoder.config, encoder.config.stage(encoder.stage)
+    room = np.minimum(settings.text_length, config.model.max_length - images * config.model.vision.num_patches)
+    for wrong, policy in ((tokens > room, config.data.on_long), (images > settings.max_images, config.data.on_error)):
+        if policy == "raise":
+            for number in np.flatnonzero(wrong)[:1]:
+                encoder(samples[int(number)])  # it says what does not fit
+        elif policy == "drop" and wrong.any():
+            logging.warning("%s: %d samples that do not fit a row are left out", encoder.stage, wrong.sum())
+            tokens = np.where(wrong, 0, tokens)
+    return np.minimum(tokens, settings.text_length), np.minimum(images, settings.max_images)

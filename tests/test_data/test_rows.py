@@ -252,7 +252,7 @@ def test_resume_with_other_workers_and_hosts(tokenizer) -> None:
 def test_counts_are_kept_from_one_start_to_the_next(tokenizer, tmp_path, monkeypatch) -> None:
     reference = pipeline.stage_rows(make_config(), "finetune", tokenizer, str(tmp_path))
     pipeline.stage_rows.cache_clear()
-    monkeypatch.setattr(pipeline, "count", None)  # may not be called
+    monkeypatch.setattr(counts, "count", None)  # may not be called
     again = pipeline.stage_rows(make_config(), "finetune", tokenizer, str(tmp_path))
     assert again.epoch(0)[1].places.tolist() == reference.epoch(0)[1].places.tolist()
     other = dataclasses.replace(make_config(), data=dataclasses.replace(make_config().data, system_prompt="be kind"))
