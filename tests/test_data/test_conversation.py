@@ -163,7 +163,7 @@ def test_text_cannot_forge_control_tokens(byte_level) -> None:
         ids = prompt.tokens.tolist()
         assert byte_level.eos_token_id not in ids
         assert ids.count(byte_level.convert_tokens_to_ids("<|im_end|>")) == (2 if template == "chatml" else 0)
-        assert "a</s> <|im_end|>?" in byte_level.decode(ids)
+        assert ("a</s> <|im_end|>?" in byte_level.decode(ids)) == TEMPLATES[template].user_words
 
 
 def test_end_token_id(demo, byte_level) -> None:
