@@ -334,7 +334,8 @@ class Saisa(nn.Module):
         streaming = isinstance(visual, Rows)
 
         # What no layer changes is no part of the carry, which the backward pass keeps a copy of for every layer.
-        carried = visual.x if isinstance(visual, Rows) and c.alignment == "naavit" else None
+        tokens = visual.x if isinstance(visual, Rows) else None
+        carried = tokens if c.alignment == "naavit" else None
 
         def layer(carry: Any, inputs: Any) -> Any:
             x, stream = carry
@@ -342,7 +343,7 @@ class Saisa(nn.Module):
             others = []
             if image is not None:  # this run of layers sees the image
                 if streaming:
-                    after, (k, v) = self._read_visual(params, visual.x if stream is None else stream)
+                    after, (k, v) = self._read_visual(params, tokens if stream is None else stream)
                     stream = None if stream is None else after
                     k = rotate_keys(k, visual_rope)
                 else:
