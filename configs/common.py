@@ -18,9 +18,7 @@ from saisa_jax.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
-    OptimizerConfig,
     SourceConfig,
-    StageConfig,
     to_config_dict,
 )
 
@@ -49,11 +47,11 @@ def recipe(name: str, model: ModelConfig, start: str, stage: str | None, templat
     model = dataclasses.replace(model, max_length=2048, remat_policy="full")
     defaults = Config()  # learning rates, batches, who trains: LLaVA-1.5's
     pretrain = dataclasses.replace(defaults.pretrain, sources=(CAPTIONS,), **PRETRAIN_ROWS)
-    finetune = StageConfig(
+    finetune = dataclasses.replace(
+        defaults.finetune,
         sources=(INSTRUCTIONS,),
         template=template,
         sharing=model.projector.sharing,
-        optimizer=OptimizerConfig(lr=2e-5),
         **FINETUNE_ROWS,
     )
     config = Config(

@@ -340,7 +340,8 @@ class Saisa(nn.Module):
         streaming, tokens = isinstance(visual, Rows), visual.x if isinstance(visual, Rows) else None
 
         # What no layer changes is no part of the carry, which the backward pass keeps a copy of for every layer.
-        carried = visual.x if isinstance(visual, Rows) and c.alignment == "naavit" else None
+        tokens = visual.x if isinstance(visual, Rows) else None
+        carried = tokens if c.alignment == "naavit" else None
 
         def layer(carry: Any, inputs: Any) -> Any:
             x, stream = carry

@@ -17,7 +17,7 @@ from rich.console import Console
 from saisa_jax.config import Config, ConfigError, from_config_dict, nearest_fields
 from saisa_jax.planning import remedies, tables
 from saisa_jax.planning.compile import Program, compile_stage
-from saisa_jax.planning.roofline import Epoch, epoch
+from saisa_jax.planning.roofline import length
 from saisa_jax.planning.topologies import CHIPS, Topology, parse
 
 
@@ -36,19 +36,17 @@ def main(argv: Sequence[str]) -> int:
     fits = True
     for stage in config.stages:
         settings = config.stage(stage)
-        length = epoch(settings, config.data.packing, values.samples, values.samples_per_row)
-        steps = settings.steps or length.steps
-        length = Epoch(steps * length.samples_per_step, length.samples_per_step)
-        program = compile_stage(config, stage, topology, steps)
+        long = length(settings, config.data.packing, values.samples, values.samples_per_row)
+        program = compile_stage(config, stage, topology, long.steps)
         console.print(tables.verdict(program), highlight=False)
         if not program.fits and values.remedies:
-            found = _remedy(console, config, stage, topology, steps)
+            found = _remedy(console, config, stage, topology, long.steps)
             program = found or program
         fits &= program.fits
         programs = [program]
         if values.compare and config.model.alignment != "llava":
-            programs.append(compile_stage(as_llava(config), stage, topology, steps))
-        console.print(tables.table([tables.Plan(each, length, values.mfu) for each in programs]))
+            programs.append(compile_stage(as_llava(config), stage, topology, long.steps))
+        console.print(tables.table([tables.Plan(each, long, values.mfu) for each in programs]))
     console.print(
         f"{topology.chip.source}: {topology.chip.flops / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{topology.chip.hbm_bandwidth / 1e9:.0f} GB/s of memory, {topology.chip.link_bandwidth / 1e9:.0f} GB/s "

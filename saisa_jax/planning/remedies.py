@@ -14,7 +14,7 @@ from saisa_jax.planning.compile import Program, compile_stage, state_bytes
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.training.prepare import Prepared, prepare
 
-ACCUMULATIONS = (1, 2, 4, 8, 16)
+ACCUMULATIONS = range(1, 17)
 TRIES = 3  # compilations at most; each takes minutes
 SURE = 0.9  # of the memory; the arithmetic is no better than that
 
@@ -65,7 +65,7 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
             prepared = prepare(remedy.config, stage, steps, devices(topology))
         except ConfigError:
             continue  # its rows do not divide by the mesh
-        if estimate(prepared) > SURE * room:
+        if estimate(prepared, remedy.config.training.loss_chunk) > SURE * room:
             continue
         program = compile_stage(remedy.config, stage, topology, steps)
         if program.fits:
@@ -76,9 +76,9 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
     return None
 
 
-def estimate(prepared: Prepared) -> float:
-    """Bytes of one device at the height of a step, within a fifth or so: state, gradients, and what is kept and what
-    is in use of the activations."""
+def estimate(prepared: Prepared, loss_chunk: int = 0) -> float:
+    """Bytes of one device at the height of a step, to a quarter or so: state, gradients, and what is kept and what is
+    in use of the activations."""
     c, s, mesh = prepared.model, prepared.settings, prepared.mesh.shape
     tensor = mesh["tensor"]
     rows = s.batch_size / (mesh["data"] * mesh["fsdp"] * s.accumulation)
@@ -98,5 +98,5 @@ def estimate(prepared: Prepared) -> float:
     )
     layer = scores + 4 * rows * asking * c.mlp_dim / tensor * width + 3 * rows * visual * c.embed_dim * width
     kept = c.num_layers * (carried if c.remat_policy != "none" else layer)
-    logits = 3 * 4 * rows * s.text_length * c.padded_vocab_size / tensor
+    logits = 3 * 4 * rows * min(loss_chunk or s.text_length, s.text_length) * c.padded_vocab_size / tensor
     return state_bytes(prepared) + gradients + kept + max(layer, logits)

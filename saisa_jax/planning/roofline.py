@@ -13,7 +13,7 @@ from pathlib import PurePath
 
 import jax
 
-from saisa_jax.config import StageConfig
+from saisa_jax.config import ConfigError, StageConfig
 from saisa_jax.planning.compile import Program
 
 
@@ -35,18 +35,14 @@ FILLED = 0.94  # of a packed row's scarcest room
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """What a stage goes through: samples in all, and in one step."""
+class Length:
+    """How long a stage is: samples of one step, on average, and steps."""
 
-    samples: float
     samples_per_step: float
-
-    @property
-    def steps(self) -> int:
-        return max(1, math.floor(self.samples / self.samples_per_step))
+    steps: int
 
 
-def epoch(settings: StageConfig, packing: bool, samples: int | None = None, per_row: float | None = None) -> Epoch:
+def length(settings: StageConfig, packing: bool, samples: int | None = None, per_row: float | None = None) -> Length:
     """How long a stage takes, as far as it is known without its data.
 
     Args:
@@ -54,15 +50,22 @@ def epoch(settings: StageConfig, packing: bool, samples: int | None = None, per_
       packing: whether rows hold several samples.
       samples: of its sources; None: of those that are in DATASETS.
       per_row: samples of a row; None: what its T and M have room for, on average.
+
+    Raises:
+      ConfigError: nobody says how many samples there are.
     """
-    known = [DATASETS[PurePath(s.path).name] for s in settings.sources if PurePath(s.path).name in DATASETS]
-    if samples is None:
-        samples = sum(data.samples for data in known)
+    names = [PurePath(source.path).name for source in settings.sources]
+    known = [DATASETS[name] for name in names if name in DATASETS]
+    total = sum(data.samples for data in known)
+    if settings.steps is None and samples is None and len(known) < len(names):
+        raise ConfigError(f"nobody knows how many samples {', '.join(map(str, settings.sources))} hold: set --samples")
     if per_row is None and packing and known:
-        text = sum(data.text * data.samples for data in known) / sum(data.samples for data in known)
-        images = sum(data.images * data.samples for data in known) / sum(data.samples for data in known)
+        text = sum(data.text * data.samples for data in known) / total
+        images = sum(data.images * data.samples for data in known) / total
         per_row = FILLED * min(settings.text_length / text, settings.max_images / images)
-    return Epoch(samples * settings.epochs, settings.batch_size * max(1.0, per_row or 1.0))
+    per_step = settings.batch_size * max(1.0, per_row or 1.0)
+    steps = math.floor(settings.epochs * (total if samples is None else samples) / per_step)
+    return Length(per_step, settings.steps or max(1, steps))
 
 
 @dataclass(frozen=True)

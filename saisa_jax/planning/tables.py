@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from saisa_jax.planning.compile import Program
-from saisa_jax.planning.roofline import Epoch, Roofline, roofline, seconds_at
+from saisa_jax.planning.roofline import Length, Roofline, roofline, seconds_at
 from saisa_jax.planning.topologies import GIB
 
 HOUR = 3600
@@ -19,7 +19,7 @@ class Plan:
     """A compiled stage, and how much of it there is."""
 
     program: Program
-    epoch: Epoch
+    length: Length
     mfu: float
 
     @property
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        return self.epoch.steps * self.step_seconds / HOUR
+        return self.length.steps * self.step_seconds / HOUR
 
     @property
     def chip_hours(self) -> float:
@@ -48,8 +48,8 @@ def verdict(program: Program) -> str:
         return f"{name} does not fit {topology.name}: {program.refused}"
     peak = program.memory.peak / GIB
     if program.fits:
-        return f"{name} fits {topology.name}: {peak:.2f} of {room:.2f} GiB on a chip at its height"
-    return f"{name} does not fit {topology.name}: it needs {peak:.2f} GiB on a chip, which has {room:.2f}"
+        return f"{name} fits {topology.name}: {peak:.2f} of {room:.2f} GiB of a device at the height of a step"
+    return f"{name} does not fit {topology.name}: it needs {peak:.2f} GiB of a device, which has {room:.2f}"
 
 
 def table(plans: Sequence[Plan]) -> Table:
@@ -73,11 +73,11 @@ def _batch(plan: Plan) -> dict[str, str]:
     visual = s.batch_size * s.max_images * vision.num_patches
     return {
         "rows of a step": f"{s.batch_size} in {s.accumulation} part(s)",
-        "samples of a step, on average": f"{plan.epoch.samples_per_step:.0f}",
+        "samples of a step, on average": f"{plan.length.samples_per_step:.0f}",
         "image slots of a step": f"{s.batch_size * s.max_images:,}",
         "text tokens of a step, padding too": f"{s.batch_size * s.text_length:,}",
         "visual tokens of a step": f"{visual:,}",
-        "steps of an epoch": f"{plan.epoch.steps:,}",
+        "steps": f"{plan.length.steps:,}",
     }
 
 
@@ -122,6 +122,6 @@ def _time(plan: Plan) -> dict[str, str]:
         "visual tokens/s": f"{visual / plan.step_seconds:,.0f}",
         "hours": f"{plan.hours:,.1f}",
         "chip-hours": f"{plan.chip_hours:,.0f}",
-        "chip-hours at the roofline": (f"{plan.epoch.steps * line.seconds * plan.program.topology.chips / HOUR:,.0f}"),
+        "chip-hours at the roofline": (f"{plan.length.steps * line.seconds * plan.program.topology.chips / HOUR:,.0f}"),
     }
     return rows

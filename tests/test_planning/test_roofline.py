@@ -7,11 +7,11 @@ import importlib
 
 import pytest
 
-from saisa_jax.config import Config, MeshConfig, from_config_dict
+from saisa_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 from saisa_jax.planning import remedies
 from saisa_jax.planning.command import as_llava
 from saisa_jax.planning.compile import state_bytes
-from saisa_jax.planning.roofline import epoch
+from saisa_jax.planning.roofline import length
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.prepare import prepare
 
@@ -23,16 +23,19 @@ def recipe() -> Config:
 
 def test_the_recipes_steps_hold_as_many_samples_as_the_papers(recipe: Config) -> None:
     """256 and 128 samples a step, 2,180 and 5,200 steps an epoch."""
-    pretrain, finetune = (epoch(recipe.stage(stage), recipe.data.packing) for stage in recipe.stages)
+    pretrain, finetune = (length(recipe.stage(stage), recipe.data.packing) for stage in recipe.stages)
     assert pretrain.samples_per_step == pytest.approx(256, rel=0.07) and pretrain.steps == pytest.approx(2180, rel=0.07)
     assert finetune.samples_per_step == pytest.approx(128, rel=0.07) and finetune.steps == pytest.approx(5200, rel=0.07)
 
 
 def test_samples_that_are_given(recipe: Config) -> None:
-    assert epoch(recipe.finetune, True, samples=4800, per_row=2.0).steps == 50
-    unpacked = epoch(recipe.finetune, packing=False)
+    assert length(recipe.finetune, True, samples=4800, per_row=2.0).steps == 50
+    unpacked = length(recipe.finetune, packing=False)
     assert unpacked.samples_per_step == recipe.finetune.batch_size
-    assert epoch(tiny_config().finetune, True, samples=16).steps == 2
+    tiny = tiny_config().finetune
+    assert length(tiny, packing=False).steps == tiny.steps
+    with pytest.raises(ConfigError, match="easy_vqa:vqa hold: set --samples"):
+        length(dataclasses.replace(tiny, steps=None), packing=False)
 
 
 def test_state_bytes_of_a_split_state() -> None:
