@@ -114,14 +114,14 @@ def test_the_merged_model_is_exported_as_any_other(run, tmp_path):
     np.testing.assert_array_equal(exported, params_in(directory / "model")["layers/mlp/up_proj/kernel"][1].T)
 
 
-def test_the_recipe_starts_from_a_finished_model_with_llavas_settings(run):
+def test_the_recipe_starts_from_a_finished_model_with_llavas_settings(run, tmp_path):
     start, _ = run
     get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "finetune_lora.py"))["get_config"]
     config = from_config_dict(Config, get_config(str(start)))
     assert config.init_from == str(start) and config.stages == ("finetune",)
     assert config.finetune.lora == LoraConfig(rank=128, alpha=256.0) and config.finetune.optimizer.lr == 2e-4
     assert [group.lr_scale for _, group in config.finetune.groups if not group.frozen] == [1.0, 0.1]
-    check_stages(config, TOKENIZER)
+    check_stages(config, TOKENIZER, epath.Path(tmp_path))
 
 
 def test_bfloat16_activations_stay_bfloat16():
@@ -134,11 +134,11 @@ def test_bfloat16_activations_stay_bfloat16():
     assert jax.eval_shape(prefill, abstract_params(model)).k.dtype == jnp.bfloat16
 
 
-def test_what_cannot_run_is_an_error(monkeypatch):
+def test_what_cannot_run_is_an_error(monkeypatch, tmp_path):
     config = config_of("somewhere")
     training_all = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, groups=((".*", TRAIN),)))
     with pytest.raises(ConfigError, match=r"finetune.groups train layers/attn/k_proj/kernel, .*groups=TRAIN_ADAPTERS"):
-        check_stages(training_all, TOKENIZER)
+        check_stages(training_all, TOKENIZER, epath.Path(tmp_path))
     with pytest.raises(ConfigError, match=r"lora.targets='q_proj' matches none of layers/attn/q_proj"):
         LoraConfig(targets="q_proj")
     with pytest.raises(ConfigError, match=r"model.lora belongs to a stage: set finetune.lora"):
