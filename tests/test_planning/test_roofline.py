@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from types import SimpleNamespace
 
+import jax
 import pytest
 
 from saisa_jax.config import Config, ConfigError, MeshConfig, from_config_dict
@@ -41,7 +41,7 @@ def test_samples_that_are_given(recipe: Config) -> None:
 
 def test_state_bytes_of_a_split_state() -> None:
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=1, fsdp=1, tensor=1))
-    one = state_bytes(prepare(config, "finetune", 10, [SimpleNamespace(platform="cpu")]))
+    one = state_bytes(prepare(config, "finetune", 10, jax.devices()[:1]))
     split = state_bytes(prepare(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8)), "finetune", 10))
     assert one / 8 < split < one / 4  # norms and biases are whole everywhere
 
