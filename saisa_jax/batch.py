@@ -49,8 +49,8 @@ class HostBatch(NamedTuple):
 
     batch: Batch
     sample_ids: tuple[tuple[str, ...], ...]  # of each row's segments 1, 2, ...
-    dropped: tuple[str, ...] = ()  # samples that could not be used, and why; their segments are empty
-    cut_tokens: int = 0  # text tokens cut off the ends of samples that were too long
+    dropped: tuple[str, ...]  # samples that could not be used, and why; their segments are empty
+    counts: np.ndarray  # [rows, 3] int32: samples used, samples dropped, tokens cut off the ends of long ones
 
     @property
     def names(self) -> list[str]:
@@ -59,7 +59,11 @@ class HostBatch(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        return sum(map(len, self.sample_ids)) - len(self.dropped)
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def cut_tokens(self) -> int:
+        return int(self.counts[:, 2].sum())
 
 
 def empty_batch(rows: int, text_length: int, max_images: int, image_size: int) -> Batch:

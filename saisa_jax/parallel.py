@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax.config import ATTENTION_IMPLS, ConfigError, MeshConfig, ModelConfig
@@ -55,19 +56,37 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh over all devices (or those given).
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or `dcn` is not the number of their slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(1, len(devices) // rest)
-    if math.prod(sizes) != len(devices):
+    if math.prod(sizes) != len(devices) or sizes[0] % config.dcn:
+        slices = f", of which {config.dcn} slices," if config.dcn > 1 else ""
         raise ConfigError(
-            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, and there "
-            f"are {len(devices)}; set --config.mesh.data, .fsdp, .tensor (one of them may be -1)"
+            f"mesh data={sizes[0]}{slices} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, and "
+            f"there are {len(devices)}; set --config.mesh.data, .fsdp, .tensor (one of them may be -1), .dcn"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(devices, tuple(sizes), config.dcn), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(devices: list[Any], sizes: tuple[int, ...], dcn: int) -> np.ndarray:
+    """Devices in the shape of the mesh, so that neighbours on its inner axes are near each other.
+
+    TPUs are arranged by their places in the torus, with whole slices along the outermost part of `data`. GPUs and
+    simulated devices are listed process by process, which says the same.
+    """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != dcn:
+        raise ConfigError(f"the devices come in {slices} slice(s) and mesh.dcn={dcn}: set --config.mesh.dcn={slices}")
+    if dcn == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    within = (sizes[0] // dcn, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (dcn, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
@@ -134,7 +153,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def to_device(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch (numpy), as global arrays on the mesh."""
+def own_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
+    """The rows of a batch that this process's devices hold, and that it therefore reads.
+
+    Processes that an axis "tensor" spans hold the same ones.
+    """
+    spans: Any = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for (span,) in spans for row in range(*span.indices(rows))}))
+
+
+def to_device(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+    """A batch (numpy), as global arrays on the mesh.
+
+    Args:
+      batch: this process's `own_rows`, or the whole batch, the same in every process.
+      mesh: of all processes.
+      rows: of the whole batch, where `batch` holds the process's own; None: it is the whole one.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    own = own_rows(mesh, rows) if rows is not None else None
+
+    def place(x: Any) -> Any:
+        x = np.asarray(x)
+        total = len(x) if rows is None else rows
+
+        def piece(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(total)
+            start = first if own is None else own.index(first)
+            return x[start : start + end - first]
+
+        return jax.make_array_from_callback((total, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(place, batch)

@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook
 # Read when jax starts; nothing above imports it, and the tests come after.
 os.environ["JAX_PLATFORMS"] = "cpu"
 DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("NPROC", "64")  # threads of XLA's pool: with as many as cores, eight devices wait for each other
 # LLVM's optimisations are half of compiling, and a test runs its programs a few times; XLA's own passes all run.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {QUICK_COMPILE}"

@@ -7,6 +7,7 @@ result to `from_config_dict`. From there on nothing in the program reads a Confi
 
 from saisa_jax.config.checks import DTYPES, ConfigError
 from saisa_jax.config.data import FORMATS, DataConfig, SourceConfig
+from saisa_jax.config.devices import DistributedConfig, MeshConfig
 from saisa_jax.config.flags import from_config_dict, nearest_fields, to_config_dict, to_dict
 from saisa_jax.config.model import (
     ACTIVATIONS,
@@ -40,7 +41,6 @@ from saisa_jax.config.training import (
     EvaluationConfig,
     GroupConfig,
     Groups,
-    MeshConfig,
     OptimizerConfig,
     StageConfig,
     TrainingConfig,
@@ -72,6 +72,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "EvaluationConfig",
     "GroupConfig",
     "Groups",

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from saisa_jax.config.checks import check, choice
 from saisa_jax.config.data import DataConfig
+from saisa_jax.config.devices import DistributedConfig, MeshConfig
 from saisa_jax.config.model import ModelConfig
 from saisa_jax.config.training import (
     STAGES,
     TRAIN_PROJECTOR,
     EvaluationConfig,
-    MeshConfig,
     OptimizerConfig,
     StageConfig,
     TrainingConfig,
@@ -41,6 +41,7 @@ class Config:
     finetune: StageConfig = field(default_factory=StageConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Training's part of the configuration: stages, optimizer, who trains, mesh, habits."""
+"""Training's part of the configuration: stages, optimizer, who trains, habits."""
 
 from __future__ import annotations
 
@@ -148,20 +148,6 @@ class TrainingConfig:
             positive(f"training.{name}", getattr(self, name))
         for name in ("eval_every", "eval_samples", "loss_chunk"):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; one of them may be -1 for "all the rest"."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        check(sizes.count(-1) <= 1, f"mesh={sizes}: at most one axis may be -1")
-        check(all(size == -1 or size > 0 for size in sizes), f"mesh={sizes}: sizes are positive, or -1")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     sources -> order of an epoch (order.py) -> plan of its rows (plan.py) -> read a row -> batch
 
 Everything hangs on numbers alone: row i of a stage is a function of (seed, stage, i), and so is every random choice in
-it. Step k reads the rows k * batch_size ... (k + 1) * batch_size - 1; a process reads its own share of them. So the
-position in the data is one row number, the same for any number of threads, workers and processes. (The state of Grain's
-own workers means something else when their number changes; it is never kept.)
+it. Step k reads the rows k * batch_size ... (k + 1) * batch_size - 1; a process reads those that its devices hold. So
+the position in the data is one row number, the same for any number of threads, workers and processes. (The state of
+Grain's own workers means something else when their number changes; it is never kept.)
 
 Epochs join without a gap: a batch may hold the end of one and the start of the next, so that no row is dropped but
 those after the last whole batch of a stage. (`data.group_by_length` ends each epoch with a whole batch.)
@@ -97,10 +97,10 @@ def steps_in_stage(config: Config, stage: str, tokenizer: PreTrainedTokenizerFas
 
 
 class TrainIterator(Iterator[HostBatch]):
-    """A process's share of the training batches, endless; its state is the number of the next row."""
+    """A process's rows of the training batches, endless; its state is the number of the next row of all."""
 
-    def __init__(self, rows: Rows, shard_index: int, shard_count: int) -> None:
-        self._rows, self._shard = rows, (shard_index, shard_count)
+    def __init__(self, rows: Rows, own: Sequence[int]) -> None:
+        self._rows, self._own = rows, tuple(own)
         self._next_row = 0  # of all processes together
         self._batches: Any = None
 
@@ -110,6 +110,12 @@ class TrainIterator(Iterator[HostBatch]):
         batch = next(self._batches)
         self._next_row += self._rows.batch_size
         return batch
+
+    def padding(self) -> HostBatch:
+        """Rows without anything, in the shape of the next batch."""
+        shape = self._rows.shape(self._next_row)
+        empty = Row(pack_rows([[]], *shape, self._rows.reader.config.model.vision.image_size), (), (), 0)
+        return _batched([empty] * len(self._own))
 
     def get_state(self) -> dict[str, int]:
         return {"next_row": self._next_row}
@@ -133,34 +139,31 @@ class TrainIterator(Iterator[HostBatch]):
         self._batches = None
 
     def _open(self) -> Any:
-        data, per_shard = self._rows.reader.config.data, self._rows.batch_size // self._shard[1]
-        share = _Share(self._rows, *self._shard, self._next_row)
+        data, share = self._rows.reader.config.data, _Share(self._rows, self._own, self._next_row)
         threads = data.num_threads
-        buffered = max(data.prefetch * per_shard, threads)
+        buffered = max(data.prefetch * len(self._own), threads)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffered if threads else 0)
         read = grain.MapDataset.source(share).to_iter_dataset(options)
         if data.num_workers:
             each = -(-buffered // data.num_workers)
             read = read.mp_prefetch(grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=each))
-        return iter(read.batch(per_shard, drop_remainder=True, batch_fn=_batched))
+        return iter(read.batch(len(self._own), drop_remainder=True, batch_fn=_batched))
 
 
 @dataclass(frozen=True)
 class _Share:
-    """One process's rows, from a row on: of every batch the rows that its devices own."""
+    """One process's rows, from a row on: of every batch the rows that its devices hold."""
 
     rows: Rows
-    shard: int
-    shards: int
+    own: tuple[int, ...]  # within a batch
     start: int
 
     def __len__(self) -> int:
-        return ENDLESS // self.shards
+        return ENDLESS // self.rows.batch_size * len(self.own)
 
     def __getitem__(self, index: int) -> Row:
-        per_shard = self.rows.batch_size // self.shards
-        step, within = divmod(int(index), per_shard)
-        return self.rows[self.start + step * self.rows.batch_size + self.shard * per_shard + within]
+        step, within = divmod(int(index), len(self.own))
+        return self.rows[self.start + step * self.rows.batch_size + self.own[within]]
 
 
 def train_iterator(
@@ -168,35 +171,35 @@ def train_iterator(
     stage: str,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    own: Sequence[int] | None = None,
     cache: str | None = None,
 ) -> TrainIterator:
-    """Endless training batches of a stage, of batch_size / shard_count rows each.
+    """Endless training batches of a stage.
 
     Args:
       config: the run's.
       stage: pretrain or finetune.
       tokenizer: the run's.
-      shard_index: which share of every batch: rows index * size ... (index + 1) * size - 1 of it.
-      shard_count: of how many.
+      own: which rows of every batch this process reads (`parallel.own_rows`); None: all.
       cache: as in `stage_rows`.
 
     Raises:
-      DataError: an impossible shard; and from `next`, a sample that cannot be used.
+      DataError: rows that a batch does not have; and from `next`, a sample that cannot be used.
     """
-    batch_size = config.stage(stage).batch_size
-    if not 0 <= shard_index < shard_count:
-        raise DataError(f"shard_index={shard_index} is not one of {shard_count} shard(s)")
-    if batch_size % shard_count:
-        raise DataError(f"{stage}.batch_size={batch_size} is not divisible by the {shard_count} processes")
-    return TrainIterator(stage_rows(config, stage, tokenizer, cache), shard_index, shard_count)
+    size = config.stage(stage).batch_size
+    own = range(size) if own is None else own
+    if not own or not set(own) <= set(range(size)):
+        raise DataError(f"rows {list(own)} are not among those of {stage}.batch_size={size}, which count from 0")
+    return TrainIterator(stage_rows(config, stage, tokenizer, cache), own)
 
 
 def eval_batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> list[HostBatch]:
     """The first `limit` batches of what a stage holds out, one sample a row, always in the same order.
 
     Fewer if there is less. The last one is filled up with rows of padding, which have no sample.
+
+    Raises:
+      DataError: a sample that cannot be used, or a batch without one that can.
     """
     settings = config.stage(stage)
     source = Concatenated([open_source(held_out) for held_out in settings.validation])
@@ -211,20 +214,17 @@ def eval_batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast,
             for i in order[start : start + size].tolist()
         ]
         batches.append(_batched(rows + [padding] * (size - len(rows))))
+        if not batches[-1].batch["loss_weights"].any():
+            raise DataError(f"no held-out sample of a batch can be used: {'; '.join(batches[-1].dropped[:5])}")
     return batches
 
 
 def _batched(rows: Sequence[Row]) -> HostBatch:
-    """Rows as a batch.
-
-    Raises:
-      DataError: nothing in it is supervised, because every sample was dropped.
-    """
+    """Rows as a batch."""
     batch: Batch = {name: np.concatenate([row.batch[name] for row in rows]) for name in rows[0].batch}  # type: ignore
+    counts = [(len(row.sample_ids) - len(row.dropped), len(row.dropped), row.cut_tokens) for row in rows]
     dropped = tuple(reason for row in rows for reason in row.dropped)
-    if not batch["loss_weights"].any():
-        raise DataError(f"no sample of a batch can be used: {'; '.join(dropped[:5])}")
-    return HostBatch(batch, tuple(row.sample_ids for row in rows), dropped, sum(row.cut_tokens for row in rows))
+    return HostBatch(batch, tuple(row.sample_ids for row in rows), dropped, np.asarray(counts, np.int32))
 
 
 def _seed(config: Config, stage: str) -> int:

@@ -119,6 +119,19 @@ class Rows:
         samples = [(int(order[place]), np.random.default_rng([self.order.seed, 1, epoch, place])) for place in places]
         return self.reader.row(samples, *self.shape(int(row)), self.samples)
 
+    def names(self, first: int) -> list[str]:
+        """The samples of the batch that starts with a row; nothing of them is decoded."""
+        names = []
+        for row in range(first, first + self.batch_size):
+            epoch, within = self._locate(row)
+            order, plan = self.epoch(epoch)
+            for number in (int(order[place]) for place in plan[within]):
+                try:
+                    names.append(self.samples[number].id)
+                except DataError:
+                    names.append(f"number {number}")
+        return names
+
     def epoch(self, epoch: int) -> tuple[np.ndarray, Plan]:
         """The order of an epoch's samples, and the rows that they make."""
         with self._lock:

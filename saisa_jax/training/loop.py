@@ -8,7 +8,6 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,10 +19,12 @@ from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
 from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, to_dict
-from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, train_iterator
+from saisa_jax.data.pipeline import TrainIterator, eval_batches, stage_rows, steps_in_stage, train_iterator
+from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
 from saisa_jax.models.lora import is_adapter, merge_adapters
+from saisa_jax.training import processes
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.metrics import MetricsWriter, Progress
 from saisa_jax.training.optimizer import flatten, merge
@@ -45,10 +46,9 @@ def run(config: Config, workdir: epath.Path) -> int:
     Returns:
       0, or the number of the signal that stopped the run; started again, it goes on from there.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes: training runs in one process so far, on all its devices")
+    processes.start(config.distributed)
     workdir.mkdir(parents=True, exist_ok=True)
-    with run_lock(workdir), StopSignal() as stop:
+    with run_lock(workdir) if processes.is_first() else contextlib.nullcontext(), StopSignal() as stop:
         check_same_recipe(config, workdir)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
@@ -62,7 +62,8 @@ def run(config: Config, workdir: epath.Path) -> int:
                 logging.info("%s is finished: %s", name, model_directory(workdir, name))
                 continue
             stage = Stage(config, name, workdir, tokenizer)
-            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+            if processes.is_first():
+                (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
     return 0
@@ -80,9 +81,13 @@ class Stage:
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = prepare(
             config, name, self.steps
         )
-        make_params, argument, self.source = starting_params(config, name, workdir, tokenizer)
+        start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)
+        self.source, groups = start.source, self.settings.groups
         with parallel.use(self.mesh, self.rules):
-            self.state = create_state(make_params, argument, self.settings.groups, self.optimizer, self.shardings)
+            self.state = create_state(
+                start.make, start.argument, groups, self.optimizer, self.shardings, donate=start.source != "random"
+            )
+        del start
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
@@ -104,7 +109,8 @@ class Stage:
             contextlib.ExitStack() as closing,
             RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
         ):
-            data = train_iterator(self.config, self.name, self.tokenizer, cache=self.cache)
+            own = parallel.own_rows(self.mesh, self.settings.batch_size)
+            data = train_iterator(self.config, self.name, self.tokenizer, own=own, cache=self.cache)
             closing.callback(data.close)
             before = self._resume(checkpointer, data)
             started = time.monotonic() - before
@@ -142,30 +148,29 @@ class Stage:
         state = self.state._asdict()
         return {name: state[name] for name in ("step", "trainable", "opt_state")}
 
-    def _train(
-        self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal, started: float
-    ) -> bool:
+    def _train(self, checkpointer: RunCheckpointer, data: TrainIterator, stop: StopSignal, started: float) -> bool:
         # The order of what follows matters: the metrics of a step are read after the next one was started, so that the
         # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
-        habits, first = self.config.training, int(self.state.step)
+        habits, first, batch_size = self.config.training, int(self.state.step), self.settings.batch_size
         train_step = make_train_step(
             self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
         )
         self.skipped = SkippedSteps(self.directory, first)
-        held_out = self._held_out()
+        held_out, crew = self._held_out(), processes.Crew(self.mesh)
         with (
-            MetricsWriter(self.directory, habits.tensorboard, resume_step=first) as writer,
-            Progress(self.name, self.steps, first) as progress,
+            MetricsWriter(processes.own(self.directory), habits.tensorboard, resume_step=first) as writer,
+            Progress(self.name, self.steps, first, shown=processes.is_first()) as progress,
         ):
-            log = functools.partial(self._log, writer, progress, started)
+            log = functools.partial(self._log, writer, progress, crew, started)
             waiting = None
             for step in range(first + 1, self.steps + 1):
-                host = next(data)
-                self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh))
+                host, failure = self._read(data)
+                told = crew.tell(bool(stop.requested), failure, host.counts, batch_size)
+                self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
                 if waiting:
                     log(*waiting)
-                waiting = step, metrics, host._replace(batch=None)
-                stopping, last = stop.requested, step == self.steps
+                waiting = step, metrics, host.dropped, told
+                stopping, last = crew.stopping, step == self.steps
                 save = stopping or last or step % habits.checkpoint_every == 0
                 evaluate = held_out and (last or (step % habits.eval_every == 0 and not stopping))
                 if save or evaluate:
@@ -181,9 +186,17 @@ class Stage:
                     }
                     checkpointer.save(step, self._saved(), data, metadata)
                 if stopping and not last:
-                    logging.warning("stopped by %s after step %d; the same command goes on", stopping, step)
+                    by = stop.requested or "another process"
+                    logging.warning("stopped by %s after step %d; the same command goes on", by, step)
                     return False
         return True
+
+    def _read(self, data: TrainIterator) -> tuple[HostBatch, Exception | None]:
+        """The next batch; or padding, and why there is none."""
+        try:
+            return next(data), None
+        except Exception as error:  # whatever a disk or a decoder raises: the other processes must learn of it
+            return data.padding(), error
 
     def _merged(self, params: Any) -> Any:
         """The parameters with their adapters merged into them, where the plain model's live."""
@@ -207,32 +220,44 @@ class Stage:
         )
 
     def _log(
-        self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, host: HostBatch
+        self,
+        writer: MetricsWriter,
+        progress: Progress,
+        crew: processes.Crew,
+        started: float,
+        step: int,
+        metrics: Any,
+        dropped: tuple[str, ...],
+        told: Any,
     ) -> None:
+        news = crew.hear(told)
         values = {name: float(value) for name, value in metrics.items()}
-        self.losses_of_data["dropped"] += len(host.dropped)
-        self.losses_of_data["cut_tokens"] += host.cut_tokens
-        if host.dropped:
-            writer.write("dropped", step, samples=host.dropped)
+        self.losses_of_data["dropped"] += news.dropped
+        self.losses_of_data["cut_tokens"] += news.cut_tokens
+        if dropped:
+            writer.write("dropped", step, samples=dropped)
+        if not news.samples:
+            raise DataError(f"no sample of the batch of step {step} can be used: {'; '.join(dropped[:5])}")
         if values.pop("skipped"):
-            self._not_finite(writer, step, values, host)
+            self._not_finite(writer, step, values)
             return
         if step % self.config.training.log_every and step != self.steps:
             return
-        rates = progress.update(step, samples=host.num_samples, **values)
+        rates = progress.update(step, samples=news.samples, **values)
         writer.write("train", step, **values, **self.losses_of_data, **rates, seconds=time.monotonic() - started)
         self.last_loss = values["loss"]
 
-    def _not_finite(self, writer: MetricsWriter, step: int, values: dict[str, float], host: HostBatch) -> None:
+    def _not_finite(self, writer: MetricsWriter, step: int, values: dict[str, float]) -> None:
         """What becomes of a step that changed nothing, since its loss or gradient was not finite."""
         habits = self.config.training
+        names = self.rows.names((step - 1) * self.settings.batch_size)
         broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
-        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(host.names)}"
+        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
         advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
         writer.write("train" if habits.on_nan == "stop" else "skipped", step, **values)
         if habits.on_nan == "stop":
             raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
-        in_a_row = self.skipped.add(step, values, host.names)
+        in_a_row = self.skipped.add(step, values, names)
         logging.warning("%s; it was skipped", what)
         if in_a_row > habits.max_skips:
             raise TrainingError(
@@ -257,7 +282,8 @@ class Stage:
             "start": self.source,
             "seed": self.config.seed,
         }
-        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2))
+        if processes.is_first():
+            (self.directory / "summary.json").write_text(json.dumps(summary, indent=2))
         # Last: a stage is finished when its model is there.
         params = merge(self.state.trainable, self.state.frozen)
         if self.model.lora.rank:

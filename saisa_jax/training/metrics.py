@@ -19,7 +19,7 @@ class MetricsWriter:
     """Appends rows to `directory/metrics.jsonl`, and their numbers to `directory/tensorboard`.
 
     A row is {"kind", "step", ...} as one line of valid JSON: a NaN or an infinity is null. It is on disk when `write`
-    returns. In a run of several processes the first one writes.
+    returns.
 
     Args:
       directory: made if it is not there.
@@ -123,15 +123,17 @@ class Progress:
       total: steps in all.
       first: the step that was reached before.
       stream: a text stream; None: stderr.
+      shown: write anything; of several processes only the first does.
     """
 
-    def __init__(self, name: str, total: int, first: int = 0, stream: Any = None):
+    def __init__(self, name: str, total: int, first: int = 0, stream: Any = None, shown: bool = True):
+        self._shown = shown
         self._name, self._total, self._step = name, total, first
         self._stream = stream or sys.stderr
         self._time = time.monotonic()
         self._seconds_per_step: float | None = None
         self._updates = 0
-        self._bar = _Bar(name, total, first, self._stream) if self._stream.isatty() else None
+        self._bar = _Bar(name, total, first, self._stream) if shown and self._stream.isatty() else None
 
     def __enter__(self) -> Progress:
         return self
@@ -166,7 +168,7 @@ class Progress:
         left = self._left()
         if self._bar is not None:
             self._bar.show(step, line, left)
-        else:
+        elif self._shown:
             print(f"{self._name}: step {step}/{self._total}  {line}  {left} left", file=self._stream, flush=True)
         return rates
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
-from saisa_jax.checkpoints import load_model
+from saisa_jax import parallel
+from saisa_jax.checkpoints import load_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
-from saisa_jax.config import STAGES, Config, ConfigError, to_dict
+from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig, to_dict
 from saisa_jax.data.conversation import end_token_id
 from saisa_jax.data.pipeline import steps_in_stage
 from saisa_jax.models.lora import is_adapter
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
+from saisa_jax.training.state import param_shardings
 
 
 def model_directory(workdir: epath.Path, stage: str) -> epath.Path:
@@ -27,33 +30,58 @@ def model_directory(workdir: epath.Path, stage: str) -> epath.Path:
     return workdir / stage / "model"
 
 
+class Start(NamedTuple):
+    """A stage's first parameters: `make(argument)`.
+
+    Function and argument are apart so that one jit can run the first on the second without making constants of them.
+    """
+
+    make: Callable[[Any], Any]
+    argument: Any  # parameters, where they will be needed; or a random key
+    source: str  # the model that they come from, or "random"
+
+
 def starting_params(
-    config: Config, stage: str, workdir: epath.Path, tokenizer: Any
-) -> tuple[Callable[[Any], Any], Any, str]:
-    """What makes a stage's first parameters: a function, its argument, and where they come from.
+    config: Config, stage: str, workdir: epath.Path, tokenizer: Any, mesh: Mesh, rules: parallel.Rules
+) -> Start:
+    """Where a stage's first parameters come from.
 
     In this order: the finished model of the stage before in the same workdir; `init_from`; random weights. (A run that
-    has checkpoints of its own goes on from them; see `loop.py`.) Function and argument are apart so that one jit can
-    run the first on the second without making constants of them.
+    has checkpoints of its own goes on from them; see `loop.py`.) Every device reads its own part of a model.
 
     Raises:
       ConfigError: weights whose shapes are not those of the configured model, all of them listed, or that were trained
         with another tokenizer.
     """
-    model = config.model_for(stage)
     previous = [model_directory(workdir, name) for name in STAGES[: STAGES.index(stage)]]
     source = next((str(path) for path in reversed(previous) if path.exists()), config.init_from)
     if not source:
         logging.info("%s starts from random weights (seed %d)", stage, config.seed)
-        return functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random"
-
-    params, _, trained_with, _ = load_model(source)
+        return Start(functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random")
+    convert, stored = _conversion(config, stage, source)
+    places = param_shardings(stored, mesh, rules)
+    params, _, trained_with, _ = load_model(source, sharding=places)
     if trained_with is not None and trained_with.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{source} was trained with another tokenizer than --config.data.tokenizer={config.data.tokenizer}; "
             f"set it to {source}/tokenizer"
         )
-    params = jax.tree.map(np.asarray, params)  # not bound to a device
+    if config.stage(stage).lora.rank:
+        return Start(lambda params: _with_fresh_adapters(convert(params), config, stage), params, source)
+    return Start(convert, params, source)
+
+
+def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any], Any], ModelConfig]:
+    """From a finished model's parameters to the stage's: the function, and the model as it is stored.
+
+    Raises:
+      ConfigError: they do not fit.
+    """
+    model = config.model_for(stage)
+    document, _ = read_account(source)
+    params = unflatten(
+        {path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in document["leaves"].items()}
+    )
     absent = [
         part for part, held in (("vision tower", "vision" in params), ("projector", _projects(params))) if not held
     ]
@@ -62,11 +90,12 @@ def starting_params(
             f"{source} holds no {' and no '.join(absent)}, so that training cannot start from it; import the LLM "
             "together with an encoder: python -m saisa_jax convert import --llm=... --vision=... --to=..."
         )
+    shared = "visual_proj" in params
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
-    if model.per_layer_projectors and "visual_proj" in params:
+    if model.per_layer_projectors and shared:
         logging.info("every layer's projector starts from a copy of the shared one of %s", source)
         convert = functools.partial(share_to_per_layer, config=model)
-    elif not model.per_layer_projectors and "visual_proj" not in params:
+    elif not model.per_layer_projectors and not shared:
         raise ConfigError(
             f"{source} has a projector for each layer, and {stage}.sharing=shared wants one: "
             f"set --config.{stage}.sharing=per_layer"
@@ -74,9 +103,8 @@ def starting_params(
     lines = differences(describe(jax.eval_shape(convert, params)), describe(abstract_params(model)), dtypes=False)
     if lines:
         raise ConfigError(f"{source} does not fit --config.model: {'; '.join(lines)}")
-    if config.stage(stage).lora.rank:
-        return lambda params: _with_fresh_adapters(convert(params), config, stage), params, source
-    return convert, params, source
+    sharing = "shared" if shared else "per_layer"
+    return convert, dataclasses.replace(model, projector=dataclasses.replace(model.projector, sharing=sharing))
 
 
 def _with_fresh_adapters(params: Any, config: Config, stage: str) -> Any:
@@ -132,7 +160,7 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
 
 def _recipe(raw: dict[str, Any]) -> dict[str, str]:
     """What decides a run's numbers, as {"finetune.optimizer.lr": "0.001"}."""
-    free = ("name", "stages", "training", "mesh", "evaluation")
+    free = ("name", "stages", "training", "mesh", "distributed", "evaluation")
     raw = {name: value for name, value in raw.items() if name not in free}
     raw["data"] = {
         name: value for name, value in raw["data"].items() if name not in ("num_workers", "num_threads", "prefetch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,8 +69,19 @@ def make_state(params: Params, groups: Groups, optimizer: Any) -> TrainState:
 
 
 def create_state(
-    make_params: Callable[[Any], Params], argument: Any, groups: Groups, optimizer: Any, shardings: TrainState
+    make_params: Callable[[Any], Params],
+    argument: Any,
+    groups: Groups,
+    optimizer: Any,
+    shardings: TrainState,
+    donate: bool = False,
 ) -> TrainState:
-    """The first state, born sharded: `make_params(argument)` runs under the same jit, whole on no single device."""
+    """The first state, born sharded: `make_params(argument)` runs under the same jit, whole on no single device.
+
+    Args:
+      donate: the argument's arrays may become the state's, so that they are not in memory twice.
+    """
     make = lambda argument: make_state(make_params(argument), groups, optimizer)  # noqa: E731
-    return jax.jit(make, out_shardings=shardings)(argument)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0 if donate else ())(argument)

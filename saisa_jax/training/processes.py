@@ -1,0 +1,181 @@
+"""The processes of a run: started together, and told of what happens to one of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from saisa_jax import parallel
+from saisa_jax.command_line import UserError
+from saisa_jax.config import ConfigError, DistributedConfig
+
+HINT_SECONDS = 60  # of waiting for the others, until it is said how they are started
+LEAVE_SECONDS = 30  # that a process which failed alone waits for the others before it ends
+
+
+def start(config: DistributedConfig) -> None:
+    """Joins the other processes of the run; nothing of jax may have run before. With one process it does nothing.
+
+    Raises:
+      ConfigError: nobody says who the others are, or the coordinator cannot be reached. When the others do not come
+        within `timeout`, the process ends with a message and status 1.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Simulated devices share a pool of as many threads as there are cores. With fewer than devices, those that got
+        # one may wait forever for those that did not.
+        os.environ.setdefault("NPROC", "64")
+    if config.coordinator is None:
+        if jax.process_count() > 1 and not jax.distributed.is_initialized():
+            raise ConfigError(
+                f"these devices belong to {jax.process_count()} processes, and this one was started alone: "
+                "set --config.distributed.coordinator=auto, on every host"
+            )
+        return
+    if jax.distributed.is_initialized():
+        return
+    given: dict[str, Any] = {}
+    if config.coordinator != "auto":
+        given = {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.num_processes,
+            "process_id": config.process_id,
+        }
+    joined = threading.Event()
+    threading.Thread(target=_watch, args=(config, joined), daemon=True).start()
+    try:
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=config.timeout + HINT_SECONDS,  # `_watch` is earlier, and says more
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--config.distributed.coordinator={config.coordinator}: {str(error).splitlines()[0]}; {_how(config)}"
+        ) from error
+    finally:
+        joined.set()
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _watch(config: DistributedConfig, joined: threading.Event) -> None:
+    """Says what is missing while `start` waits, and ends the process when it has waited long enough."""
+    first = min(HINT_SECONDS, config.timeout)
+    if joined.wait(first):
+        return
+    if first < config.timeout:
+        logging.warning("still waiting for the other processes after %d s: %s", first, _how(config))
+        if joined.wait(config.timeout - first):
+            return
+    print(
+        f"ConfigError: the other processes did not come within --config.distributed.timeout={config.timeout} s: "
+        f"{_how(config)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # jax would abort with a stack of its own
+
+
+def _how(config: DistributedConfig) -> str:
+    if config.coordinator == "auto":
+        return "start the same command on every host; outside of TPU pods, Slurm and Open MPI name a HOST:PORT"
+    return (
+        f"start it on every host, with --config.distributed.process_id=0 to {(config.num_processes or 1) - 1}; all of "
+        f"them must reach {config.coordinator}, a port of process 0's host that is free"
+    )
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def own(directory: epath.Path) -> epath.Path:
+    """Where this process writes what each of them has to say: the directory itself, or process_1, ... in it."""
+    return directory if is_first() else directory / f"process_{jax.process_index()}"
+
+
+class OtherProcessError(UserError, RuntimeError):
+    """Another process of the run has failed."""
+
+
+class News(NamedTuple):
+    """What all processes together have to say of a step."""
+
+    samples: int
+    dropped: int
+    cut_tokens: int
+
+
+class Crew:
+    """What the processes of a run tell each other with every step, so that they all do the same.
+
+    A message goes through the devices like the step itself: it is sent when the step has been started, and heard when
+    its metrics are read. One process alone hears itself at once.
+
+    Attributes:
+      stopping: a process was asked to stop; all of them learn it at the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.stopping = False
+        self._mesh = mesh
+        self._alone = jax.process_count() == 1
+        self._of_devices = NamedSharding(mesh, PartitionSpec(*parallel.AXES))
+        self._gather = jax.jit(_gather, out_shardings=parallel.replicated(mesh))
+        self._failure: Exception | None = None
+
+    def tell(self, stop: bool, failure: Exception | None, counts: np.ndarray, rows: int) -> Any:
+        """Sends this process's part.
+
+        Args:
+          stop: it was asked to stop.
+          failure: why it could not read its rows.
+          counts: [own rows, 3]; see `HostBatch`.
+          rows: of the whole batch.
+
+        Returns:
+          what `hear` takes.
+
+        Raises:
+          Exception: the failure, when no other process waits for this one.
+        """
+        if self._alone:
+            if failure is not None:
+                raise failure
+            self.stopping = stop
+            return np.asarray([0, 0, *counts.sum(0)])
+        self._failure = self._failure or failure
+        said = np.asarray([stop, 0 if failure is None else jax.process_index() + 1], np.int32)
+        words = jax.make_array_from_callback(
+            (*self._mesh.devices.shape, 2), self._of_devices, lambda index: said.reshape(1, 1, 1, 2)
+        )
+        return self._gather(words, parallel.to_device(counts, self._mesh, rows))
+
+    def hear(self, told: Any) -> News:
+        """What all processes have sent.
+
+        Raises:
+          Exception: this process's own failure.
+          OtherProcessError: another one has failed.
+        """
+        stop, failed, *counts = np.asarray(told).tolist()
+        if failed:
+            raise self._failure or OtherProcessError(
+                f"process {failed - 1} could not read its part of the data; its own log says why"
+            )
+        self.stopping |= bool(stop)
+        return News(*counts)
+
+
+def _gather(words: Any, counts: Any) -> Any:
+    """[stop, failed, samples, dropped, cut tokens] of all devices; rows that several of them hold count once."""
+    return jnp.concatenate([words.max(axis=(0, 1, 2)), counts.sum(axis=0)])
