@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import saisa_jax
+from saisa_jax import parallel
 from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
@@ -213,6 +214,11 @@ def test_config_is_a_recipe(sources: Path, tmp_path: Path) -> None:
     assert to_config_dict(load_model(tmp_path / "ckpt")[1]).model.alignment == tiny_model("llava").alignment
 
 
+def mesh_and_rules(config: Config) -> tuple:
+    mesh = parallel.make_mesh(config.mesh)
+    return mesh, parallel.make_rules(config.model, mesh)
+
+
 def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
     """The recipe `configs/imported.py` fits, and what cannot be trained from says what it lacks."""
     recipe = importlib.import_module("configs.imported")
@@ -220,12 +226,13 @@ def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
     convert("import", "--llm", sources / "hf-llm", *tower, "--to", tmp_path / "start")
     config = from_config_dict(Config, recipe.get_config(str(tmp_path / "start")))
     tokenizer = load_tokenizer(config.data.tokenizer)
-    make, params, source = starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
-    assert "visual_proj" in make(params) and source == str(tmp_path / "start")
+    place = mesh_and_rules(config)
+    start = starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer, *place)
+    assert "visual_proj" in start.make(start.argument) and start.source == str(tmp_path / "start")
     convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "llm")
     config = from_config_dict(Config, recipe.get_config(str(tmp_path / "llm")))
     with pytest.raises(ConfigError, match=r"holds no vision tower and no projector, .* convert import --llm"):
-        starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer)
+        starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer, *place)
 
 
 def test_memory_stays_near_the_parameters(tmp_path: Path) -> None:

@@ -219,25 +219,32 @@ def test_threads_do_not_change_the_order(tokenizer) -> None:
         )
 
 
-def test_shards_part_each_global_batch(tokenizer) -> None:
+def test_processes_part_each_batch_as_their_devices_hold_it(tokenizer) -> None:
     config = _config(6, augment=True, turns_per_sample=2)
     whole = _take(pipeline.train_iterator(config, "finetune", tokenizer), 7)
-    shards = [
-        _take(pipeline.train_iterator(config, "finetune", tokenizer, shard_index=i, shard_count=3), 7) for i in range(3)
-    ]
-    for step, host in enumerate(whole):
-        for row in range(6):
-            part = shards[row // 2][step]
-            assert part.sample_ids[row % 2] == host.sample_ids[row]
+    owned = ((0, 1), (2, 3), (2, 3), (0, 4, 5))  # two processes may hold the same rows, and rows that lie apart
+    shares = [_take(pipeline.train_iterator(config, "finetune", tokenizer, own=own), 7) for own in owned]
+    for own, share in zip(owned, shares, strict=True):
+        for host, part in zip(whole, share, strict=True):
+            assert part.sample_ids == tuple(host.sample_ids[row] for row in own)
+            np.testing.assert_array_equal(part.counts, host.counts[list(own)])
             for name in host.batch:
-                np.testing.assert_array_equal(part.batch[name][row % 2], host.batch[name][row])
+                np.testing.assert_array_equal(part.batch[name], host.batch[name][list(own)])
 
 
-def test_impossible_shards(tokenizer) -> None:
-    with pytest.raises(DataError, match=r"finetune.batch_size=4 is not divisible by the 3 processes"):
-        pipeline.train_iterator(_config(), "finetune", tokenizer, shard_count=3)
-    with pytest.raises(DataError, match=r"shard_index=2 is not one of 2"):
-        pipeline.train_iterator(_config(), "finetune", tokenizer, shard_index=2, shard_count=2)
+def test_padding_has_the_shape_of_the_next_batch(tokenizer) -> None:
+    data = pipeline.train_iterator(_config(), "finetune", tokenizer, own=(1, 2))
+    padding, host = data.padding(), next(data)
+    assert {n: (x.shape, x.dtype) for n, x in padding.batch.items()} == {
+        n: (x.shape, x.dtype) for n, x in host.batch.items()
+    }
+    assert not padding.counts.any() and not padding.batch["segment_ids"].any()
+
+
+def test_impossible_rows(tokenizer) -> None:
+    for own in ((), (3, 4)):
+        with pytest.raises(DataError, match=r"are not among those of finetune.batch_size=4"):
+            pipeline.train_iterator(_config(), "finetune", tokenizer, own=own)
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------

@@ -66,11 +66,11 @@ def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     workdir, original = epath.Path(tmp_path), loop.parallel.to_device
     calls = []
 
-    def to_device(batch, mesh):
+    def to_device(batch, mesh, rows=None):
         calls.append(None)
         if len(calls) == 3:  # one held-out batch first
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch, mesh)
+        return original(batch, mesh, rows)
 
     monkeypatch.setattr(loop.parallel, "to_device", to_device)
     assert loop.run(tiny_config(), workdir) == signal.SIGTERM
@@ -149,10 +149,10 @@ def test_bad_batches_are_skipped_and_written_down_until_there_are_too_many(tmp_p
     bad = {2, 3}
     calls = []
 
-    def to_device(batch, mesh):
+    def to_device(batch, mesh, rows=None):
         calls.append(None)
         weights = batch["loss_weights"] * (np.inf if len(calls) in bad else 1)
-        return original(batch | {"loss_weights": weights.astype(np.float32)}, mesh)
+        return original(batch | {"loss_weights": weights.astype(np.float32)}, mesh, rows)
 
     monkeypatch.setattr(loop.parallel, "to_device", to_device)
     with pytest.raises(

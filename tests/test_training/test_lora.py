@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
+from saisa_jax import parallel
 from saisa_jax.checkpoints import load_model, save_model
 from saisa_jax.config import PROJECTIONS, TRAIN_ADAPTERS, Config, ConfigError, LoraConfig, MeshConfig, from_config_dict
 from saisa_jax.convert.export import export_checkpoint
@@ -89,8 +90,10 @@ def test_merged_is_unmerged(run):
 def test_a_run_starts_from_a_lora_run_where_it_left_off(run):
     _, directory = run
     config = config_of(directory / "model")
-    make_params, argument, _ = starting_params(config, "finetune", epath.Path("/nowhere"), TOKENIZER)
-    params = jax.jit(make_params)(argument)
+    mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
+    rules = parallel.make_rules(config.model, mesh)
+    start = starting_params(config, "finetune", epath.Path("/nowhere"), TOKENIZER, mesh, rules)
+    params = jax.jit(start.make)(start.argument)
     plain = {path: leaf for path, leaf in flatten(params).items() if not is_adapter(path)}
     for path, leaf in params_in(directory / "model").items():
         np.testing.assert_array_equal(plain[path], leaf, err_msg=path)

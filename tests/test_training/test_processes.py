@@ -1,0 +1,231 @@
+"""Runs of several processes on the loopback interface: the same numbers as one process, and one fate for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from saisa_jax import parallel
+from saisa_jax.checkpoints import load_model
+from saisa_jax.config import Config, ConfigError, DistributedConfig, MeshConfig, from_config_dict
+from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training import loop, processes
+from saisa_jax.training.optimizer import flatten
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+
+
+def settings() -> Config:
+    """Stage 1, with an evaluation at its end.
+
+    Some true gradients are 0 (biases of keys); a large eps keeps Adam from making steps of their rounding.
+    """
+    config = tiny_config()
+    optimizer = dataclasses.replace(config.pretrain.optimizer, eps=1e-3)
+    pretrain = dataclasses.replace(config.pretrain, steps=STEPS, optimizer=optimizer)
+    training = dataclasses.replace(config.training, eval_every=STEPS, eval_samples=0)
+    return dataclasses.replace(config, stages=("pretrain",), pretrain=pretrain, training=training)
+
+
+FLAGS = (
+    *("--config.stages=pretrain", f"--config.pretrain.steps={STEPS}", "--config.pretrain.optimizer.eps=1e-3"),
+    *(f"--config.training.eval_every={STEPS}", "--config.training.eval_samples=0"),
+)
+
+
+def start(workdir: Path, count: int, devices: int, mesh: str, *flags: str) -> list[subprocess.Popen]:
+    """`count` processes of `devices` simulated devices each; `mesh` is data x fsdp x tensor."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    compiles = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiles}"}
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True))
+    common = [
+        *(sys.executable, ROOT / "train.py", f"--config={ROOT / 'saisa_jax/testing/configs.py'}"),
+        *(f"--workdir={workdir}", *FLAGS, *flags),
+        *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
+        f"--config.distributed.coordinator=127.0.0.1:{port}",
+    ]
+    started = []
+    for process in range(count):
+        one = [f"--config.distributed.num_processes={count}", f"--config.distributed.process_id={process}"]
+        log = workdir.parent / f"{workdir.name}-{process}.log"
+        with log.open("w") as file:
+            started.append(subprocess.Popen([*common, *one], env=environment, cwd=ROOT, stdout=file, stderr=file))
+    return started
+
+
+def ends(workdir: Path, started: list[subprocess.Popen], seconds: int = 300) -> tuple[list[int], list[str]]:
+    """Exit statuses, and what the processes said."""
+    try:
+        codes = [process.wait(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return codes, [(workdir.parent / f"{workdir.name}-{i}.log").read_text() for i in range(len(started))]
+
+
+def rows(directory: Path, kind: str) -> list[dict]:
+    found = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row["kind"] == kind]
+
+
+def losses(directory: Path) -> list[float]:
+    return [row["loss"] for kind in ("train", "eval") for row in rows(directory, kind)]
+
+
+def params(workdir: Path) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(load_model(str(workdir / "pretrain/model"))[0]).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, on eight devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert loop.run(settings(), epath.Path(workdir)) == 0
+    return workdir
+
+
+def assert_same_run(workdir: Path, alone: Path) -> None:
+    np.testing.assert_allclose(losses(workdir / "pretrain"), losses(alone / "pretrain"), rtol=0, atol=1e-5)
+    for field in ("samples", "loss", "tokens"):
+        ours, theirs = ([row.get(field) for row in rows(w / "pretrain", "train")] for w in (workdir, alone))
+        assert len(ours) == STEPS and (field == "loss" or ours == theirs)
+    expected = params(alone)
+    for path, leaf in params(workdir).items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.multi_process
+def test_four_processes_are_one(alone: Path, tmp_path: Path) -> None:
+    """An axis "tensor" that spans two processes, which read the same rows, in two of "fsdp"."""
+    workdir = tmp_path / "four"
+    codes, said = ends(workdir, start(workdir, 4, 1, "1x2x2"))
+    assert codes == [0] * 4, said[0][-3000:]
+    assert_same_run(workdir, alone)
+    own = [losses(workdir / "pretrain" / f"process_{i}") for i in (1, 2, 3)]
+    assert own == [losses(workdir / "pretrain")] * 3
+
+
+@pytest.mark.multi_process
+def test_a_signal_to_one_stops_all_and_one_process_goes_on(alone: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "two"
+    started = start(workdir, 2, 2, "4x1x1", "--config.mesh.dcn=2")
+    deadline = time.monotonic() + 200
+    while not (workdir / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    codes, said = ends(workdir, started)
+    assert codes == [128 + signal.SIGTERM] * 2, said[0][-3000:]
+    assert "stopped by another process after step" in said[0] and "stopped by SIGTERM after step" in said[1]
+    stopped_at = rows(workdir / "pretrain", "train")[-1]["step"]
+    assert 0 < stopped_at < STEPS and not (workdir / "pretrain" / "model").exists()
+    assert loop.run(settings(), epath.Path(workdir)) == 0
+    assert_same_run(workdir, alone)
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_bad_data_of_one_ends_all(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    samples = []
+    for n in range(64):
+        Image.new("RGB", (32, 32), (n, n, n)).save(tmp_path / "images" / f"{n}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "gray"}]
+        samples.append({"id": f"s/{n}", "image": f"{n}.png", "conversations": turns})
+    (tmp_path / "train.json").write_text(json.dumps(samples))
+    (tmp_path / "images" / "5.png").write_bytes(b"no image")
+    source = f"({{'path': '{tmp_path / 'train.json'}', 'images': '{tmp_path / 'images'}'}},)"
+    workdir = tmp_path / "bad"
+    flags = [f"--config.pretrain.sources={source}", "--config.training.eval_every=0", "--config.pretrain.steps=40"]
+    codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags), seconds=200)
+    assert codes == [1, 1]
+    lines = [text.strip().splitlines()[-1] for text in said]
+    assert sorted("'s/5'" in line for line in lines) == [False, True], lines
+    assert sum("could not read its part of the data" in line for line in lines) == 1, lines
+
+
+@pytest.mark.multi_process
+def test_who_waits_alone_says_what_to_do_and_ends(tmp_path: Path) -> None:
+    code = (
+        "import saisa_jax.training.processes as p; from saisa_jax.config import DistributedConfig; p.HINT_SECONDS = 1; "
+        "p.start(DistributedConfig(coordinator='127.0.0.1:{port}', num_processes=3, process_id=1, timeout=3))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        code = code.format(port=free.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "still waiting for the other processes after 1 s: start it on every host" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "did not come within --config.distributed.timeout=3 s" in last and "process_id=0 to 2" in last
+
+
+def test_auto_without_a_cluster_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize(**_: object) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ConfigError, match=r"coordinator=auto: coordinator_address .* outside of TPU pods, Slurm"):
+        processes.start(DistributedConfig(coordinator="auto"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "host"}, r"coordinator='host' should be HOST:PORT of process 0, or auto"),
+        ({"coordinator": "host:1"}, r"host:1 needs --config.distributed.num_processes and .process_id"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, r"process_id=2 is none of 2 processes"),
+        ({"process_id": 1}, r"set --config.distributed.coordinator=HOST:PORT"),
+        ({"timeout": 0}, r"timeout=0 must be positive"),
+    ],
+)
+def test_what_is_wrong_with_the_flags(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict(Config, {"distributed": fields})
+
+
+@pytest.mark.multi_device
+def test_rows_follow_the_mesh() -> None:
+    """All eight devices are this process's; of a mesh of some of them it still holds all rows, each once."""
+    for sizes in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
+        mesh = parallel.make_mesh(MeshConfig(*sizes))
+        assert parallel.own_rows(mesh, 16) == tuple(range(16))
+        batch = np.arange(32).reshape(16, 2)
+        for placed in (parallel.to_device(batch, mesh), parallel.to_device(batch, mesh, 16)):
+            np.testing.assert_array_equal(np.asarray(placed), batch)
+            assert placed.sharding.is_equivalent_to(parallel.batch_sharding(mesh), 2)
+
+
+@pytest.mark.multi_device
+def test_one_process_hears_itself_at_once() -> None:
+    crew = processes.Crew(parallel.make_mesh(MeshConfig(8, 1, 1)))
+    news = crew.hear(crew.tell(False, None, np.asarray([[3, 1, 5], [2, 0, 0]], np.int32), 2))
+    assert news == (5, 1, 5) and not crew.stopping
+    crew.tell(True, None, np.zeros((2, 3), np.int32), 2)
+    assert crew.stopping
+    with pytest.raises(OSError, match="gone"):
+        crew.tell(False, OSError("gone"), np.zeros((2, 3), np.int32), 2)
+
+
+def test_slices_are_part_of_the_data_axis() -> None:
+    assert parallel.make_mesh(MeshConfig(-1, 2, 1, dcn=2)).shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    with pytest.raises(ConfigError, match=r"mesh.data=3 does not divide by mesh.dcn=2"):
+        MeshConfig(3, 1, 1, dcn=2)
+    with pytest.raises(ConfigError, match=r"data=4, of which 3 slices, x fsdp=2 .* there are 8; set --config.mesh"):
+        parallel.make_mesh(MeshConfig(-1, 2, 1, dcn=3))
