@@ -48,7 +48,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     if jax.process_count() > 1:
         raise ConfigError(f"{jax.process_count()} processes: training runs in one process so far, on all its devices")
     workdir.mkdir(parents=True, exist_ok=True)
-    with run_lock(workdir), StopSignal() as stop:
+    with run_lock(workdir) as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
@@ -61,8 +61,12 @@ def run(config: Config, workdir: epath.Path) -> int:
             if model_directory(workdir, name).exists():
                 logging.info("%s is finished: %s", name, model_directory(workdir, name))
                 continue
+            if stop.requested and jax.process_count() == 1:  # several agree on it, after a step
+                return int(signal.Signals[stop.requested])
             stage = Stage(config, name, workdir, tokenizer)
-            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+            new = workdir / ".config.json.new"
+            new.write_text(json.dumps(to_dict(config), indent=2))
+            new.replace(workdir / "config.json")  # whole at any moment: the next start reads it
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
     return 0
@@ -129,7 +133,7 @@ class Stage:
                 f"{', '.join(differing)}; bring them back, or start in another --workdir"
             )
         self.state = TrainState(frozen=frozen, **saved)
-        self.losses_of_data = metadata["losses_of_data"]
+        self.losses_of_data, self.last_loss = metadata["losses_of_data"], metadata["last_loss"]
         logging.info("%s goes on from step %d", self.name, int(self.state.step))
         return float(metadata["seconds"])
 
@@ -178,9 +182,10 @@ class Stage:
                         "seconds": time.monotonic() - started,
                         "frozen": self._frozen_checksums,
                         "losses_of_data": self.losses_of_data,
+                        "last_loss": self.last_loss,
                     }
                     checkpointer.save(step, self._saved(), data, metadata)
-                if stopping and not last:
+                if stopping:  # after the last step, too: the next start has only to write the model
                     logging.warning("stopped by %s after step %d; the same command goes on", stopping, step)
                     return False
         return True

@@ -59,6 +59,7 @@ class MetricsWriter:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.flush()  # or else a kill takes the events of two minutes, which no later start writes again
 
     def close(self) -> None:
         self._file.close()
