@@ -100,7 +100,7 @@ def packed_config() -> Config:
         data=dataclasses.replace(config.data, packing=True, turns_per_sample=None, system_prompt=""),
         pretrain=dataclasses.replace(config.pretrain, **row),
         finetune=dataclasses.replace(config.finetune, **row),
-        training=dataclasses.replace(config.training, checkpoint_every=1, tensorboard=True),
+        training=dataclasses.replace(config.training, checkpoint_every=1, eval_samples=0, tensorboard=True),
     )
 
 

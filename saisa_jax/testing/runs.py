@@ -20,6 +20,17 @@ PACKED = "saisa_jax/testing/configs.py:packed"
 _CLOCK = re.compile(r"second|mfu|memory|wait|goodput")  # names of what no two runs have in common
 
 
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """Of a process on so many simulated devices, which keeps its compiled programs in `cache`."""
+    others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    return os.environ | {
+        "XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 class Trial:
     """One workdir, trained by one process after the other, all with the same command.
 
@@ -44,18 +55,17 @@ class Trial:
           flags: more of them.
         """
         self.starts += 1
-        others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-        environment = os.environ | {
-            "XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self._cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
         command = [sys.executable, "train.py", f"--workdir={self.workdir}", *self._flags, *flags]
         with self._log.open("wb") as log:
             self.started = time.time()
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=prepare
+                command,
+                cwd=ROOT,
+                env=environment(self._cache, devices),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=prepare,
             )
 
     @property
@@ -99,6 +109,10 @@ class Trial:
         return self.wait()
 
     # --- where it is --------------------------------------------------------------------------------------------------
+
+    def committed(self, stage: str) -> list[int]:
+        """The steps of a stage that can be gone back to."""
+        return sorted(int(path.name) for path in (self.workdir / stage).glob("checkpoints/*") if path.name.isdigit())
 
     def saving(self) -> list[Path]:
         """What Orbax has begun to write since the latest start and not finished."""
@@ -150,13 +164,22 @@ def outcome(workdir: Path) -> dict[str, Outcome]:
 
 
 def _of_stage(directory: Path) -> Outcome:
-    rows = [_timeless(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     model = json.loads((directory / "model" / "model.json").read_text())
     steps = sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
     meta = json.loads((directory / "checkpoints" / str(steps[-1]) / "meta" / "metadata").read_text())
     summary = _timeless(model["metadata"]) | {"start": None}
     position = {"steps": steps, "data": meta["data"], "leaves": meta["leaves"], **_timeless(meta["metadata"])}
-    return Outcome(rows, {"leaves": model["leaves"], **summary}, position, shown_events(directory / "tensorboard"))
+    return Outcome(
+        timeless_rows(directory),
+        {"leaves": model["leaves"], **summary},
+        position,
+        shown_events(directory / "tensorboard"),
+    )
+
+
+def timeless_rows(directory: Path) -> list[dict[str, Any]]:
+    """A stage's metrics without clocks."""
+    return [_timeless(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +192,7 @@ def shown_events(directory: Path) -> dict[tuple[str, int], float]:
     Raises:
       AssertionError: a value is there twice, which would be drawn as a line that goes back.
     """
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  (protobuf makes it)
 
     shown: dict[tuple[str, int], float] = {}
     for path in sorted(directory.glob("events.*"), key=lambda path: path.stat().st_ctime):

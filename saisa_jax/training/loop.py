@@ -90,6 +90,7 @@ class Stage:
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
+        self.evaluation_due = False  # it was skipped when a signal came, since it takes its time
         self.losses_of_data = {
             "dropped": 0,
             "cut_tokens": 0,
@@ -134,6 +135,7 @@ class Stage:
             )
         self.state = TrainState(frozen=frozen, **saved)
         self.losses_of_data, self.last_loss = metadata["losses_of_data"], metadata["last_loss"]
+        self.evaluation_due = metadata["evaluation_due"]
         logging.info("%s goes on from step %d", self.name, int(self.state.step))
         return float(metadata["seconds"])
 
@@ -145,6 +147,16 @@ class Stage:
         """What a checkpoint of the run holds: all but the frozen parameters, which it names by checksums."""
         state = self.state._asdict()
         return {name: state[name] for name in ("step", "trainable", "opt_state")}
+
+    def _metadata(self, seconds: float) -> dict[str, Any]:
+        """What a checkpoint says besides; `_resume` reads it."""
+        return {
+            "seconds": seconds,
+            "frozen": self._frozen_checksums,
+            "losses_of_data": self.losses_of_data,
+            "last_loss": self.last_loss,
+            "evaluation_due": self.evaluation_due,
+        }
 
     def _train(
         self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal, started: float
@@ -162,6 +174,10 @@ class Stage:
             Progress(self.name, self.steps, first) as progress,
         ):
             log = functools.partial(self._log, writer, progress, started)
+            if held_out and self.evaluation_due:
+                values = held_out(self.state)
+                if not writer.holds("eval", first):
+                    writer.write("eval", first, **values)
             waiting = None
             for step in range(first + 1, self.steps + 1):
                 host = next(data)
@@ -171,20 +187,15 @@ class Stage:
                 waiting = step, metrics, host._replace(batch=None)
                 stopping, last = stop.requested, step == self.steps
                 save = stopping or last or step % habits.checkpoint_every == 0
-                evaluate = held_out and (last or (step % habits.eval_every == 0 and not stopping))
+                evaluate = bool(held_out) and (last or step % habits.eval_every == 0)
+                self.evaluation_due = evaluate and bool(stopping)
                 if save or evaluate:
                     log(*waiting)
                     waiting = None
-                if held_out and evaluate:
+                if held_out and evaluate and not stopping:
                     writer.write("eval", step, **held_out(self.state))
                 if save:
-                    metadata = {
-                        "seconds": time.monotonic() - started,
-                        "frozen": self._frozen_checksums,
-                        "losses_of_data": self.losses_of_data,
-                        "last_loss": self.last_loss,
-                    }
-                    checkpointer.save(step, self._saved(), data, metadata)
+                    checkpointer.save(step, self._saved(), data, self._metadata(time.monotonic() - started))
                 if stopping:  # after the last step, too: the next start has only to write the model
                     logging.warning("stopped by %s after step %d; the same command goes on", stopping, step)
                     return False
