@@ -134,6 +134,18 @@ def test_ctrl_c_loses_nothing(stopped, undisturbed):
 
 
 @pytest.mark.slow
+def test_ctrl_c_twice_stops_at_once(stopped, undisturbed):
+    stopped.start()
+    assert stopped.until(lambda: "goes on from step" in stopped.output)  # it will compile for a while
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.until(lambda: "once more stops at once" in stopped.output)
+    assert stopped.kill(signal.SIGINT) == 128 + signal.SIGINT
+    assert "Stopped at once; the same command goes on" in stopped.output and "Traceback" not in stopped.output
+    assert stopped.run() == 0, stopped.output
+    assert_same(stopped.workdir, undisturbed.outcome)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
 def test_a_damaged_checkpoint_costs_a_step(stopped, undisturbed, how):
     good, bad = stopped.committed("finetune")
