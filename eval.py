@@ -40,20 +40,21 @@ def main(argv: list[str]) -> None:
             print(command.ask(checkpoint, _QUESTION.value, _IMAGE.value, _MAX_NEW_TOKENS.value, _QUANTIZE.value))
             return
         output = _OUTPUT.value or _WORKDIR.value or f"{checkpoint.rstrip('/')}-evaluation"
-        command.run(
-            checkpoint,
-            output,
-            task=_TASK.value,
-            limit=_LIMIT.value,
-            batch_size=_BATCH_SIZE.value,
-            max_new_tokens=_MAX_NEW_TOKENS.value,
-            quantize=_QUANTIZE.value,
-        )
+        with command.terminable():
+            command.run(
+                checkpoint,
+                output,
+                task=_TASK.value,
+                limit=_LIMIT.value,
+                batch_size=_BATCH_SIZE.value,
+                max_new_tokens=_MAX_NEW_TOKENS.value,
+                quantize=_QUANTIZE.value,
+            )
     except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except runner.Interrupted as error:
-        print(f"The evaluation was {error}.", file=sys.stderr)
-        sys.exit(130)
+    except (runner.Interrupted, KeyboardInterrupt) as error:
+        print(f"The evaluation was {error if error.args else 'stopped before it began'}.", file=sys.stderr)
+        sys.exit(143 if isinstance(error.__cause__ or error, command.Terminated) else 130)  # 128 + the signal's number
 
 
 if __name__ == "__main__":

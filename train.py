@@ -4,6 +4,7 @@ A run that was stopped goes on where it was when it is started again with the sa
 """
 
 import os
+import signal
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -31,6 +32,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         logging.debug("details", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("Stopped at once; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     if stopped:
         sys.exit(128 + stopped)
 

@@ -44,7 +44,7 @@ def run(
 
     Raises:
       ConfigError, CheckpointError, DataError: nothing can be evaluated; the message names the flag that mends it.
-      runner.Interrupted: SIGTERM or Ctrl-C.
+      runner.Interrupted: Ctrl-C, while questions are answered.
     """
     benchmark = tasks.get(task) if task else None  # a typo is answered before anything is loaded
     console = Console()
@@ -58,8 +58,7 @@ def run(
         quantize=quantize,
     )
     benchmark = benchmark or tasks.get(defaults.task)
-    with terminable():
-        record = runner.evaluate(bundle, benchmark, settings, epath.Path(output), checkpoint)
+    record = runner.evaluate(bundle, benchmark, settings, epath.Path(output), checkpoint)
     console.print(table(record))
     console.print(f"predictions.jsonl and evaluation.json are in {output}", highlight=False, soft_wrap=True)
 
@@ -102,12 +101,16 @@ def _cells(part: dict[str, Any]) -> tuple[str, str, str]:
     return f"{part['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", str(part["n"])
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is as good as Ctrl-C here."""
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM is as good as Ctrl-C here."""
+    """Makes of SIGTERM what Python makes of Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

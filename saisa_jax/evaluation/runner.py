@@ -2,9 +2,12 @@
 
     OUTPUT/predictions.jsonl            one question a line, in the benchmark's order
     OUTPUT/evaluation.json              the accuracies, with intervals, and what an answer costs
-    OUTPUT/predictions.partial.jsonl    while it runs, and after a run that was stopped: answers so far, in any order
+    OUTPUT/predictions.partial.jsonl    while it runs, and after a run that was stopped: a line that says what is
+                                        answered with what, and the answers so far, in any order
 
 Both files appear when all is answered, `evaluation.json` last; it is never there without the predictions it is of.
+Stopped or killed, the same evaluation goes on: batches that were answered are not answered again, and the others are
+the same batches, so that the answers are those of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -14,17 +17,20 @@ import json
 import platform
 import statistics
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
 import saisa_jax
-from saisa_jax.config import ConfigError
+from saisa_jax.checkpoints import checksums
+from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.sample import USER, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
@@ -77,22 +83,25 @@ def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path,
       what is in `evaluation.json`.
 
     Raises:
-      Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run starts afresh.
+      Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run goes on.
     """
     items = task.items()[: settings.limit]
     output.mkdir(parents=True, exist_ok=True)
     partial = output / "predictions.partial.jsonl"
     started = time.monotonic()
-    rows: dict[str, dict[str, Any]] = {}
+    header = {"of": _identity(bundle, task, settings)}
+    rows = _answered_before(partial, header)
     try:
         with partial.open("w") as file:
-            for row in _answers(bundle, task, items, settings):
-                rows[row["id"]] = row
-                file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in (header, *rows.values()))
+            for batch in _answers(bundle, task, items, settings, rows.copy()):
+                rows |= {row["id"]: row for row in batch}
+                file.writelines(json.dumps(row) + "\n" for row in batch)
+                file.flush()
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"stopped after {len(rows)} of {len(items)} questions. The answers so far are in {partial}; "
-            "the same command starts afresh"
+            "the same command goes on"
         ) from error
     predictions = [rows[item.id] for item in items]
     record = _summary(task, predictions)
@@ -104,8 +113,35 @@ def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path,
     return record
 
 
-def _answers(bundle: Bundle, task: Task, items: Sequence[Item], settings: Settings) -> Iterator[dict[str, Any]]:
-    """Predictions, shortest prompts first: a batch is compiled for a bucket of lengths, so there are few kinds."""
+def _identity(bundle: Bundle, task: Task, settings: Settings) -> dict[str, Any]:
+    """What all answers of one evaluation have in common."""
+    model = {"config": to_dict(bundle.config), "stage": bundle.stage, "params": checksums(bundle.params)}
+    return {
+        "task": task.name,
+        "settings": dataclasses.asdict(settings),
+        "model": zlib.crc32(json.dumps(model, sort_keys=True).encode()),
+        "version": saisa_jax.__version__,
+    }
+
+
+def _answered_before(partial: epath.Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{id: prediction} that a stopped run of the same evaluation has left."""
+    if not partial.exists():
+        return {}
+    first, *lines = partial.read_text().splitlines(keepends=True) or [""]
+    if first.rstrip() != json.dumps(header):
+        logging.warning("%s is of another model or other settings, and is written anew", partial)
+        return {}
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
+    logging.warning("%d questions were answered before; the evaluation goes on", len(rows))
+    return {row["id"]: row for row in rows}
+
+
+def _answers(
+    bundle: Bundle, task: Task, items: Sequence[Item], settings: Settings, before: Mapping[str, dict[str, Any]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Predictions of a batch after the other, shortest prompts first: a batch is compiled for a bucket of lengths, so
+    there are few kinds. A batch that was answered `before` as a whole is left out."""
     different = {_key(item): item for item in items}
     prompts = {key: _prompt(bundle, item) for key, item in different.items()}
     order = sorted(items, key=lambda item: len(prompts[_key(item)]))
@@ -113,17 +149,20 @@ def _answers(bundle: Bundle, task: Task, items: Sequence[Item], settings: Settin
     with Progress(task.name, len(order)) as progress:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
+            if all(item.id in before for item in batch):
+                progress.update(len(batch), sum(before[item.id]["correct"] for item in batch))
+                continue
             # The last batch is filled up, so that it needs no program of its own.
             filled = [*batch, *batch[-1:] * (size - len(batch))]
             outputs = bundle.generate(
                 [item.question for item in filled], [list(item.images) for item in filled], settings.max_new_tokens
             )
-            right = 0
-            for item, output in zip(batch, outputs, strict=False):
-                row = _prediction(bundle, task, item, output, prompts[_key(item)])
-                right += row["correct"]
-                yield row
-            progress.update(len(batch), right)
+            rows = [
+                _prediction(bundle, task, item, output, prompts[_key(item)])
+                for item, output in zip(batch, outputs, strict=False)
+            ]
+            yield rows
+            progress.update(len(batch), sum(row["correct"] for row in rows))
 
 
 def _prediction(bundle: Bundle, task: Task, item: Item, output: str, prompt: Sequence[int]) -> dict[str, Any]:

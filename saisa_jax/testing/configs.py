@@ -5,6 +5,8 @@ python train.py --config=saisa_jax/testing/configs.py:llava --workdir=...
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from saisa_jax.config import (
@@ -88,7 +90,23 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
     )
 
 
+def packed_config() -> Config:
+    """Both stages on packed rows, a checkpoint at every step, the last two kept: for runs that are killed."""
+    config = tiny_config()
+    row = {"text_length": 128, "max_images": 4, "steps": 6}
+    return dataclasses.replace(
+        config,
+        name="tiny-packed",
+        data=dataclasses.replace(config.data, packing=True, turns_per_sample=None, system_prompt=""),
+        pretrain=dataclasses.replace(config.pretrain, **row),
+        finetune=dataclasses.replace(config.finetune, **row),
+        training=dataclasses.replace(config.training, checkpoint_every=1, eval_samples=0, tensorboard=True),
+    )
+
+
 def get_config(variant: str = "saisa") -> ConfigDict:
-    """The same as a recipe for `--config`; `variant` is an alignment, or `blind` for SAISA without images."""
+    """The same as a recipe for `--config`; `variant` is an alignment, `blind` for SAISA without images, or `packed`."""
+    if variant == "packed":
+        return to_config_dict(packed_config())
     blind = variant == "blind"
     return to_config_dict(tiny_config("saisa" if blind else variant, blind=blind))

@@ -48,7 +48,8 @@ def run(config: Config, workdir: epath.Path) -> int:
     """
     processes.start(config.distributed)
     workdir.mkdir(parents=True, exist_ok=True)
-    with run_lock(workdir) if processes.is_first() else contextlib.nullcontext(), StopSignal() as stop:
+    lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext(lambda: None)
+    with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
@@ -61,9 +62,13 @@ def run(config: Config, workdir: epath.Path) -> int:
             if model_directory(workdir, name).exists():
                 logging.info("%s is finished: %s", name, model_directory(workdir, name))
                 continue
+            if stop.requested and jax.process_count() == 1:  # several agree on it, after a step
+                return int(signal.Signals[stop.requested])
             stage = Stage(config, name, workdir, tokenizer)
             if processes.is_first():
-                (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+                new = workdir / ".config.json.new"
+                new.write_text(json.dumps(to_dict(config), indent=2))
+                new.replace(workdir / "config.json")  # whole at any moment: the next start reads it
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
     return 0
@@ -91,6 +96,7 @@ class Stage:
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.last_loss: float | None = None
+        self.evaluation_due = False  # it was skipped when a signal came, since it takes its time
         self.losses_of_data = {
             "dropped": 0,
             "cut_tokens": 0,
@@ -135,7 +141,8 @@ class Stage:
                 f"{', '.join(differing)}; bring them back, or start in another --workdir"
             )
         self.state = TrainState(frozen=frozen, **saved)
-        self.losses_of_data = metadata["losses_of_data"]
+        self.losses_of_data, self.last_loss = metadata["losses_of_data"], metadata["last_loss"]
+        self.evaluation_due = metadata["evaluation_due"]
         logging.info("%s goes on from step %d", self.name, int(self.state.step))
         return float(metadata["seconds"])
 
@@ -148,6 +155,16 @@ class Stage:
         state = self.state._asdict()
         return {name: state[name] for name in ("step", "trainable", "opt_state")}
 
+    def _metadata(self, seconds: float) -> dict[str, Any]:
+        """What a checkpoint says besides; `_resume` reads it."""
+        return {
+            "seconds": seconds,
+            "frozen": self._frozen_checksums,
+            "losses_of_data": self.losses_of_data,
+            "last_loss": self.last_loss,
+            "evaluation_due": self.evaluation_due,
+        }
+
     def _train(self, checkpointer: RunCheckpointer, data: TrainIterator, stop: StopSignal, started: float) -> bool:
         # The order of what follows matters: the metrics of a step are read after the next one was started, so that the
         # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
@@ -157,11 +174,16 @@ class Stage:
         )
         self.skipped = SkippedSteps(self.directory, first)
         held_out, crew = self._held_out(), processes.Crew(self.mesh)
+        events = habits.tensorboard and processes.is_first()
         with (
-            MetricsWriter(processes.own(self.directory), habits.tensorboard, resume_step=first) as writer,
+            MetricsWriter(processes.own(self.directory), events, resume_step=first) as writer,
             Progress(self.name, self.steps, first, shown=processes.is_first()) as progress,
         ):
             log = functools.partial(self._log, writer, progress, crew, started)
+            if held_out and self.evaluation_due:
+                values = held_out(self.state)
+                if not writer.holds("eval", first):
+                    writer.write("eval", first, **values)
             waiting = None
             for step in range(first + 1, self.steps + 1):
                 host, failure = self._read(data)
@@ -172,20 +194,16 @@ class Stage:
                 waiting = step, metrics, host.dropped, told
                 stopping, last = crew.stopping, step == self.steps
                 save = stopping or last or step % habits.checkpoint_every == 0
-                evaluate = held_out and (last or (step % habits.eval_every == 0 and not stopping))
+                evaluate = bool(held_out) and (last or step % habits.eval_every == 0)
+                self.evaluation_due = evaluate and bool(stopping)
                 if save or evaluate:
                     log(*waiting)
                     waiting = None
-                if held_out and evaluate:
+                if held_out and evaluate and not stopping:
                     writer.write("eval", step, **held_out(self.state))
                 if save:
-                    metadata = {
-                        "seconds": time.monotonic() - started,
-                        "frozen": self._frozen_checksums,
-                        "losses_of_data": self.losses_of_data,
-                    }
-                    checkpointer.save(step, self._saved(), data, metadata)
-                if stopping and not last:
+                    checkpointer.save(step, self._saved(), data, self._metadata(time.monotonic() - started))
+                if stopping:  # after the last step, too: the next start has only to write the model
                     by = stop.requested or "another process"
                     logging.warning("stopped by %s after step %d; the same command goes on", by, step)
                     return False

@@ -23,7 +23,8 @@ class MetricsWriter:
 
     Args:
       directory: made if it is not there.
-      tensorboard: write TensorBoard events too.
+      tensorboard: write TensorBoard events too. They are written anew from the rows when a run goes on, since
+        tensorboardX loses the last ones when it is killed; TensorBoard hides what earlier files say.
       resume_step: the last step that counts; later rows, written before an interruption, are cut off and will be
         written again. 0: from the start. None: keep all.
     """
@@ -34,7 +35,10 @@ class MetricsWriter:
         self.path = directory / "metrics.jsonl"
         cut_back(self.path, resume_step)
         self._file = self.path.open("a")
-        self._events = _event_writer(directory / "tensorboard", resume_step) if tensorboard else None
+        self._events: Any = _event_writer(directory / "tensorboard", resume_step) if tensorboard else None
+        if self._events is not None and resume_step is not None:
+            for line in self.path.read_text().splitlines():
+                self._show(json.loads(line))
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -56,9 +60,17 @@ class MetricsWriter:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._show(row)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether a row of this kind and step is there."""
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return any((row["kind"], row["step"]) == (kind, step) for row in rows)
 
     def close(self) -> None:
         self._file.close()
@@ -93,9 +105,7 @@ def _event_writer(directory: epath.Path, resume_step: int | None) -> Any:
         raise ImportError(
             "training.tensorboard needs tensorboardX: pip install tensorboardX, or --config.training.tensorboard=False"
         ) from error
-    # TensorBoard itself hides what earlier files say of this step and later ones.
-    purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(os.fspath(directory), purge_step=purge_step)
+    return SummaryWriter(os.fspath(directory), purge_step=None if resume_step is None else 0)  # hides all steps from 0
 
 
 def jsonable(value: Any) -> Any:

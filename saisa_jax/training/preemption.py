@@ -7,14 +7,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from saisa_jax.command_line import UserError
+from saisa_jax.training.lease import Lease, RunLockedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,12 +25,13 @@ class StopSignal:
     A signal that is ignored when it is entered stays ignored, as for a job that a shell runs in the background. Python
     delivers signals to the main thread alone; in another one nothing is caught.
 
-    Attributes:
-      requested: name of the first signal that came ("SIGTERM"), or None.
+    Args:
+      guard: called whenever somebody asks whether to stop; raises if the run must not even write a checkpoint.
     """
 
-    def __init__(self) -> None:
-        self.requested: str | None = None
+    def __init__(self, guard: Callable[[], None] | None = None) -> None:
+        self._guard = guard
+        self._requested: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -49,32 +50,39 @@ class StopSignal:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed outside Python
 
+    @property
+    def requested(self) -> str | None:
+        """Name of the first signal that came ("SIGTERM"), or None."""
+        if self._guard is not None:
+            self._guard()
+        return self._requested
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested is not None:
+        if self._requested is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.requested = name
+        self._requested = name
         # Straight to the file descriptor: the signal may have come in the middle of a print.
         hint = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
         with contextlib.suppress(OSError):
             os.write(2, f"\n{name}: stopping after this step, with a checkpoint{hint}\n".encode())
 
 
-class RunLockedError(UserError, RuntimeError):
-    """Another process works in the same directory."""
-
-
 @contextlib.contextmanager
-def run_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
+def run_lock(directory: str | os.PathLike[str]) -> Iterator[Callable[[], None] | None]:
     """Keeps other runs out of a directory; in a run of several processes the first one takes it.
 
-    The operating system lets go of the lock when the process ends, however it ends. A bucket has no locks, nor do some
-    network drives: there it only warns.
+    On a disk it is a lock of the operating system, which lets go of it when the process ends, however it ends. A bucket
+    has no locks, nor do some network drives: there it is a lease (`lease.py`), for which a start after a kill waits.
 
     Args:
       directory: made if it is not there.
+
+    Returns:
+      what to ask before anything is written (a `StopSignal` does); raises when another run has taken the directory
+      over. None: that cannot be.
 
     Raises:
       RunLockedError: another process holds it; names it.
@@ -82,13 +90,14 @@ def run_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
     path = epath.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     if "://" in str(path):
-        logging.warning("%s cannot be locked: take care that no second run uses it", path)
-        yield
+        with Lease(path) as lease:
+            yield lease.check
         return
     import fcntl  # not on Windows
 
     file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with contextlib.ExitStack() as closing:
+        closing.callback(os.close, file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,9 +106,9 @@ def run_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
                 f"{path} is in use by {holder}; wait until it has ended, stop it, or choose another --workdir"
             ) from None
         except OSError as error:
-            logging.warning("%s cannot be locked (%s): take care that no second run uses it", path, error)
+            logging.warning("%s cannot be locked (%s): a lease in it will do", path, error)
+            yield closing.enter_context(Lease(path)).check
+            return
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(file)
+        yield None

@@ -122,17 +122,43 @@ def test_a_stopped_run_leaves_marked_answers_and_the_former_evaluation(tmp_path:
     out = epath.Path(tmp_path)
     former = evaluate(Pretender(), TASK, Settings(batch_size=8, limit=8), out, "m")
     before = signal.getsignal(signal.SIGTERM)
-    message = r"stopped after 64 of 100 .*predictions\.partial\.jsonl.*afresh"
-    with pytest.raises(Interrupted, match=message), command.terminable():
+    message = r"stopped after 64 of 100 .*predictions\.partial\.jsonl.*goes on"
+    with pytest.raises(Interrupted, match=message) as caught, command.terminable():
         evaluate(Pretender(stop_after=2), TASK, Settings(batch_size=32, limit=100), out, "m")
+    assert isinstance(caught.value.__cause__, command.Terminated)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert len(read(tmp_path / "predictions.partial.jsonl")) == 64
+    assert len(read(tmp_path / "predictions.partial.jsonl")) == 1 + 64
     assert json.loads((tmp_path / "evaluation.json").read_text()) == former
     assert len(read(tmp_path / "predictions.jsonl")) == 8
 
-    evaluate(Pretender(), TASK, Settings(batch_size=32, limit=100), out, "m")
-    assert len(read(tmp_path / "predictions.jsonl")) == 100
-    assert not (tmp_path / "predictions.partial.jsonl").exists()
+
+def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings, whole, partial = Settings(batch_size=32, limit=100), Pretender(), tmp_path / "predictions.partial.jsonl"
+    evaluate(whole, TASK, settings, epath.Path(tmp_path / "whole"), "m")
+
+    def stop() -> None:
+        with pytest.raises(Interrupted), command.terminable():
+            evaluate(Pretender(stop_after=2), TASK, settings, epath.Path(tmp_path), "m")
+
+    stop()
+    with partial.open("a") as file:
+        file.write(partial.read_text().splitlines()[-1][:40])  # a kill in the middle of a line
+    for changed in (
+        Pretender(config=dataclasses.replace(tiny_config(), name="other")),
+        Pretender(params={"x": np.zeros(1, np.float32)}),
+    ):
+        assert runner._answered_before(epath.Path(partial), {"of": runner._identity(changed, TASK, settings)}) == {}
+    assert caplog.text.count("is of another model or other settings") == 2
+    rest = Pretender()
+    evaluate(rest, TASK, settings, epath.Path(tmp_path), "m")
+    assert rest.batches == whole.batches[2:] and len(whole.batches) == 4
+    assert (tmp_path / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert not partial.exists()
+
+    stop()
+    every = Pretender()
+    evaluate(every, TASK, Settings(batch_size=32, limit=99), epath.Path(tmp_path), "m")
+    assert len(every.batches) == 4
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"limit": 0}, {"max_new_tokens": 0}])
