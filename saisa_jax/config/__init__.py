@@ -42,6 +42,7 @@ from saisa_jax.config.training import (
     Groups,
     MeshConfig,
     OptimizerConfig,
+    ProfileConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProfileConfig",
     "ProjectorConfig",
     "RopeScalingConfig",
     "SourceConfig",

@@ -14,6 +14,7 @@ from saisa_jax.config.training import (
     EvaluationConfig,
     MeshConfig,
     OptimizerConfig,
+    ProfileConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -41,6 +42,7 @@ class Config:
     finetune: StageConfig = field(default_factory=StageConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

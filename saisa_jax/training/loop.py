@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import signal
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,15 +23,19 @@ from saisa_jax.data.pipeline import eval_batches, stage_rows, steps_in_stage, tr
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
 from saisa_jax.models.lora import is_adapter, merge_adapters
+from saisa_jax.training.goodput import Goodput
 from saisa_jax.training.heldout import HeldOut
+from saisa_jax.training.meter import Meter
 from saisa_jax.training.metrics import MetricsWriter, Progress
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.prepare import prepare
+from saisa_jax.training.profile import Profiler
 from saisa_jax.training.skipped import SkippedSteps
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
 from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
+from saisa_jax.training.wandb_log import WandbLog, check_wandb
 
 
 class TrainingError(UserError, RuntimeError):
@@ -50,6 +53,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     with run_lock(workdir), StopSignal() as stop:
         check_same_recipe(config, workdir)
+        check_wandb(config.training.wandb)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
             raise ConfigError(
@@ -72,6 +76,7 @@ class Stage:
     """One stage: everything that stands before its first step."""
 
     def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
+        self.clock = Goodput()
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
         self.cache = str(self.directory)  # of the counts of its samples
@@ -85,6 +90,8 @@ class Stage:
             self.state = create_state(make_params, argument, self.settings.groups, self.optimizer, self.shardings)
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
+        s = self.settings
+        self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
         self.last_loss: float | None = None
         self.losses_of_data = {
             "dropped": 0,
@@ -106,18 +113,16 @@ class Stage:
         ):
             data = train_iterator(self.config, self.name, self.tokenizer, cache=self.cache)
             closing.callback(data.close)
-            before = self._resume(checkpointer, data)
-            started = time.monotonic() - before
-            finished = self._train(checkpointer, data, stop, started)
-            checkpointer.wait()
+            self._resume(checkpointer, data)
+            finished = self._train(checkpointer, data, stop)
         if finished:
-            self._finish(time.monotonic() - started)
+            self._finish()
         return finished
 
-    def _resume(self, checkpointer: RunCheckpointer, data: Any) -> float:
-        """Restores the last committed checkpoint, if there is one; returns the seconds trained before it."""
+    def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
+        """Restores the last committed checkpoint, if there is one."""
         if checkpointer.latest_step() is None:
-            return 0.0
+            return
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved())
         frozen, expected = self.state.frozen, self._frozen_checksums
         self.state = TrainState(None, None, frozen, None)  # never two copies in memory
@@ -130,8 +135,8 @@ class Stage:
             )
         self.state = TrainState(frozen=frozen, **saved)
         self.losses_of_data = metadata["losses_of_data"]
+        self.clock.go_on(metadata["goodput"])
         logging.info("%s goes on from step %d", self.name, int(self.state.step))
-        return float(metadata["seconds"])
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
@@ -142,9 +147,7 @@ class Stage:
         state = self.state._asdict()
         return {name: state[name] for name in ("step", "trainable", "opt_state")}
 
-    def _train(
-        self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal, started: float
-    ) -> bool:
+    def _train(self, checkpointer: RunCheckpointer, data: Iterator[HostBatch], stop: StopSignal) -> bool:
         # The order of what follows matters: the metrics of a step are read after the next one was started, so that the
         # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
         habits, first = self.config.training, int(self.state.step)
@@ -152,16 +155,25 @@ class Stage:
             self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
         )
         self.skipped = SkippedSteps(self.directory, first)
-        held_out = self._held_out()
+        self.meter = Meter(self.clock, self.settings, self.steps, self.flops, self.mesh.devices.flatten().tolist())
+        held_out, clock = self._held_out(), self.clock
+        wandb = WandbLog(habits.wandb, self.directory, to_dict(self.config)) if habits.wandb else None
         with (
-            MetricsWriter(self.directory, habits.tensorboard, resume_step=first) as writer,
+            MetricsWriter(self.directory, habits.tensorboard, resume_step=first, wandb=wandb) as writer,
             Progress(self.name, self.steps, first) as progress,
+            Profiler(self.config.profile, self.directory / "profile", first) as profiler,
         ):
-            log = functools.partial(self._log, writer, progress, started)
-            waiting = None
+            clock.lose(writer.cut, first)
+            log = functools.partial(self._log, writer, progress)
+            waiting, step, stopping = None, first, None
+            clock.started()
             for step in range(first + 1, self.steps + 1):
-                host = next(data)
-                self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh))
+                with clock("data"):
+                    host = next(data)
+                part = "compile" if step == first + 1 else "step"
+                with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh))
+                profiler.started(step, metrics)
                 if waiting:
                     log(*waiting)
                 waiting = step, metrics, host._replace(batch=None)
@@ -172,18 +184,29 @@ class Stage:
                     log(*waiting)
                     waiting = None
                 if held_out and evaluate:
-                    writer.write("eval", step, **held_out(self.state))
+                    with clock("eval"):
+                        evaluation = held_out(self.state)
+                    writer.write("eval", step, **evaluation)
                 if save:
-                    metadata = {
-                        "seconds": time.monotonic() - started,
-                        "frozen": self._frozen_checksums,
-                        "losses_of_data": self.losses_of_data,
-                    }
-                    checkpointer.save(step, self._saved(), data, metadata)
-                if stopping and not last:
-                    logging.warning("stopped by %s after step %d; the same command goes on", stopping, step)
-                    return False
-        return True
+                    with clock("save"):
+                        checkpointer.save(step, self._saved(), data, self._metadata())
+                        if stopping or last:
+                            checkpointer.wait()
+                if stopping:
+                    break
+            writer.write("goodput", step, **clock.account())
+        logging.info("%s, up to step %d: %s", self.name, step, clock)
+        if step < self.steps:
+            logging.warning("stopped by %s after step %d; the same command goes on", stopping, step)
+        return step == self.steps
+
+    def _metadata(self) -> dict[str, Any]:
+        """What a checkpoint says beside the state."""
+        return {
+            "frozen": self._frozen_checksums,
+            "losses_of_data": self.losses_of_data,
+            "goodput": self.clock.account(),
+        }
 
     def _merged(self, params: Any) -> Any:
         """The parameters with their adapters merged into them, where the plain model's live."""
@@ -206,10 +229,10 @@ class Stage:
             loss_chunk=habits.loss_chunk,
         )
 
-    def _log(
-        self, writer: MetricsWriter, progress: Progress, started: float, step: int, metrics: Any, host: HostBatch
-    ) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
+    def _log(self, writer: MetricsWriter, progress: Progress, step: int, metrics: Any, host: HostBatch) -> None:
+        with self.clock("step"):
+            values = {name: float(value) for name, value in metrics.items()}
+        self.meter.add(**{name: values.pop(name) for name in ("samples", "text_tokens", "images")})
         self.losses_of_data["dropped"] += len(host.dropped)
         self.losses_of_data["cut_tokens"] += host.cut_tokens
         if host.dropped:
@@ -219,8 +242,9 @@ class Stage:
             return
         if step % self.config.training.log_every and step != self.steps:
             return
-        rates = progress.update(step, samples=host.num_samples, **values)
-        writer.write("train", step, **values, **self.losses_of_data, **rates, seconds=time.monotonic() - started)
+        values |= self.losses_of_data | self.meter.read(step)
+        progress.update(step, **values)
+        writer.write("train", step, **values, seconds=self.clock.seconds)
         self.last_loss = values["loss"]
 
     def _not_finite(self, writer: MetricsWriter, step: int, values: dict[str, float], host: HostBatch) -> None:
@@ -240,17 +264,14 @@ class Stage:
                 f"{habits.max_skips}. {advice}"
             )
 
-    def _finish(self, seconds: float) -> None:
-        settings = self.settings
-        per_step = flops.train_step(
-            self.model, settings.groups, settings.batch_size, settings.text_length, settings.max_images
-        )
+    def _finish(self) -> None:
         summary = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.rows.samples_before(self.steps * settings.batch_size),
-            "wall_seconds": seconds,
-            "train_flops": per_step * self.steps,
+            "samples": self.rows.samples_before(self.steps * self.settings.batch_size),
+            "wall_seconds": self.clock.seconds,
+            "goodput": self.clock.account(),
+            "train_flops": self.flops * self.steps,
             "parameters": self.parameters,
             "final_loss": self.last_loss,
             "alignment": self.model.alignment,
