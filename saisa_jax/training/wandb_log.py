@@ -56,8 +56,8 @@ class WandbLog:
             )
         except Exception as error:  # of its own kinds, and those of the network
             raise ConfigError(
-                f"W&B did not start: {error}; log in with `wandb login`, set WANDB_MODE=offline, or leave "
-                "--config.training.wandb out"
+                f"W&B did not start: {str(error).rstrip('.')}; log in with `wandb login`, set WANDB_MODE=offline, or "
+                "leave --config.training.wandb out"
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
