@@ -232,7 +232,7 @@ class Stage:
     def _log(self, writer: MetricsWriter, progress: Progress, step: int, metrics: Any, host: HostBatch) -> None:
         with self.clock("step"):
             values = {name: float(value) for name, value in metrics.items()}
-        self.meter.add(**{name: values.pop(name) for name in ("samples", "text_tokens", "images")})
+        self.meter.add(values["samples"], values["text_fill"])
         self.losses_of_data["dropped"] += len(host.dropped)
         self.losses_of_data["cut_tokens"] += host.cut_tokens
         if host.dropped:

@@ -21,8 +21,7 @@ class Meter:
     """Rates of the steps between two readings. The first step, which holds the compilation, is left out.
 
     Rates are by the seconds of training: saves and evaluations do not count. The FLOPs of a step are those that its
-    forward and backward passes need (`flops.train_step`), recomputed ones left out, padding included: a step computes
-    it, and the fills say how much of it there is.
+    forward and backward passes need (`flops.train_step`), recomputed ones left out, padding included.
 
     Args:
       clock: of the stage.
@@ -35,44 +34,41 @@ class Meter:
     def __init__(self, clock: Goodput, settings: StageConfig, steps: int, flops: float, devices: Sequence[Any]):
         self._clock, self._flops, self._steps_in_all = clock, flops, steps
         self._text_room = settings.batch_size * settings.text_length
-        self._image_room = settings.batch_size * settings.max_images
         self._peak = peak_flops(devices)
         self._devices = [device for device in devices if device.process_index == jax.process_index()]
         self._begun = False
         self._all_steps, self._seconds_per_step = 0, 0.0
         self._restart()
 
-    def add(self, samples: float, text_tokens: float, images: float) -> None:
-        """Counts a step when its results are there, with what its batch held."""
+    def add(self, samples: float, text_fill: float) -> None:
+        """Counts a step when its results are there, with what its batch held (`step.held_by`)."""
         if not self._begun:
             self._begun = True
             self._restart()
             return
         self._steps += 1
         self._samples += samples
-        self._text_tokens += text_tokens
-        self._images += images
+        self._text_tokens += text_fill * self._text_room
 
     def read(self, step: int) -> dict[str, float]:
         """What came of the steps since the last reading, up to `step`.
 
         Returns:
           seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu (0..1), or
-          tflops_per_second of all devices if nobody knows their peak; data_wait, text_fill, image_fill (0..1);
-          seconds_left of the stage, saves and evaluations included. Nothing of these if no step was added. And
-          device_peak_bytes, the most that a device of this process has held, or process_peak_bytes.
+          tflops_per_second of all devices if nobody knows their peak; data_wait (0..1); seconds_left of the stage,
+          saves and evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
+          a device of this process has held so far, or process_memory_bytes.
         """
         return {**self._rates(step), **peak_memory(self._devices)}
 
     def _rates(self, step: int) -> dict[str, float]:
         steps, seconds = self._steps, self._training_seconds() - self._since
         data = self._clock["data"] - self._data_before
-        held = self._samples, self._text_tokens, self._images
+        samples, text_tokens = self._samples, self._text_tokens
         self._restart()
         if not steps:
             return {}
         seconds = max(seconds, 1e-9)
-        samples, text_tokens, images = held
         first = not self._all_steps
         self._all_steps += steps
         self._seconds_per_step += (1.0 if first else 0.3) * (seconds / steps - self._seconds_per_step)
@@ -84,13 +80,11 @@ class Meter:
             "tokens_per_second": text_tokens / seconds,
             **({"mfu": speed / self._peak} if self._peak else {"tflops_per_second": speed / 1e12}),
             "data_wait": data / seconds,
-            "text_fill": text_tokens / (steps * self._text_room),
-            **({"image_fill": images / (steps * self._image_room)} if self._image_room else {}),
             "seconds_left": (self._steps_in_all - step) * (self._seconds_per_step + pauses),
         }
 
     def _restart(self) -> None:
-        self._steps, self._samples, self._text_tokens, self._images = 0, 0.0, 0.0, 0.0
+        self._steps, self._samples, self._text_tokens = 0, 0.0, 0.0
         self._since, self._data_before = self._training_seconds(), self._clock["data"]
 
     def _training_seconds(self) -> float:
@@ -98,10 +92,10 @@ class Meter:
 
 
 def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
-    """{"device_peak_bytes"} of the fullest device, or {"process_peak_bytes"} where devices do not tell (a CPU)."""
+    """{"device_memory_bytes"} of the fullest device, or {"process_memory_bytes"} where devices do not tell (a CPU)."""
     stats = [device.memory_stats() or {} for device in devices]
     peak = max((held.get("peak_bytes_in_use", 0) for held in stats), default=0)
     if peak:
-        return {"device_peak_bytes": float(peak)}
+        return {"device_memory_bytes": float(peak)}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"process_peak_bytes": float(resident * (1 if sys.platform == "darwin" else 1024))}
+    return {"process_memory_bytes": float(resident * (1 if sys.platform == "darwin" else 1024))}

@@ -88,17 +88,24 @@ class MetricsWriter:
 
 
 def cut_back(path: epath.Path, resume_step: int | None) -> list[dict[str, Any]]:
-    """Drops rows after `resume_step`, which it returns, and a last line that a crash has cut short."""
+    """Drops rows after `resume_step`, which it returns, and a last line that a crash has cut short.
+
+    Rows of goodput go with them: those of a run that goes on count what is in them.
+    """
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
     rows = [_row(line) for line in lines]
-    counts = [row is not None and (resume_step is None or row["step"] <= resume_step) for row in rows]
+    counts = [row is not None and (resume_step is None or _stays(row, resume_step)) for row in rows]
     if not all(counts):
         new = path.parent / f".{path.name}.new"
         new.write_text("".join(line for line, kept in zip(lines, counts, strict=True) if kept))
         new.replace(path)
     return [row for row, kept in zip(rows, counts, strict=True) if row is not None and not kept]
+
+
+def _stays(row: Mapping[str, Any], resume_step: int) -> bool:
+    return row["step"] <= resume_step and row.get("kind") != "goodput"
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -152,8 +159,8 @@ SHOWN: dict[str, Callable[[float], str]] = {  # in a line of progress, in this o
     "data_wait": "data wait {:.0%}".format,
     "text_fill": "text {:.0%} full".format,
     "image_fill": "images {:.0%} full".format,
-    "device_peak_bytes": lambda value: f"{value / GIB:.1f} GiB a device",
-    "process_peak_bytes": lambda value: f"{value / GIB:.1f} GiB of memory",
+    "device_memory_bytes": lambda value: f"{value / GIB:.1f} GiB a device",
+    "process_memory_bytes": lambda value: f"{value / GIB:.1f} GiB of memory",
 }
 
 

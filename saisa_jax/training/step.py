@@ -72,13 +72,13 @@ def make_train_step(
 
 
 def held_by(batch: Batch) -> Metrics:
-    """{samples, text_tokens, images} of a batch, of all processes' rows together, without padding and empty slots."""
-    segments = batch["segment_ids"]
+    """{samples} of a batch, and {text_fill, image_fill}: how much of its positions and slots hold something (0..1)."""
+    segments, images = batch["segment_ids"], batch["image_segment_ids"]
     before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     return {
         "samples": jnp.sum((segments > 0) & (segments != before)),
-        "text_tokens": jnp.sum(segments > 0),
-        "images": jnp.sum(batch["image_segment_ids"] > 0),
+        "text_fill": jnp.mean(segments > 0),
+        **({"image_fill": jnp.mean(images > 0)} if images.size else {}),
     }
 
 

@@ -53,7 +53,7 @@ def test_two_stages_leave_models_metrics_and_summaries(finished):
         assert sum(goodput.values()) == pytest.approx(summary["wall_seconds"], abs=0.1)
         assert rows(finished, stage, "goodput")[0]["compile_seconds"] == goodput["compile_seconds"]
         first, *others = rows(finished, stage)
-        assert first["process_peak_bytes"] > 0 and "samples_per_second" not in first  # it was compiled
+        assert first["process_memory_bytes"] > 0 and "samples_per_second" not in first  # it was compiled
         for row in others:
             per_second = 1 / row["seconds_per_step"]
             assert row["samples_per_second"] == pytest.approx(8 * per_second)
@@ -103,6 +103,7 @@ def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
         assert losses(workdir, stage) == losses(finished, stage)
         ours, theirs = params_of(workdir, stage), params_of(finished, stage)
         assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+    assert [row["step"] for row in rows(workdir, "pretrain", "goodput")] == [3]  # it counts the first one
     whole = json.loads((workdir / "pretrain" / "summary.json").read_text())["goodput"]
     assert whole["lost_steps"] == 2 and 0 < 1000 - whole["lost_seconds"] < stopped["compile_seconds"] + 100
     assert whole["compile_seconds"] > stopped["compile_seconds"] and whole["start_seconds"] > stopped["start_seconds"]

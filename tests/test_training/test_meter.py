@@ -1,6 +1,5 @@
 """Rates of an interval: what they are made of, and what does not spoil them."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -50,12 +49,12 @@ def test_rates_leave_out_the_first_step_and_pauses(time):
     time.now += 50  # reads parameters
     with clock("compile"):
         time.now += 60
-    gauge.add(samples=8, text_tokens=800, images=16)
-    assert gauge.read(1) == {"device_peak_bytes": 6.0}
+    gauge.add(samples=8, text_fill=1.0)
+    assert gauge.read(1) == {"device_memory_bytes": 6.0}
 
     for _ in range(4):
         step(clock, time, data=0.1, seconds=0.9)
-        gauge.add(samples=10, text_tokens=600, images=4)
+        gauge.add(samples=10, text_fill=0.75)
     with clock("eval"):
         time.now += 30
     with clock("save"):
@@ -68,17 +67,15 @@ def test_rates_leave_out_the_first_step_and_pauses(time):
             "tokens_per_second": 600.0,
             "mfu": 0.25,  # half of one GPU's peak, of two
             "data_wait": 0.1,
-            "text_fill": 0.75,
-            "image_fill": 0.25,
             "seconds_left": 95 * (1.0 + 40 / 4),
-            "device_peak_bytes": 6.0,
+            "device_memory_bytes": 6.0,
         }
     )
 
     step(clock, time, data=0.0, seconds=2.0)
-    gauge.add(samples=4, text_tokens=800, images=16)
+    gauge.add(samples=4, text_fill=1.0)
     read = gauge.read(6)
-    assert (read["samples_per_second"], read["data_wait"], read["text_fill"]) == (2.0, 0.0, 1.0)
+    assert (read["samples_per_second"], read["tokens_per_second"], read["data_wait"]) == (2.0, 400.0, 0.0)
     assert read["seconds_left"] == pytest.approx(94 * (1.0 + 0.3 + 40 / 5))
 
 
@@ -87,24 +84,16 @@ def test_a_first_interval_is_not_spoilt_by_its_compilation(time):
     gauge = Meter(clock, SETTINGS, 10, 1e12, jax.devices())
     with clock("compile"):
         time.now += 600
-    gauge.add(samples=8, text_tokens=1, images=0)
+    gauge.add(samples=8, text_fill=0.5)
     for _ in range(4):
         step(clock, time, 0.0, 2.0)
-        gauge.add(samples=8, text_tokens=1, images=0)
+        gauge.add(samples=8, text_fill=0.5)
     read = gauge.read(5)
     assert (read["seconds_per_step"], read["samples_per_second"], read["seconds_left"]) == (2.0, 4.0, 10.0)
     assert read["tflops_per_second"] == 0.5 and "mfu" not in read  # nobody knows the peak of a CPU
-    assert 0 < read["process_peak_bytes"] < 2**45
-
-
-def test_rows_without_image_slots(time):
-    gauge = Meter(Goodput(), dataclasses.replace(SETTINGS, max_images=0), 10, 1e12, jax.devices())
-    for _ in range(2):
-        gauge.add(samples=8, text_tokens=100, images=0)
-        time.now += 1
-    assert "image_fill" not in gauge.read(2)
+    assert 0 < read["process_memory_bytes"] < 2**45
 
 
 def test_memory_is_that_of_devices_that_tell():
-    assert peak_memory([device("x", peak_bytes_in_use=3), device("y")]) == {"device_peak_bytes": 3.0}
-    assert set(peak_memory([device("x")])) == {"process_peak_bytes"}
+    assert peak_memory([device("x", peak_bytes_in_use=3), device("y")]) == {"device_memory_bytes": 3.0}
+    assert set(peak_memory([device("x")])) == {"process_memory_bytes"}

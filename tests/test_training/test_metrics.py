@@ -61,6 +61,10 @@ def test_resume_cuts_back(tmp_path):
         assert [row["step"] for row in writer.cut] == [5, 6, 7]
     write_steps(tmp_path, [5, 6], tensorboard=False, resume_step=4)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write("goodput", 6, step_seconds=1.0)  # the run that goes on counts it and writes another one
+    write_steps(tmp_path, [], tensorboard=False, resume_step=6)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
     write_steps(tmp_path, [7], tensorboard=False)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
     write_steps(tmp_path, [1], tensorboard=False, resume_step=0)
@@ -99,10 +103,10 @@ def test_tensorboard(tmp_path):
 def test_plain_lines():
     stream = io.StringIO()
     with Progress("pretrain", 100, 10, stream) as progress:
-        progress.update(11, loss=2.5, lr=1e-3, grad_norm=12.345, process_peak_bytes=3 * 2.0**30, tokens=16.0)
+        progress.update(11, loss=2.5, lr=1e-3, grad_norm=12.345, process_memory_bytes=3 * 2.0**30, tokens=16.0)
         progress.update(
             20, loss=2.25, lr=1e-3, grad_norm=1.5, tokens=16.0, samples_per_second=12.34, tokens_per_second=2000.0,
-            mfu=0.4123, data_wait=0.031, text_fill=0.94, image_fill=0.885, device_peak_bytes=1.26 * 2**30,
+            mfu=0.4123, data_wait=0.031, text_fill=0.94, image_fill=0.885, device_memory_bytes=1.26 * 2**30,
             seconds_left=480.0,
         )  # fmt: skip
         progress.update(30, loss=2.0, tflops_per_second=0.0123, seconds_left=39.0)

@@ -116,9 +116,9 @@ def test_what_a_batch_held_leaves_out_padding_and_dropped_samples():
     batch = empty_batch(3, 6, 2, 8)
     batch["segment_ids"][:] = [[1, 1, 2, 3, 3, 0], [0, 0, 0, 1, 3, 3], [0] * 6]  # padding on either side; 2 was dropped
     batch["image_segment_ids"][:] = [[1, 3], [3, 0], [0, 0]]
-    assert {name: int(count) for name, count in held_by(batch).items()} == {
-        "samples": 5, "text_tokens": 8, "images": 3,
-    }  # fmt: skip
+    held = {name: float(share) for name, share in held_by(batch).items()}
+    assert held == pytest.approx({"samples": 5, "text_fill": 8 / 18, "image_fill": 3 / 6})
+    assert set(held_by(empty_batch(3, 6, 0, 8))) == {"samples", "text_fill"}
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():
