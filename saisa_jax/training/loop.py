@@ -157,9 +157,8 @@ class Stage:
         self.skipped = SkippedSteps(self.directory, first)
         self.meter = Meter(self.clock, self.settings, self.steps, self.flops, self.mesh.devices.flatten().tolist())
         held_out, clock = self._held_out(), self.clock
-        wandb = WandbLog(habits.wandb, self.directory, to_dict(self.config)) if habits.wandb else None
         with (
-            MetricsWriter(self.directory, habits.tensorboard, resume_step=first, wandb=wandb) as writer,
+            MetricsWriter(self.directory, habits.tensorboard, resume_step=first, wandb=self._wandb()) as writer,
             Progress(self.name, self.steps, first) as progress,
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
         ):
@@ -213,6 +212,10 @@ class Stage:
         shardings = param_shardings(self.config.model_for(self.name), self.mesh, self.rules)
         merged = functools.partial(merge_adapters, config=self.model.lora)
         return jax.jit(merged, out_shardings=shardings)(params)
+
+    def _wandb(self) -> WandbLog | None:
+        project = self.config.training.wandb
+        return WandbLog(project, self.directory, to_dict(self.config)) if project and not jax.process_index() else None
 
     def _held_out(self) -> HeldOut | None:
         habits = self.config.training
