@@ -50,7 +50,7 @@ class HostBatch(NamedTuple):
     batch: Batch
     sample_ids: tuple[tuple[str, ...], ...]  # of each row's segments 1, 2, ...
     dropped: tuple[str, ...]  # samples that could not be used, and why; their segments are empty
-    counts: np.ndarray  # [rows, 3] int32: samples used, samples dropped, tokens cut off the ends of long ones
+    lost: np.ndarray  # [rows, 2] int32: samples dropped, text tokens cut off the ends of samples that were too long
 
     @property
     def names(self) -> list[str]:
@@ -59,11 +59,11 @@ class HostBatch(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        return int(self.counts[:, 0].sum())
+        return sum(map(len, self.sample_ids)) - len(self.dropped)
 
     @property
     def cut_tokens(self) -> int:
-        return int(self.counts[:, 2].sum())
+        return int(self.lost[:, 1].sum())
 
 
 def empty_batch(rows: int, text_length: int, max_images: int, image_size: int) -> Batch:

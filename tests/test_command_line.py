@@ -11,7 +11,7 @@ from saisa_jax.config import ConfigError
 from saisa_jax.convert.tables import ConvertError
 from saisa_jax.data.sample import DataError
 from saisa_jax.report.runs import ReportError
-from saisa_jax.training.loop import TrainingError
+from saisa_jax.training.journal import TrainingError
 from saisa_jax.training.preemption import RunLockedError
 
 

@@ -126,6 +126,8 @@ def test_a_recipe_with_settings():
     config = read_config([f"{RECIPE}:llava", "--config.finetune.optimizer.lr=0.5", "--config.stages=finetune"])
     assert config.model.alignment == "llava" and config.finetune.optimizer.lr == 0.5
     assert config.stages == ("finetune",)
+    config = read_config([RECIPE, "--config.profile.steps=10,15", "--config.training.wandb=llms"])
+    assert config.profile.steps == (10, 15) and config.training.wandb == "llms"
     assert read_config(["--config", "saisa_jax/testing/configs.py"]) == tiny_config()  # nothing is left from before
 
 

@@ -21,9 +21,26 @@ FORBIDDEN = {  # room -> rooms that it never reads
     "training": {"evaluation", "report", "bench"},
     "inference": {"training", "evaluation", "report", "bench"},
     "config": {"models", "data", "training", "inference", "evaluation", "report", "bench", "convert", "batch"},
+    "chips": {
+        "models",
+        "data",
+        "training",
+        "inference",
+        "evaluation",
+        "report",
+        "bench",
+        "convert",
+        "planning",
+        "config",
+    },
     "batch": {"models", "data", "training", "inference", "evaluation", "report", "bench", "convert", "config"},
 }
-OPTIONAL = {"torch", "gguf", "qwix"}  # imported inside the function that needs it, with a hint how to install it
+OPTIONAL = {
+    "torch",
+    "gguf",
+    "qwix",
+    "wandb",
+}  # imported inside the function that needs it, with a hint how to install it
 NOT_IMPORTED = {
     "jinja2",  # transformers needs it for chat templates and does not ask for it
     "easy-vqa",  # a data set; its files are read where they lie

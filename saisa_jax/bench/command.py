@@ -1,4 +1,4 @@
-"""`python -m saisa_jax bench image|data`: what a question about a picture costs; what the data pipeline delivers."""
+"""`python -m saisa_jax bench image|step|data`: what a question, a training step and an image of a batch cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 BENCHES = {
     "image": ("saisa_jax.bench.image", "a first and a second question about a picture, and a compilation"),
+    "step": ("saisa_jax.bench.step", "a training step under SAISA, NAAViT and LLaVA"),
     "data": ("saisa_jax.bench.data", "images a second of a core, beside PIL with transformers' processor alone"),
 }
 

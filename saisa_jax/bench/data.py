@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from saisa_jax.chips import CHIPS
 from saisa_jax.config import (
     TRAIN_ALL_BUT_VISION,
     TRAIN_PROJECTOR,
@@ -45,9 +46,8 @@ from saisa_jax.models import flops, presets
 
 STAGES: tuple[str, ...] = ("decode", "pad and resize", "tokenise", "pack")
 ROW = (1024, 4)  # text tokens and image slots of a packed row
-CORES, CHIPS = 16, 4
+CORES, CHIPS_A_HOST = 16, 4
 CAPTION = 32  # text tokens of a sample of stage 1
-CHIP_TFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # bfloat16, of one TPU chip
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def demand_table(text: int, images_per_second: float, chip: str, utilisation: fl
     Args:
       text: text tokens of a sample of stage 2; a sample has one image.
       images_per_second: of a core.
-      chip: one of CHIP_TFLOPS.
+      chip: one of CHIPS.
       utilisation: the share of the chips' peak that is reached.
     """
     table = Table("7B recipe", "text", "TFLOP", "samples/s", "tokens/s", f"{CORES} cores", "times")
@@ -238,7 +238,7 @@ def demand_table(text: int, images_per_second: float, chip: str, utilisation: fl
             ("finetune", model, TRAIN_ALL_BUT_VISION, text),
         ):
             of_sample = flops.train_step(staged, groups, 1, tokens)
-            needed = CHIPS * CHIP_TFLOPS[chip] * 1e12 * utilisation / of_sample
+            needed = CHIPS_A_HOST * CHIPS[chip].flops * utilisation / of_sample
             delivered = CORES * images_per_second  # samples a second
             whole = tokens + model.vision.num_patches
             table.add_row(
@@ -263,7 +263,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--words", type=int, default=180, help="words of an answer (default 180)")
     parser.add_argument("--tokenizer", default="easy_vqa", help="a directory (default: the demo's)")
     parser.add_argument("--template", default="vicuna_v1", help="that suits the tokenizer (default vicuna_v1)")
-    parser.add_argument("--chip", choices=CHIP_TFLOPS, default="v5e", help="default: v5e")
+    parser.add_argument("--chip", choices=CHIPS, default="v5e", help="default: v5e")
     parser.add_argument("--utilisation", type=float, default=0.5, help="share of the chip's peak (default 0.5)")
     options = parser.parse_args(argv)
     for name in ("n", "repeat", "words"):
@@ -293,8 +293,9 @@ def main(argv: Sequence[str]) -> int:
     console.print(path_table(rounds, options.n))
     console.print(
         "The peer is PIL with transformers' CLIP processor, up to the same uint8 pixels, and up to float32 as in LLaVA."
-        f"\n\nWhat {CHIPS} {options.chip} chips need at {options.utilisation:.0%} of {CHIP_TFLOPS[options.chip]} "
-        f"TFLOP/s (bfloat16) each, beside {CORES} cores at the pipeline's rate above; a sample has one image:"
+        f"\n\nWhat {CHIPS_A_HOST} {options.chip} chips need at {options.utilisation:.0%} of "
+        f"{CHIPS[options.chip].flops / 1e12:.0f} TFLOP/s (bfloat16) each, "
+        f"beside {CORES} cores at the pipeline's rate above; a sample has one image:"
     )
     rate = options.n / statistics.median(r.ours for r in rounds)
     console.print(demand_table(text, rate, options.chip, options.utilisation))

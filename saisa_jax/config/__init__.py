@@ -42,6 +42,7 @@ from saisa_jax.config.training import (
     GroupConfig,
     Groups,
     OptimizerConfig,
+    ProfileConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProfileConfig",
     "ProjectorConfig",
     "RopeScalingConfig",
     "SourceConfig",

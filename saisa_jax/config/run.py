@@ -14,6 +14,7 @@ from saisa_jax.config.training import (
     TRAIN_PROJECTOR,
     EvaluationConfig,
     OptimizerConfig,
+    ProfileConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -42,6 +43,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -136,6 +136,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    wandb: str | None = None  # a project of Weights & Biases that gets the same numbers
     loss_chunk: int = 512  # positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all
     # A loss or gradient that is not finite: stop, or leave parameters and moments as they are, write the samples into
     # skipped.jsonl, and go on.
@@ -148,6 +149,19 @@ class TrainingConfig:
             positive(f"training.{name}", getattr(self, name))
         for name in ("eval_every", "eval_samples", "loss_chunk"):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A profiler's trace, in the stage's directory `profile`."""
+
+    steps: tuple[int, ...] = ()  # the first and the last step that are traced, of each stage; (): none
+
+    def __post_init__(self) -> None:
+        check(
+            not self.steps or (len(self.steps) == 2 and 0 < self.steps[0] <= self.steps[1]),
+            f"profile.steps={self.steps} should be the first and the last step: --config.profile.steps=10,15",
+        )
 
 
 @dataclass(frozen=True)

@@ -222,9 +222,9 @@ def eval_batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast,
 def _batched(rows: Sequence[Row]) -> HostBatch:
     """Rows as a batch."""
     batch: Batch = {name: np.concatenate([row.batch[name] for row in rows]) for name in rows[0].batch}  # type: ignore
-    counts = [(len(row.sample_ids) - len(row.dropped), len(row.dropped), row.cut_tokens) for row in rows]
+    lost = [(len(row.dropped), row.cut_tokens) for row in rows]
     dropped = tuple(reason for row in rows for reason in row.dropped)
-    return HostBatch(batch, tuple(row.sample_ids for row in rows), dropped, np.asarray(counts, np.int32))
+    return HostBatch(batch, tuple(row.sample_ids for row in rows), dropped, np.asarray(lost, np.int32))
 
 
 def _seed(config: Config, stage: str) -> int:

@@ -14,11 +14,12 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
+from saisa_jax.chips import CHIPS
 from saisa_jax.config import Config, ConfigError, from_config_dict, nearest_fields
 from saisa_jax.planning import remedies, tables
 from saisa_jax.planning.compile import Program, compile_stage
 from saisa_jax.planning.roofline import length
-from saisa_jax.planning.topologies import CHIPS, Topology, parse
+from saisa_jax.planning.topologies import Topology, parse
 
 
 def main(argv: Sequence[str]) -> int:

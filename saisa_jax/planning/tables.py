@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from saisa_jax.chips import GIB
 from saisa_jax.planning.compile import Program
 from saisa_jax.planning.roofline import Length, Roofline, roofline, seconds_at
-from saisa_jax.planning.topologies import GIB
 
 HOUR = 3600
 

@@ -1,4 +1,4 @@
-"""Accelerators by name: what a chip can do, and the devices of a slice of them to compile for, without having any."""
+"""Slices of chips by name, and their devices to compile for, without having any."""
 
 from __future__ import annotations
 
@@ -10,51 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from saisa_jax.chips import CHIPS, Chip
 from saisa_jax.config import ConfigError
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What a chip can do, as its maker says.
-
-    Attributes:
-      flops: dense bfloat16 FLOP/s.
-      hbm: bytes of memory that a program may use.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s that a chip receives over all its links to its neighbours (ICI, NVLink) together: half of
-        the "bidirectional" figure.
-      axes: dimensions of a topology; 1 for GPUs, which all see each other.
-      devices: JAX devices of a chip.
-      example: a topology.
-      source: where the figures are from.
-    """
-
-    flops: float
-    hbm: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    axes: int
-    example: str
-    source: str
-    devices: int = 1
-
-
-_TPU_PAGES = "docs.cloud.google.com/tpu/docs/"
-
-# HBM of TPUs: what libtpu 0.0.42 itself says is available when a program is too large for it.
-CHIPS: dict[str, Chip] = {
-    "v4": Chip(275e12, 2 * 15.25 * GIB, 1200e9, 300e9, 3, "2x2x4", _TPU_PAGES + "v4", devices=2),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 2, "4x4", _TPU_PAGES + "v5e"),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 3, "2x2x4", _TPU_PAGES + "v5p"),
-    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 400e9, 2, "4x4", _TPU_PAGES + "v6e"),
-    "tpu7x": Chip(2307e12, 2 * 94.75 * GIB, 7380e9, 600e9, 3, "2x2x1", _TPU_PAGES + "tpu7x", devices=2),
-    # SXM boards; 0.9 of the memory, for the driver and the allocator.
-    "a100": Chip(312e12, 0.9 * 80 * GIB, 2039e9, 300e9, 1, "8", "NVIDIA A100 80GB datasheet"),
-    "h100": Chip(989e12, 0.9 * 80 * GIB, 3350e9, 450e9, 1, "8", "NVIDIA H100 SXM datasheet"),
-    "h200": Chip(989e12, 0.9 * 141 * GIB, 4800e9, 450e9, 1, "8", "NVIDIA H200 SXM datasheet"),
-}
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,19 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from saisa_jax.chips import GIB
+from saisa_jax.training.wandb_log import WandbLog
+
 
 class MetricsWriter:
-    """Appends rows to `directory/metrics.jsonl`, and their numbers to `directory/tensorboard`.
+    """Appends rows to `directory/metrics.jsonl`, and their numbers to `directory/tensorboard` and to W&B.
 
     A row is {"kind", "step", ...} as one line of valid JSON: a NaN or an infinity is null. It is on disk when `write`
     returns.
@@ -27,15 +29,26 @@ class MetricsWriter:
         tensorboardX loses the last ones when it is killed; TensorBoard hides what earlier files say.
       resume_step: the last step that counts; later rows, written before an interruption, are cut off and will be
         written again. 0: from the start. None: keep all.
+      wandb: a log of W&B, which is closed together with this one; None: there is none.
+
+    Attributes:
+      cut: the rows that were cut off.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], tensorboard: bool = True, resume_step: int | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        wandb: WandbLog | None = None,
+    ):
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        cut_back(self.path, resume_step)
+        self.cut = cut_back(self.path, resume_step)
         self._file = self.path.open("a")
         self._events: Any = _event_writer(directory / "tensorboard", resume_step) if tensorboard else None
+        self._wandb = wandb
         if self._events is not None and resume_step is not None:
             for line in self.path.read_text().splitlines():
                 self._show(json.loads(line))
@@ -61,11 +74,12 @@ class MetricsWriter:
         self._file.flush()
         if self._events is not None:
             self._show(row)
+        if self._wandb is not None:
+            self._wandb.write(kind, step, _numbers(row))
 
     def _show(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        for name, value in _numbers(row).items():
+            self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def holds(self, kind: str, step: int) -> bool:
         """Whether a row of this kind and step is there."""
@@ -76,26 +90,44 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
-def cut_back(path: epath.Path, resume_step: int | None) -> None:
-    """Drops rows after `resume_step`, and a last line that a crash has cut short."""
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in row.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def cut_back(path: epath.Path, resume_step: int | None) -> list[dict[str, Any]]:
+    """Drops rows after `resume_step`, which it returns, and a last line that a crash has cut short.
+
+    Rows of goodput go with them: those of a run that goes on count what is in them.
+    """
     if not path.exists():
-        return
+        return []
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if _counts(line, resume_step)]
-    if kept != lines:
+    rows = [_row(line) for line in lines]
+    counts = [row is not None and (resume_step is None or _stays(row, resume_step)) for row in rows]
+    if not all(counts):
         new = path.parent / f".{path.name}.new"
-        new.write_text("".join(kept))
+        new.write_text("".join(line for line, kept in zip(lines, counts, strict=True) if kept))
         new.replace(path)
+    return [row for row, kept in zip(rows, counts, strict=True) if row is not None and not kept]
 
 
-def _counts(line: str, resume_step: int | None) -> bool:
+def _stays(row: Mapping[str, Any], resume_step: int) -> bool:
+    return row["step"] <= resume_step and row.get("kind") != "goodput"
+
+
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        return json.loads(line) if line.endswith("\n") else None
     except ValueError:
-        return False
-    return line.endswith("\n") and (resume_step is None or row["step"] <= resume_step)
+        return None
 
 
 def _event_writer(directory: epath.Path, resume_step: int | None) -> Any:
@@ -125,6 +157,26 @@ def jsonable(value: Any) -> Any:
     return jsonable(array.tolist())
 
 
+def _rate(unit: str) -> Callable[[float], str]:
+    return lambda value: f"{value:,.0f} {unit}/s" if value >= 100 else f"{value:.3g} {unit}/s"
+
+
+SHOWN: dict[str, Callable[[float], str]] = {  # in a line of progress, in this order
+    "loss": "loss {:.4g}".format,
+    "lr": "lr {:.4g}".format,
+    "grad_norm": "grad {:.3g}".format,
+    "samples_per_second": _rate("samples"),
+    "tokens_per_second": _rate("tokens"),
+    "mfu": "MFU {:.1%}".format,
+    "tflops_per_second": lambda value: f"{value:.3g} TFLOP/s" if value >= 1 else f"{1e3 * value:.3g} GFLOP/s",
+    "data_wait": "data wait {:.0%}".format,
+    "text_fill": "text {:.0%} full".format,
+    "image_fill": "images {:.0%} full".format,
+    "device_memory_bytes": lambda value: f"{value / GIB:.1f} GiB a device",
+    "process_memory_bytes": lambda value: f"{value / GIB:.1f} GiB of memory",
+}
+
+
 class Progress:
     """Where a run is and how long it will still take: a live bar on a terminal, otherwise a line for each update.
 
@@ -138,11 +190,8 @@ class Progress:
 
     def __init__(self, name: str, total: int, first: int = 0, stream: Any = None, shown: bool = True):
         self._shown = shown
-        self._name, self._total, self._step = name, total, first
+        self._name, self._total = name, total
         self._stream = stream or sys.stderr
-        self._time = time.monotonic()
-        self._seconds_per_step: float | None = None
-        self._updates = 0
         self._bar = _Bar(name, total, first, self._stream) if shown and self._stream.isatty() else None
 
     def __enter__(self) -> Progress:
@@ -153,52 +202,24 @@ class Progress:
     ) -> None:
         self.close()
 
-    def update(self, step: int, *, samples: int, tokens: float | None = None, **values: float) -> dict[str, float]:
-        """Shows a step; called every so many steps.
+    def update(self, step: int, **values: float) -> None:
+        """Shows a step.
 
         Args:
           step: the step that was reached.
-          samples: of one step.
-          tokens: of one step; only a rate is made of it.
-          values: shown as they are: loss, lr.
-
-        Returns:
-          {"samples_per_second"} and, if `tokens` was given, {"tokens_per_second"}, since the last update.
+          values: of a row of kind "train"; those that SHOWN names are shown.
         """
-        now = time.monotonic()
-        steps, seconds = step - self._step, max(now - self._time, 1e-9)
-        self._step, self._time = step, now
-        steps_per_second = steps / seconds
-        rates = {"samples_per_second": samples * steps_per_second}
-        if tokens is not None:
-            rates["tokens_per_second"] = float(tokens) * steps_per_second
-        if steps > 0:
-            self._note_pace(seconds / steps)
-        line = "  ".join([*(f"{name} {value:.4g}" for name, value in values.items()), *map(_show_rate, rates.items())])
-        left = self._left()
+        line = "  ".join(show(values[name]) for name, show in SHOWN.items() if name in values)
+        left = duration(values["seconds_left"]) if "seconds_left" in values else "?"
         if self._bar is not None:
             self._bar.show(step, line, left)
         elif self._shown:
             print(f"{self._name}: step {step}/{self._total}  {line}  {left} left", file=self._stream, flush=True)
-        return rates
 
     def close(self) -> None:
         """Leaves the terminal as it was; may be called twice."""
         if self._bar is not None:
             self._bar.close()
-
-    def _note_pace(self, seconds_per_step: float) -> None:
-        """A running mean; the first update, which holds the compilation, is forgotten at the second."""
-        self._updates += 1
-        if self._seconds_per_step is None or self._updates == 2:
-            self._seconds_per_step = seconds_per_step
-        else:
-            self._seconds_per_step += 0.3 * (seconds_per_step - self._seconds_per_step)
-
-    def _left(self) -> str:
-        if self._seconds_per_step is None:
-            return "?"
-        return duration((self._total - self._step) * self._seconds_per_step)
 
 
 class _Bar:
@@ -227,13 +248,6 @@ class _Bar:
 
     def close(self) -> None:
         self._rich.stop()
-
-
-def _show_rate(item: tuple[str, float]) -> str:
-    name, value = item
-    unit = name.removesuffix("_per_second")
-    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{number} {unit}/s"
 
 
 def duration(seconds: float) -> str:

@@ -110,7 +110,6 @@ class OtherProcessError(UserError, RuntimeError):
 class News(NamedTuple):
     """What all processes together have to say of a step."""
 
-    samples: int
     dropped: int
     cut_tokens: int
 
@@ -133,13 +132,13 @@ class Crew:
         self._gather = jax.jit(_gather, out_shardings=parallel.replicated(mesh))
         self._failure: Exception | None = None
 
-    def tell(self, stop: bool, failure: Exception | None, counts: np.ndarray, rows: int) -> Any:
+    def tell(self, stop: bool, failure: Exception | None, lost: np.ndarray, rows: int) -> Any:
         """Sends this process's part.
 
         Args:
           stop: it was asked to stop.
           failure: why it could not read its rows.
-          counts: [own rows, 3]; see `HostBatch`.
+          lost: [own rows, 2]; see `HostBatch`.
           rows: of the whole batch.
 
         Returns:
@@ -152,13 +151,13 @@ class Crew:
             if failure is not None:
                 raise failure
             self.stopping = stop
-            return np.asarray([0, 0, *counts.sum(0)])
+            return np.asarray([0, 0, *lost.sum(0)])
         self._failure = self._failure or failure
         said = np.asarray([stop, 0 if failure is None else jax.process_index() + 1], np.int32)
         words = jax.make_array_from_callback(
             (*self._mesh.devices.shape, 2), self._of_devices, lambda index: said.reshape(1, 1, 1, 2)
         )
-        return self._gather(words, parallel.to_device(counts, self._mesh, rows))
+        return self._gather(words, parallel.to_device(lost, self._mesh, rows))
 
     def hear(self, told: Any) -> News:
         """What all processes have sent.
@@ -167,15 +166,15 @@ class Crew:
           Exception: this process's own failure.
           OtherProcessError: another one has failed.
         """
-        stop, failed, *counts = np.asarray(told).tolist()
+        stop, failed, *lost = np.asarray(told).tolist()
         if failed:
             raise self._failure or OtherProcessError(
                 f"process {failed - 1} could not read its part of the data; its own log says why"
             )
         self.stopping |= bool(stop)
-        return News(*counts)
+        return News(*lost)
 
 
-def _gather(words: Any, counts: Any) -> Any:
-    """[stop, failed, samples, dropped, cut tokens] of all devices; rows that several of them hold count once."""
-    return jnp.concatenate([words.max(axis=(0, 1, 2)), counts.sum(axis=0)])
+def _gather(words: Any, lost: Any) -> Any:
+    """[stop, failed, dropped, cut tokens] of all devices; rows that several of them hold count once."""
+    return jnp.concatenate([words.max(axis=(0, 1, 2)), lost.sum(axis=0)])

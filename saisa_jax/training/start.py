@@ -138,7 +138,7 @@ def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> None:
 
 
 def check_same_recipe(config: Config, workdir: epath.Path) -> None:
-    """A workdir holds one recipe; logging, evaluation, mesh, threads and the choice of stages may change.
+    """A workdir holds one recipe; logging, profile, evaluation, mesh, threads and the choice of stages may change.
 
     Raises:
       ConfigError: every setting that differs from the workdir's.
@@ -160,7 +160,7 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
 
 def _recipe(raw: dict[str, Any]) -> dict[str, str]:
     """What decides a run's numbers, as {"finetune.optimizer.lr": "0.001"}."""
-    free = ("name", "stages", "training", "mesh", "distributed", "evaluation")
+    free = ("name", "stages", "training", "mesh", "distributed", "profile", "evaluation")
     raw = {name: value for name, value in raw.items() if name not in free}
     raw["data"] = {
         name: value for name, value in raw["data"].items() if name not in ("num_workers", "num_threads", "prefetch")

@@ -29,7 +29,8 @@ def make_train_step(
     Gradients are taken of the trainable tree alone: nothing runs backward through what only frozen parameters need.
     A step whose loss or gradient is not finite changes nothing but the step counter.
 
-    Metrics: loss, tokens (sum of loss weights), grad_norm (before clipping), lr, skipped (1.0: nothing was changed).
+    Metrics: loss, tokens (sum of loss weights), grad_norm (before clipping), lr, skipped (1.0: nothing was changed),
+    and what the batch held (`held_by`).
 
     Args:
       config: the model.
@@ -63,10 +64,22 @@ def make_train_step(
             "grad_norm": norm,
             "lr": optimizer.learning_rate(state.opt_state),
             "skipped": 1.0 - good,
+            **held_by(batch),
         }
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def held_by(batch: Batch) -> Metrics:
+    """{samples} of a batch, and {text_fill, image_fill}: how much of its positions and slots hold something (0..1)."""
+    segments, images = batch["segment_ids"], batch["image_segment_ids"]
+    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    return {
+        "samples": jnp.sum((segments > 0) & (segments != before)),
+        "text_fill": jnp.mean(segments > 0),
+        **({"image_fill": jnp.mean(images > 0)} if images.size else {}),
+    }
 
 
 def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:

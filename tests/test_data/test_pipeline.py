@@ -227,7 +227,7 @@ def test_processes_part_each_batch_as_their_devices_hold_it(tokenizer) -> None:
     for own, share in zip(owned, shares, strict=True):
         for host, part in zip(whole, share, strict=True):
             assert part.sample_ids == tuple(host.sample_ids[row] for row in own)
-            np.testing.assert_array_equal(part.counts, host.counts[list(own)])
+            np.testing.assert_array_equal(part.lost, host.lost[list(own)])
             for name in host.batch:
                 np.testing.assert_array_equal(part.batch[name], host.batch[name][list(own)])
 
@@ -238,7 +238,7 @@ def test_padding_has_the_shape_of_the_next_batch(tokenizer) -> None:
     assert {n: (x.shape, x.dtype) for n, x in padding.batch.items()} == {
         n: (x.shape, x.dtype) for n, x in host.batch.items()
     }
-    assert not padding.counts.any() and not padding.batch["segment_ids"].any()
+    assert not padding.lost.any() and not padding.batch["segment_ids"].any()
 
 
 def test_impossible_rows(tokenizer) -> None:

@@ -92,7 +92,7 @@ def take(batches, count: int) -> list[HostBatch]:
 
 def assert_same(one: list[HostBatch], two: list[HostBatch]) -> None:
     assert [host[1:3] for host in one] == [host[1:3] for host in two]
-    np.testing.assert_array_equal([host.counts for host in one], [host.counts for host in two])
+    np.testing.assert_array_equal([host.lost for host in one], [host.lost for host in two])
     for a, b in zip(one, two, strict=True):
         for name in a.batch:
             assert a.batch[name].tobytes() == b.batch[name].tobytes(), name

@@ -6,9 +6,10 @@ import importlib.util
 
 import pytest
 
+from saisa_jax.chips import CHIPS
 from saisa_jax.config import ConfigError
 from saisa_jax.planning import topologies
-from saisa_jax.planning.topologies import CHIPS, Topology, parse
+from saisa_jax.planning.topologies import Topology, parse
 
 
 @pytest.mark.parametrize(

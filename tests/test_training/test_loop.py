@@ -11,10 +11,11 @@ import pytest
 from etils import epath
 
 from saisa_jax.checkpoints import CheckpointError, checksums, load_model
-from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError
+from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError, ProfileConfig
 from saisa_jax.data.sample import DataError
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
+from saisa_jax.training.journal import TrainingError
 from saisa_jax.training.optimizer import flatten
 
 
@@ -47,6 +48,18 @@ def test_two_stages_leave_models_metrics_and_summaries(finished):
         assert {"id", "question", "answer", "truth"} == set(evaluations[0]["samples"][0])
         summary = json.loads((finished / stage / "summary.json").read_text())
         assert summary["steps"] == 3 and summary["samples"] == 24 and summary["train_flops"] > 0
+        goodput = summary["goodput"]
+        assert goodput.pop("lost_steps") == goodput["lost_seconds"] == 0
+        assert min(goodput[f"{kind}_seconds"] for kind in ("start", "compile", "data", "step", "save", "eval")) > 0
+        assert sum(goodput.values()) == pytest.approx(summary["wall_seconds"], abs=0.1)
+        assert rows(finished, stage, "goodput")[0]["compile_seconds"] == goodput["compile_seconds"]
+        first, *others = rows(finished, stage)
+        assert first["process_memory_bytes"] > 0 and "samples_per_second" not in first  # it was compiled
+        for row in others:
+            per_second = 1 / row["seconds_per_step"]
+            assert row["samples_per_second"] == pytest.approx(8 * per_second)
+            assert row["tflops_per_second"] == pytest.approx(summary["train_flops"] / 3 / 1e12 * per_second)
+            assert row["image_fill"] == 1 and 0 < row["text_fill"] < 1 and 0 <= row["data_wait"] < 1
     shared, per_layer = params_of(finished, "pretrain"), params_of(finished, "finetune")
     assert shared["visual_proj/fc1/kernel"].shape == (32, 32)
     assert per_layer["layers/visual_proj/fc1/kernel"].shape == (2, 32, 32)
@@ -62,7 +75,10 @@ def test_a_finished_run_is_left_alone(finished):
 
 
 def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
-    """SIGTERM during the second step of stage 1: a checkpoint, then the same losses and parameters as undisturbed."""
+    """SIGTERM during the second step of stage 1: a checkpoint, then the same losses and parameters as undisturbed.
+
+    The first start is traced, and its trace closed when it is stopped; what it lost is counted.
+    """
     workdir, original = epath.Path(tmp_path), loop.parallel.to_device
     calls = []
 
@@ -73,15 +89,25 @@ def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
         return original(batch, mesh, rows)
 
     monkeypatch.setattr(loop.parallel, "to_device", to_device)
-    assert loop.run(tiny_config(), workdir) == signal.SIGTERM
+    traced = dataclasses.replace(tiny_config(), profile=ProfileConfig((2, 9)))
+    assert loop.run(traced, workdir) == signal.SIGTERM
     assert not (workdir / "pretrain" / "model").exists()
     assert [step for step, _ in losses(workdir, "pretrain")] == [1, 2]
+    assert list((workdir / "pretrain" / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    (stopped,) = rows(workdir, "pretrain", "goodput")
+    assert stopped["step"] == 2 and stopped["compile_seconds"] > 0
+    with (workdir / "pretrain" / "metrics.jsonl").open("a") as file:  # as if it had been killed two steps later
+        file.write(json.dumps({"kind": "train", "step": 4, "seconds": 1000.0}) + "\n")
     monkeypatch.setattr(loop.parallel, "to_device", original)
     assert loop.run(tiny_config(), workdir) == 0
     for stage in ("pretrain", "finetune"):
         assert losses(workdir, stage) == losses(finished, stage)
         ours, theirs = params_of(workdir, stage), params_of(finished, stage)
         assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+    assert [row["step"] for row in rows(workdir, "pretrain", "goodput")] == [3]  # it counts the first one
+    whole = json.loads((workdir / "pretrain" / "summary.json").read_text())["goodput"]
+    assert whole["lost_steps"] == 2 and 0 < 1000 - whole["lost_seconds"] < stopped["compile_seconds"] + 100
+    assert whole["compile_seconds"] > stopped["compile_seconds"] and whole["start_seconds"] > stopped["start_seconds"]
 
 
 def test_frozen_parts_stay_and_another_recipe_or_other_frozen_weights_are_refused(finished, tmp_path, monkeypatch):
@@ -136,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path,
         return broken
 
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    with pytest.raises(loop.TrainingError, match=r"loss is nan at step 2 of pretrain; its batch held easy_vqa/"):
+    with pytest.raises(TrainingError, match=r"loss is nan at step 2 of pretrain; its batch held easy_vqa/"):
         loop.run(config, epath.Path(tmp_path))
     assert not (tmp_path / "pretrain" / "model").exists()
     assert not [path for path in (tmp_path / "pretrain" / "checkpoints").iterdir() if path.name.isdigit()]
@@ -155,9 +181,7 @@ def test_bad_batches_are_skipped_and_written_down_until_there_are_too_many(tmp_p
         return original(batch | {"loss_weights": weights.astype(np.float32)}, mesh, rows)
 
     monkeypatch.setattr(loop.parallel, "to_device", to_device)
-    with pytest.raises(
-        loop.TrainingError, match=r"is nan at step 3 .* 2 steps in a row .* --config.training.max_skips=1"
-    ):
+    with pytest.raises(TrainingError, match=r"is nan at step 3 .* 2 steps in a row .* --config.training.max_skips=1"):
         loop.run(config, workdir)
     bad.discard(3)
     calls[:] = [None] * 2  # goes on from the checkpoint of step 2

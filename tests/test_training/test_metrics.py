@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saisa_jax.training import metrics
 from saisa_jax.training.metrics import MetricsWriter, Progress, duration
 
 
@@ -58,7 +57,13 @@ def test_resume_cuts_back(tmp_path):
     write_steps(tmp_path, range(1, 8), tensorboard=False)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 3')  # cut short by a crash
+    with MetricsWriter(tmp_path, tensorboard=False, resume_step=4) as writer:
+        assert [row["step"] for row in writer.cut] == [5, 6, 7]
     write_steps(tmp_path, [5, 6], tensorboard=False, resume_step=4)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write("goodput", 6, step_seconds=1.0)  # the run that goes on counts it and writes another one
+    write_steps(tmp_path, [], tensorboard=False, resume_step=6)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
     write_steps(tmp_path, [7], tensorboard=False)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
@@ -96,39 +101,25 @@ def test_tensorboard(tmp_path):
     assert events(tmp_path) == [("start", "", 0), ("scalar", "train/loss", 1), ("scalar", "train/loss", 5)]
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that the test moves."""
-
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
-    return clock
-
-
-def test_plain_lines(clock):
+def test_plain_lines():
     stream = io.StringIO()
     with Progress("pretrain", 100, 10, stream) as progress:
-        clock.now += 60  # compiles
-        progress.update(20, samples=64, tokens=1000.0, loss=2.5, lr=1e-3)
-        clock.now += 5
-        rates = progress.update(30, samples=64, tokens=1000.0, loss=2.25, lr=1e-3)
-        clock.now += 10
-        progress.update(40, samples=64, loss=2.0)
-    assert rates == {"samples_per_second": 128.0, "tokens_per_second": 2000.0}
+        progress.update(11, loss=2.5, lr=1e-3, grad_norm=12.345, process_memory_bytes=3 * 2.0**30, tokens=16.0)
+        progress.update(
+            20, loss=2.25, lr=1e-3, grad_norm=1.5, tokens=16.0, samples_per_second=12.34, tokens_per_second=2000.0,
+            mfu=0.4123, data_wait=0.031, text_fill=0.94, image_fill=0.885, device_memory_bytes=1.26 * 2**30,
+            seconds_left=480.0,
+        )  # fmt: skip
+        progress.update(30, loss=2.0, tflops_per_second=0.0123, seconds_left=39.0)
     assert stream.getvalue().splitlines() == [
-        "pretrain: step 20/100  loss 2.5  lr 0.001  10.7 samples/s  167 tokens/s  8m 00s left",
-        "pretrain: step 30/100  loss 2.25  lr 0.001  128 samples/s  2,000 tokens/s  35s left",
-        "pretrain: step 40/100  loss 2  64 samples/s  39s left",
+        "pretrain: step 11/100  loss 2.5  lr 0.001  grad 12.3  3.0 GiB of memory  ? left",
+        "pretrain: step 20/100  loss 2.25  lr 0.001  grad 1.5  12.3 samples/s  2,000 tokens/s  MFU 41.2%  "
+        "data wait 3%  text 94% full  images 88% full  1.3 GiB a device  8m 00s left",
+        "pretrain: step 30/100  loss 2  12.3 GFLOP/s  39s left",
     ]
 
 
-def test_a_bar_on_a_terminal(clock, monkeypatch):
+def test_a_bar_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -137,8 +128,7 @@ def test_a_bar_on_a_terminal(clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
     progress = Progress("finetune", 100, 0, stream)
-    clock.now += 5
-    progress.update(10, samples=4, loss=0.25)
+    progress.update(10, loss=0.25, samples_per_second=8.0, seconds_left=45.0)
     progress.close()
     progress.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())

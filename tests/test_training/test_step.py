@@ -32,7 +32,7 @@ from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.programs import equations, products_in
 from saisa_jax.training.optimizer import Optimizer, flatten, make_optimizer, split
 from saisa_jax.training.state import create_state, make_state, state_shardings
-from saisa_jax.training.step import make_train_step, micro_batches_of
+from saisa_jax.training.step import held_by, make_train_step, micro_batches_of
 
 TINY = tiny_config().model
 ADAMW = OptimizerConfig(lr=1e-2, warmup_fraction=0.5)
@@ -110,6 +110,15 @@ def test_micro_batches_move_no_row_to_another_device():
 
 
 # --- Steps that are not finite ---------------------------------------------------------------------------------------
+
+
+def test_what_a_batch_held_leaves_out_padding_and_dropped_samples():
+    batch = empty_batch(3, 6, 2, 8)
+    batch["segment_ids"][:] = [[1, 1, 2, 3, 3, 0], [0, 0, 0, 1, 3, 3], [0] * 6]  # padding on either side; 2 was dropped
+    batch["image_segment_ids"][:] = [[1, 3], [3, 0], [0, 0]]
+    held = {name: float(share) for name, share in held_by(batch).items()}
+    assert held == pytest.approx({"samples": 5, "text_fill": 8 / 18, "image_fill": 3 / 6})
+    assert set(held_by(empty_batch(3, 6, 0, 8))) == {"samples", "text_fill"}
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():

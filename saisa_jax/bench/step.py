@@ -1,0 +1,222 @@
+"""`python -m saisa_jax bench step`: the time of a training step of SAISA, NAAViT and LLaVA on this machine.
+
+The step is stage 2's own: everything but the vision encoder trains, with AdamW. The three alternate in one run, each
+round in the other order, so that whatever else the machine does falls on all alike. A ratio to LLaVA is the median over
+the rounds of that of the two times of a round; beside it stands the ratio of the FLOPs by formula (`models/flops.py`).
+On a CPU the processor time of all threads is told as well: other work of the machine hardly changes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from saisa_jax import parallel
+from saisa_jax.batch import Batch
+from saisa_jax.chips import peak_flops
+from saisa_jax.config import (
+    ALIGNMENTS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    ProjectorConfig,
+    StageConfig,
+    VisionConfig,
+)
+from saisa_jax.models import flops
+from saisa_jax.models.saisa import init_params
+from saisa_jax.report.runs import NAMES
+from saisa_jax.testing.batches import make_batch, random_layout
+from saisa_jax.training.prepare import prepare
+from saisa_jax.training.state import create_state
+from saisa_jax.training.step import make_train_step
+
+STAGE = "finetune"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One alignment's steps.
+
+    Attributes:
+      flops: of a step, by formula.
+      seconds: of each step, by the clock on the wall.
+      processor: of each step, of all threads of this process together.
+    """
+
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def add(self, step: Callable[[], None]) -> None:
+        wall, processor = time.perf_counter(), time.process_time()
+        step()
+        self.seconds.append(time.perf_counter() - wall)
+        self.processor.append(time.process_time() - processor)
+
+
+def make_config(alignment: str, options: argparse.Namespace) -> Config:
+    """A model of the asked size; its encoder is a quarter as wide as the decoder, as CLIP is to a Llama of 7B."""
+    width = options.embed // 4
+    model = ModelConfig(
+        alignment=alignment,
+        vocab_size=options.vocab,
+        embed_dim=options.embed,
+        num_layers=options.layers,
+        num_heads=options.embed // 64,
+        num_kv_heads=options.embed // 64,
+        head_dim=64,
+        mlp_dim=options.mlp,
+        max_length=options.text + options.images * options.visual,
+        dtype=options.dtype,
+        attention_impl=options.attention,
+        vision=VisionConfig(
+            image_size=14 * round(options.visual**0.5),
+            patch_size=14,
+            embed_dim=width,
+            num_layers=options.layers,
+            num_heads=max(1, width // 64),
+            mlp_dim=4 * width,
+        ),
+        projector=ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared"),
+    )
+    stage = StageConfig(
+        sharing=model.projector.sharing,
+        batch_size=options.rows,
+        text_length=options.text,
+        max_images=options.images,
+    )
+    return Config(name=f"bench-{alignment}", stages=(STAGE,), model=model, finetune=stage)
+
+
+def make_rows(config: Config) -> Batch:
+    """Rows of random tokens without padding, every image slot full, images anywhere."""
+    settings, rng = config.stage(STAGE), np.random.default_rng(0)
+    layouts = [
+        random_layout(rng, settings.text_length, settings.max_images, config.model.vocab_size)
+        for _ in range(settings.batch_size)
+    ]
+    return make_batch(config.model, layouts)
+
+
+def make_step(config: Config) -> tuple[Callable[[], None], float]:
+    """A function that trains one step and returns when it is done, and the FLOPs of a step."""
+    stage = prepare(config, STAGE, steps=1000)
+    with parallel.use(stage.mesh, stage.rules):
+        make_params = lambda key: init_params(stage.model, key)  # noqa: E731
+        state = create_state(make_params, jax.random.key(0), stage.settings.groups, stage.optimizer, stage.shardings)
+        batch = parallel.to_device(make_rows(config), stage.mesh)
+    train_step = make_train_step(stage.model, stage.optimizer, stage.shardings, loss_chunk=config.training.loss_chunk)
+    held: dict[str, Any] = {"state": state}
+
+    def step() -> None:
+        with parallel.use(stage.mesh, stage.rules):
+            held["state"], metrics = train_step(held["state"], batch)
+        jax.block_until_ready((held["state"], metrics))
+
+    s = stage.settings
+    return step, flops.train_step(stage.model, s.groups, s.batch_size, s.text_length, s.max_images)
+
+
+def bench(options: argparse.Namespace) -> dict[str, Timed]:
+    """Times the alignments in turns.
+
+    Returns:
+      {alignment: Timed}; round i is the i-th of each.
+    """
+    steps = {alignment: make_step(make_config(alignment, options)) for alignment in ALIGNMENTS}
+    timed = {alignment: Timed(needed) for alignment, (_, needed) in steps.items()}
+    for step, _ in steps.values():
+        step()  # compiles
+    for number in range(options.repeat):
+        for alignment in reversed(ALIGNMENTS) if number % 2 else ALIGNMENTS:
+            timed[alignment].add(steps[alignment][0])
+    return timed
+
+
+def table(timed: dict[str, Timed]) -> Table:
+    """A column for each alignment."""
+    peak, llava = peak_flops(jax.devices()), timed["llava"]
+    shown = Table("", *(NAMES[name] for name in timed))
+    for column in shown.columns[1:]:
+        column.justify = "right"
+
+    def row(name: str, of: Callable[[Timed], str]) -> None:
+        shown.add_row(name, *map(of, timed.values()))
+
+    def rate(one: Timed) -> str:
+        speed = one.flops / statistics.median(one.seconds)
+        return f"{speed / peak:.1%}" if peak else f"{speed / 1e9:,.0f}"
+
+    row("ms a step", lambda one: f"{1e3 * statistics.median(one.seconds):,.0f}")
+    row("of LLaVA's", lambda one: f"{statistics.median(ratios(one.seconds, llava.seconds)):.2f}")
+    row("in half of the rounds", lambda one: "{:.2f} to {:.2f}".format(*_middle(ratios(one.seconds, llava.seconds))))
+    if jax.default_backend() == "cpu":
+        row("processor ms a step", lambda one: f"{1e3 * statistics.median(one.processor):,.0f}")
+        row("of LLaVA's", lambda one: f"{statistics.median(ratios(one.processor, llava.processor)):.2f}")
+    row("GFLOPs a step, by formula", lambda one: f"{one.flops / 1e9:,.4g}")
+    row("of LLaVA's", lambda one: f"{one.flops / llava.flops:.2f}")
+    row("MFU" if peak else "GFLOP/s", rate)
+    return shown
+
+
+def _middle(values: Sequence[float]) -> Sequence[float]:
+    return np.percentile(values, [25, 75]).tolist()
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `bench step`."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench step", description=__doc__)
+    for name, value, meaning in (
+        ("layers", 4, "of the decoder, and of the encoder"),
+        ("embed", 512, "width of the decoder, in heads of 64"),
+        ("mlp", 1408, "width of its MLP"),
+        ("vocab", 8192, "tokens"),
+        ("visual", 576, "visual tokens of an image, a square number"),
+        ("images", 1, "of a row"),
+        ("text", 96, "text tokens of a row"),
+        ("rows", 4, "of a step, over all devices"),
+        ("repeat", 15, "rounds"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (default {value})")
+    parser.add_argument("--dtype", default="float32", help="of activations: float32 (default) or bfloat16")
+    parser.add_argument("--attention", default="xla", help="model.attention_impl (default xla)")
+    options = parser.parse_args(argv)
+    check(options)
+    before = os.getloadavg()[0]
+    timed = bench(options)
+    console = Console(highlight=False, soft_wrap=True)
+    devices = jax.devices()
+    console.print(
+        f"{options.rows} row(s) of {options.images} x {options.visual} visual and {options.text} text tokens, "
+        f"{options.layers} layers x {options.embed}, {options.dtype}, on {len(devices)} x {devices[0].device_kind}; "
+        f"medians of {options.repeat} rounds"
+    )
+    console.print(table(timed))
+    console.print(f"Load of the machine ({os.cpu_count()} cores): {before:.1f} before, {os.getloadavg()[0]:.1f} after.")
+    return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    for name in ("layers", "mlp", "vocab", "images", "text", "rows", "repeat"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
+    if options.embed < 64 or options.embed % 64:
+        raise ConfigError(f"--embed={options.embed} is no multiple of 64, the width of a head")
+    if options.visual < 1 or round(options.visual**0.5) ** 2 != options.visual:
+        raise ConfigError(f"--visual={options.visual} is no square number: an image has as many patches each way")
