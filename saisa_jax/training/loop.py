@@ -13,7 +13,6 @@ from absl import logging
 from etils import epath
 
 from saisa_jax import parallel
-from saisa_jax.batch import HostBatch
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import TrainIterator, eval_batches, stage_rows, steps_in_stage, train_iterator
@@ -171,11 +170,11 @@ class Stage:
             clock.started()
             for step in range(first + 1, self.steps + 1):
                 with clock("data"):
-                    host, failure = self._read(data)
-                told = crew.tell(bool(stop.requested), failure, host.lost, batch_size)
+                    host = crew.read(data)
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
+                told = crew.tell(bool(stop.requested), host.lost, batch_size)
                 profiler.started(step, metrics)
                 if waiting:
                     journal.log(*waiting)
@@ -205,13 +204,6 @@ class Stage:
     @property
     def _step(self) -> int:
         return int(self.state.step)
-
-    def _read(self, data: TrainIterator) -> tuple[HostBatch, Exception | None]:
-        """The next batch; or padding, and why there is none."""
-        try:
-            return next(data), None
-        except Exception as error:  # whatever a disk or a decoder raises: the other processes must learn of it
-            return data.padding(), error
 
     def _evaluate(self, held_out: HeldOut, step: int) -> None:
         with self.clock("eval"):

@@ -15,8 +15,10 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax import parallel
+from saisa_jax.batch import HostBatch
 from saisa_jax.command_line import UserError
 from saisa_jax.config import ConfigError, DistributedConfig
+from saisa_jax.data.pipeline import TrainIterator
 
 HINT_SECONDS = 60  # of waiting for the others, until it is said how they are started
 LEAVE_SECONDS = 30  # that a process which failed alone waits for the others before it ends
@@ -132,28 +134,32 @@ class Crew:
         self._gather = jax.jit(_gather, out_shardings=parallel.replicated(mesh))
         self._failure: Exception | None = None
 
-    def tell(self, stop: bool, failure: Exception | None, lost: np.ndarray, rows: int) -> Any:
-        """Sends this process's part.
+    def read(self, data: TrainIterator) -> HostBatch:
+        """The next batch; or padding, when it cannot be read and others wait for this process: they will hear of it."""
+        try:
+            return next(data)
+        except Exception as error:  # whatever a disk or a decoder raises
+            if self._alone:
+                raise
+            self._failure = error
+            return data.padding()
+
+    def tell(self, stop: bool, lost: np.ndarray, rows: int) -> Any:
+        """Sends this process's part of a step.
 
         Args:
           stop: it was asked to stop.
-          failure: why it could not read its rows.
           lost: [own rows, 2]; see `HostBatch`.
           rows: of the whole batch.
 
         Returns:
           what `hear` takes.
-
-        Raises:
-          Exception: the failure, when no other process waits for this one.
         """
         if self._alone:
-            if failure is not None:
-                raise failure
             self.stopping = stop
             return np.asarray([0, 0, *lost.sum(0)])
-        self._failure = self._failure or failure
-        said = np.asarray([stop, 0 if failure is None else jax.process_index() + 1], np.int32)
+        failed = 0 if self._failure is None else jax.process_index() + 1
+        said = np.asarray([stop, failed], np.int32)
         words = jax.make_array_from_callback(
             (*self._mesh.devices.shape, 2), self._of_devices, lambda index: said.reshape(1, 1, 1, 2)
         )
