@@ -80,8 +80,9 @@ _TRIPS = re.compile(r'known_trip_count[^\d}]*"?(\d+)')
 def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
     """Collectives of a compiled program by kind, each as often as it runs.
 
-    A loop runs as often as the compiler says (`known_trip_count`), or as its condition's bound: loops of a compiled
-    scan count from 0 in ones. Bytes are those that a device receives: of n devices, (n - 1) / n of what a gather puts
+    A loop runs as often as the compiler says (`known_trip_count`), or as its condition's bound and its body's step say:
+    loops count from 0, those of a scan in ones, a ring of partial products (libtpu's gather or scatter that hides
+    behind the product) in twos. Bytes are those that a device receives: of n devices, (n - 1) / n of what a gather puts
     out or a scatter takes in, twice that for a reduction to all.
 
     Args:
@@ -155,9 +156,32 @@ def _how_often(computations: dict[str, list[str]], entry: str) -> dict[str, int]
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
     if stated := _TRIPS.search(line):
         return int(stated[1])
-    condition = re.search(r"condition=(%[^\s,]+)", line)
-    bounds = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition[1]])) if condition else []
-    return int(bounds[0]) if len(bounds) == 1 else 1
+    called = dict(re.findall(r"(condition|body)=(%[^\s,]+)", line))
+    if "condition" not in called:
+        return 1
+    condition = "\n".join(computations[called["condition"]])
+    bounds, counter = (
+        re.findall(r" constant\((\d+)\)", condition),
+        re.search(r"get-tuple-element\(\S+\), index=(\d+)", condition),
+    )
+    if len(bounds) != 1:
+        return 1
+    step = _step(computations[called["body"]], int(counter[1])) if counter and "body" in called else 1
+    return -(-int(bounds[0]) // step)
+
+
+def _step(body: list[str], counter: int) -> int:
+    """What a loop's body adds to its counter, which is that entry of the tuple that it puts out; 1 if it hides that."""
+    defined = {match[1]: match[2] for line in body if (match := re.match(r"(?:ROOT )?(%\S+) = (.*)", line))}
+    root = next((line for line in body if line.startswith("ROOT")), "")
+    entries = re.findall(r"%[^\s,)]+", root.partition(" tuple(")[2].split(")")[0])
+    added = re.search(r" add\(([^)]*)\)", defined.get(entries[counter], "")) if counter < len(entries) else None
+    constants = [
+        match[1]
+        for name in (re.findall(r"%[^\s,]+", added[1]) if added else ())
+        if (match := re.search(r" constant\((\d+)\)", defined.get(name, "")))
+    ]
+    return int(constants[0]) if len(constants) == 1 else 1
 
 
 def _sizes(shape: str) -> list[float]:

@@ -111,9 +111,25 @@ LIBTPU = """HloModule step
   %d = f32[4,8]{1,0} collective-permute-done(%s)
 }
 
+%ring_cond (p.4: (u32[], bf16[4,8], /*index=5*/f32[2])) -> pred[] {
+  %ring_bound = u32[]{:T(128)} constant(8)
+  %ring_i = u32[]{:T(128)} get-tuple-element(%p.4), index=0
+  ROOT %ring_less = pred[]{:T(512)} compare(%ring_i, %ring_bound), direction=LT
+}
+
+%ring (p.5: (u32[], bf16[4,8], /*index=5*/f32[2])) -> (u32[], bf16[4,8], /*index=5*/f32[2]) {
+  %two = u32[]{:T(128)} constant(2)
+  %j = u32[]{:T(128)} get-tuple-element(%p.5), index=0
+  %next = u32[]{:T(128)} add(%j, %two), metadata={op_name="dot_general"}
+  %rs = (bf16[4,8]{1,0:T(8,128)}, bf16[4,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%y), channel_id=11
+  %rd = bf16[4,8]{1,0} collective-permute-done(%rs)
+  ROOT %out = (u32[]{:T(128)}, bf16[4,8], /*index=5*/f32[2]) tuple(%next, %rd, /*index=5*/%z)
+}
+
 ENTRY %main (a: bf16[1,16]) -> f32[4,8] {
   %f.0 = bf16[8,16] fusion(%a), kind=kCustom, calls=%start_of_gather
   %w = (u32[], f32[4,8]) while(%t), condition=%cond, body=%body
+  %w.2 = (u32[], bf16[4,8], /*index=5*/f32[2]) while(%t.2), condition=%ring_cond, body=%ring
   %r = f32[100]{0} all-reduce(%b), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
   %q = f32[10]{0} reduce-scatter(%c), channel_id=10, replica_groups=[4,4]<=[16], dimensions={0}, to_apply=%add
 }
@@ -125,7 +141,7 @@ def test_what_libtpu_writes() -> None:
     found = counted.traffic(LIBTPU.replace("ENTRY", start + "ENTRY"), 16)
     assert found == {
         "all-gather": (1, 8 * 16 * 2 * 7 / 8),  # one channel, though a part of it is in the loop
-        "collective-permute": (8, 8 * 4 * 8 * 4),
+        "collective-permute": (8 + 4, 8 * 4 * 8 * 4 + 4 * 4 * 8 * 2),  # a scan's, and a ring's, which counts in twos
         "all-reduce": (1, 2 * 400 * 3 / 4),
         "reduce-scatter": (1, 40 * 3),
     }
