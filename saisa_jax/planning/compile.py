@@ -120,9 +120,6 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str
     return memory, "", compiled.as_text()
 
 
-def state_bytes(prepared: Prepared) -> float:
-    """Bytes that parameters and moments take on one device: arithmetic, nothing is compiled."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(prepared.abstract_state())
-    )
+def device_bytes(tree: Any) -> int:
+    """Bytes that abstract arrays with shardings take on one device: arithmetic, nothing is compiled."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

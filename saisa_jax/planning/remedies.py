@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from saisa_jax.config import Config, ConfigError, MeshConfig
-from saisa_jax.planning.compile import Program, compile_stage, state_bytes
+from saisa_jax.planning.compile import Program, compile_stage, device_bytes
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.training.prepare import Prepared, prepare
 
@@ -86,11 +85,9 @@ def estimate(prepared: Prepared, loss_chunk: int = 0) -> float:
     asking = s.text_length + (visual if c.alignment == "llava" else 0)
     width = jax.numpy.dtype(c.dtype).itemsize
 
-    trainable = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(prepared.abstract_state().trainable)
-    )
-    gradients = 4 * trainable * (1 if s.accumulation == 1 else 2)  # the sum so far, and the next ones
+    state = prepared.abstract_state()
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), state.trainable)
+    gradients = device_bytes(floats) * (1 if s.accumulation == 1 else 2)  # the sum so far, and the next ones
     carried = rows * (asking + (visual if c.alignment == "naavit" else 0)) * c.embed_dim * width
     # Scores and what softmax makes of them, forward and backward: three and a half times their size, as compiled.
     scores = (
@@ -99,4 +96,4 @@ def estimate(prepared: Prepared, loss_chunk: int = 0) -> float:
     layer = scores + 4 * rows * asking * c.mlp_dim / tensor * width + 3 * rows * visual * c.embed_dim * width
     kept = c.num_layers * (carried if c.remat_policy != "none" else layer)
     logits = 3 * 4 * rows * min(loss_chunk or s.text_length, s.text_length) * c.padded_vocab_size / tensor
-    return state_bytes(prepared) + gradients + kept + max(layer, logits)
+    return device_bytes(state) + gradients + kept + max(layer, logits)

@@ -11,8 +11,8 @@ import pytest
 from saisa_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 from saisa_jax.planning import remedies
 from saisa_jax.planning.command import as_llava
-from saisa_jax.planning.compile import state_bytes
-from saisa_jax.planning.roofline import length
+from saisa_jax.planning.compile import device_bytes
+from saisa_jax.planning.lengths import length
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.prepare import prepare
 
@@ -30,7 +30,7 @@ def test_the_recipes_steps_hold_as_many_samples_as_the_papers(recipe: Config) ->
 
 
 def test_samples_that_are_given(recipe: Config) -> None:
-    assert length(recipe.finetune, True, samples=4800, per_row=2.0).steps == 50
+    assert length(recipe.finetune, True, samples=4800, per_row=2.0).steps == 4800 / (2 * recipe.finetune.batch_size)
     unpacked = length(recipe.finetune, packing=False)
     assert unpacked.samples_per_step == recipe.finetune.batch_size
     tiny = tiny_config().finetune
@@ -39,10 +39,11 @@ def test_samples_that_are_given(recipe: Config) -> None:
         length(dataclasses.replace(tiny, steps=None), packing=False)
 
 
-def test_state_bytes_of_a_split_state() -> None:
+def test_bytes_of_a_split_state() -> None:
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=1, fsdp=1, tensor=1))
-    one = state_bytes(prepare(config, "finetune", 10, jax.devices()[:1]))
-    split = state_bytes(prepare(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8)), "finetune", 10))
+    one = device_bytes(prepare(config, "finetune", 10, jax.devices()[:1]).abstract_state())
+    over_8 = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
+    split = device_bytes(prepare(over_8, "finetune", 10).abstract_state())
     assert one / 8 < split < one / 4  # norms and biases are whole everywhere
 
 
