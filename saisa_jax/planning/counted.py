@@ -71,6 +71,9 @@ class Traffic(NamedTuple):
 _SHAPE = re.compile(r"(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"^(?:ROOT )?%?\S+ = (.*?) ({_COLLECTIVES})(-start)?\((.*)$")
+BETWEEN_SLICES = "between slices"
+# libtpu hands what goes over the data-center network to the host, under the name of the collective that wants it.
+_FROM_HOST = re.compile(r"^(?:ROOT )?%?\S+ = (\(.*?\)) recv\(.*is_host_transfer=true")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?(%[^\s,}]+(?:, ?%[^\s,}]+)*)"
 )
@@ -78,7 +81,7 @@ _TRIPS = re.compile(r'known_trip_count[^\d}]*"?(\d+)')
 
 
 def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind, each as often as it runs.
+    """Collectives of a compiled program by kind, each as often as it runs; BETWEEN_SLICES is a kind of its own.
 
     A loop runs as often as the compiler says (`known_trip_count`), or as its condition's bound and its body's step say:
     loops count from 0, those of a scan in ones, a ring of partial products (libtpu's gather or scatter that hides
@@ -93,8 +96,12 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
     # libtpu spreads an asynchronous collective over several fusions, some of them in the loop that hides it, all with
     # its channel; it runs as often as the rarest.
     by_channel: dict[str, tuple[str, int, float]] = {}
+    from_host = Traffic(0, 0.0)
     for name, turns in _how_often(computations, entry).items():
         for line in computations[name]:
+            if match := _FROM_HOST.match(line):
+                arrays = match[1].replace("u32[]", "")
+                from_host = Traffic(from_host.count + turns, from_host.bytes + turns * sum(_sizes(arrays)))
             if match := _COLLECTIVE.match(line):
                 shape, kind, start, rest = match.groups()
                 moved = _received(kind, shape, bool(start), _group_size(rest, devices))
@@ -102,7 +109,7 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
                 key = channel[1] if channel else line
                 if key not in by_channel or turns < by_channel[key][1]:
                     by_channel[key] = kind, turns, turns * moved
-    found: dict[str, Traffic] = {}
+    found = {BETWEEN_SLICES: from_host} if from_host.count else {}
     for kind, turns, moved in by_channel.values():
         before = found.get(kind, Traffic(0, 0.0))
         found[kind] = Traffic(before.count + turns, before.bytes + moved)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 
 from saisa_jax.planning.compile import Program, device_bytes
+from saisa_jax.planning.counted import BETWEEN_SLICES
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ class Roofline:
 
 
 def roofline(program: Program) -> Roofline:
-    """The least time of a step; memory traffic is that of the state alone (see `state_traffic`)."""
+    """The least time of a step; memory traffic is that of the state alone (see `state_traffic`).
+
+    What goes between slices takes no time here: how fast their network is depends on where they stand.
+    """
     chip, chips = program.topology.chip, program.topology.chips
-    received = sum(kind.bytes for kind in program.traffic.values()) * chip.devices
+    received = sum(kind.bytes for name, kind in program.traffic.items() if name != BETWEEN_SLICES) * chip.devices
     return Roofline(
         compute=program.counted_flops / chips / chip.flops,
         memory=state_traffic(program) * chip.devices / chip.hbm_bandwidth,

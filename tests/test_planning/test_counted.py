@@ -130,6 +130,7 @@ ENTRY %main (a: bf16[1,16]) -> f32[4,8] {
   %f.0 = bf16[8,16] fusion(%a), kind=kCustom, calls=%start_of_gather
   %w = (u32[], f32[4,8]) while(%t), condition=%cond, body=%body
   %w.2 = (u32[], bf16[4,8], /*index=5*/f32[2]) while(%t.2), condition=%ring_cond, body=%ring
+  %recv = (f32[2,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=12, is_host_transfer=true, attributes={}
   %r = f32[100]{0} all-reduce(%b), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
   %q = f32[10]{0} reduce-scatter(%c), channel_id=10, replica_groups=[4,4]<=[16], dimensions={0}, to_apply=%add
 }
@@ -144,4 +145,5 @@ def test_what_libtpu_writes() -> None:
         "collective-permute": (8 + 4, 8 * 4 * 8 * 4 + 4 * 4 * 8 * 2),  # a scan's, and a ring's, which counts in twos
         "all-reduce": (1, 2 * 400 * 3 / 4),
         "reduce-scatter": (1, 40 * 3),
+        "between slices": (1, 2 * 8 * 4),
     }
