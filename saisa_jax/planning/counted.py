@@ -19,7 +19,7 @@ def flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products and convolutions of a jaxpr, over all devices; 2 for a multiply-add.
 
     A scan's body counts once for each turn, a shard_map's once for each device, a kernel's once for each point of its
-    grid; of a branch the dearest. A `while` loop, whose turns nobody knows, counts once.
+    grid, skipped tiles too; of a branch the dearest. A `while` loop, whose turns nobody knows, counts once.
     """
     return sum(_flops_of(equation) for equation in jaxpr.eqns)
 
@@ -34,10 +34,17 @@ def _flops_of(equation: Any) -> float:
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+    if products := _FUSED.get(name):
+        (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+        return 2.0 * products * batch * heads * queries * keys * size
     inner = [flops(body) for body in _bodies(params)]
     if name == "cond":
         return max(inner)
     return _turns(name, params) * sum(inner)
+
+
+# cuDNN's attention, which is no equations of JAX: products in it. Backward makes the scores again.
+_FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def _turns(name: str, params: Any) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, Config
@@ -38,6 +40,17 @@ def test_products_convolutions_loops_and_branches() -> None:
         jax.lax.conv_general_dilated, window_strides=(2, 2), padding="VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     assert counted_flops(convolve, image, kernel) == 2 * 4 * 4 * 4 * (2 * 2 * 3)
+
+
+def test_cudnns_attention_is_counted_by_its_name() -> None:
+    """It cannot be traced without cuDNN; its primitives are there all the same."""
+    q, k = jax.ShapeDtypeStruct((2, 6, 4, 8), "bfloat16"), jax.ShapeDtypeStruct((2, 10, 2, 8), "bfloat16")
+    for primitive, products in (
+        (fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper, 2),
+        (fused_attention_stablehlo._dot_product_attention_bwd_p_wrapper, 5),
+    ):
+        equation = SimpleNamespace(primitive=primitive, params={}, invars=[SimpleNamespace(aval=x) for x in (q, k, k)])
+        assert counted.flops(SimpleNamespace(eqns=[equation])) == products * 2 * (2 * 4 * 6 * 10 * 8)
 
 
 def step_flops(config: Config, stage: str) -> tuple[float, float]:
