@@ -19,6 +19,7 @@ from saisa_jax.config import (
     MeshConfig,
     ModelConfig,
     SourceConfig,
+    TrainingConfig,
     to_config_dict,
 )
 
@@ -27,6 +28,11 @@ from saisa_jax.config import (
 # whose rows divide over 8 and 16 chips they cost least a sample (`python -m saisa_jax rows`).
 PRETRAIN_ROWS: dict[str, Any] = {"batch_size": 32, "text_length": 192, "max_images": 8}
 FINETUNE_ROWS: dict[str, Any] = {"batch_size": 16, "text_length": 2048, "max_images": 8}
+
+# Logits of a whole row at once. Under fsdp every piece of the loss gathers the head and reduces its gradient anew: for
+# 7B on 16 chips a chip receives 3.7 GiB a step in pieces of 512 positions, and 0.7 in one; the peak of memory, which is
+# in the layers, is the same.
+LOSS_CHUNK = 2048
 
 CAPTIONS = SourceConfig("llava", "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")
 INSTRUCTIONS = SourceConfig("llava", "data/llava_v1_5_mix665k.json", images="data/images")
@@ -63,6 +69,7 @@ def recipe(name: str, model: ModelConfig, start: str, stage: str | None, templat
         data=DataConfig(tokenizer=f"{start}/tokenizer", packing=True, on_long="truncate"),
         pretrain=pretrain,
         finetune=finetune,
+        training=TrainingConfig(loss_chunk=LOSS_CHUNK),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
     return to_config_dict(config)
