@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from saisa_jax.config import Config, ConfigError, MeshConfig
+from saisa_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from saisa_jax.planning.compile import Program, compile_stage, device_bytes
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.training.prepare import Prepared, prepare
@@ -28,38 +28,44 @@ class Remedy(NamedTuple):
         return " ".join(f"--config.{name}={value}" for name, value in self.flags.items())
 
 
-def candidates(config: Config, stage: str) -> Iterator[Remedy]:
-    """Changes in the order in which they should be tried: recomputation, the state over all chips, and then more and
-    more micro-batches."""
+def candidates(config: Config, stage: str, topology: Topology) -> Iterator[Remedy]:
+    """Changes in the order in which they should be tried: recomputation, the state over all chips and attention without
+    scores in memory, and then more and more micro-batches."""
     settings = config.stage(stage)
+    mesh = MeshConfig(data=1, fsdp=-1, tensor=config.mesh.tensor)
+    model = dataclasses.replace(config.model, remat_policy="full", attention_impl=_attention(config.model, topology))
     for accumulation in ACCUMULATIONS:
         if accumulation < settings.accumulation or settings.batch_size % accumulation:
             continue
-        changed = {
-            "model.remat_policy": "full",
-            "mesh.data": 1,
-            "mesh.fsdp": -1,
-            f"{stage}.accumulation": accumulation,
-        }
-        mesh = MeshConfig(data=1, fsdp=-1, tensor=config.mesh.tensor)
-        now = {
-            "model.remat_policy": config.model.remat_policy,
-            "mesh.data": config.mesh.data,
-            "mesh.fsdp": config.mesh.fsdp,
-            f"{stage}.accumulation": settings.accumulation,
-        }
-        flags = {name: value for name, value in changed.items() if value != now[name]}
-        if flags:
-            parts = {stage: dataclasses.replace(settings, accumulation=accumulation), "mesh": mesh}
-            model = dataclasses.replace(config.model, remat_policy="full")
-            yield Remedy(flags, dataclasses.replace(config, model=model, **parts))
+        parts = {stage: dataclasses.replace(settings, accumulation=accumulation), "mesh": mesh}
+        remedy = dataclasses.replace(config, model=model, **parts)
+        now, new = _values(config, stage), _values(remedy, stage)
+        if flags := {name: value for name, value in new.items() if value != now[name]}:
+            yield Remedy(flags, remedy)
+
+
+def _values(config: Config, stage: str) -> dict[str, Any]:
+    """What a remedy may change, by flag."""
+    return {
+        "model.remat_policy": config.model.remat_policy,
+        "mesh.data": config.mesh.data,
+        "mesh.fsdp": config.mesh.fsdp,
+        "model.attention_impl": config.model.attention_impl,
+        f"{stage}.accumulation": config.stage(stage).accumulation,
+    }
+
+
+def _attention(model: ModelConfig, topology: Topology) -> str:
+    """The kernel of the topology's chips, if it serves the model (`models/attention*.py`)."""
+    serves = model.dtype == "bfloat16" and model.head_dim % 8 == 0 and model.attention_impl == "xla"
+    return ("cudnn" if topology.on_gpu else "flash") if serves else model.attention_impl
 
 
 def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Remedy, Program] | None:
     """The first remedy that compiles and fits; None: none of those tried does."""
     room = topology.chip.hbm / topology.chip.devices
     tries = 0
-    for remedy in candidates(config, stage):
+    for remedy in candidates(config, stage, topology):
         try:
             prepared = prepare(remedy.config, stage, steps, devices(topology))
         except ConfigError:

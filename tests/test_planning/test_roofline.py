@@ -13,6 +13,7 @@ from saisa_jax.planning import remedies
 from saisa_jax.planning.command import as_llava
 from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import length
+from saisa_jax.planning.topologies import parse
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.prepare import prepare
 
@@ -48,16 +49,19 @@ def test_bytes_of_a_split_state() -> None:
 
 
 def test_remedies_come_in_order_and_say_only_what_changes(recipe: Config) -> None:
+    tpu, gpu = parse("v5e:4x4"), parse("h100:8")
     none = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat_policy="none"))
-    lines = [str(remedy) for remedy in remedies.candidates(none, "finetune")]
-    assert lines[:2] == [
-        "--config.model.remat_policy=full",
-        "--config.model.remat_policy=full --config.finetune.accumulation=2",
-    ]
-    first = next(remedies.candidates(recipe, "finetune"))
-    assert first.config.finetune.accumulation == recipe.finetune.accumulation * 2
-    replicated = dataclasses.replace(recipe, mesh=MeshConfig(data=-1, fsdp=1))
-    assert str(next(remedies.candidates(replicated, "finetune"))) == "--config.mesh.data=1 --config.mesh.fsdp=-1"
+    lines = [str(remedy) for remedy in remedies.candidates(none, "finetune", tpu)]
+    first = "--config.model.remat_policy=full --config.model.attention_impl=flash"
+    assert lines[:2] == [first, f"{first} --config.finetune.accumulation=2"]
+    assert str(next(remedies.candidates(none, "finetune", gpu))) == first.replace("flash", "cudnn")
+    flash = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention_impl="flash"))
+    only = next(remedies.candidates(flash, "finetune", tpu))
+    assert str(only) == "--config.finetune.accumulation=2" and only.config.finetune.accumulation == 2
+    replicated = dataclasses.replace(flash, mesh=MeshConfig(data=-1, fsdp=1))
+    assert str(next(remedies.candidates(replicated, "finetune", tpu))) == "--config.mesh.data=1 --config.mesh.fsdp=-1"
+    in_float32 = dataclasses.replace(none, model=dataclasses.replace(none.model, dtype="float32"))
+    assert str(next(remedies.candidates(in_float32, "finetune", tpu))) == "--config.model.remat_policy=full"
 
 
 def test_the_same_recipe_as_llava(recipe: Config) -> None:
