@@ -114,12 +114,21 @@ def devices(topology: Topology) -> list[Any]:
     return _gpus(topology) if topology.on_gpu else _tpus(topology)
 
 
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor one to share
+    # What it would have been asked for. The topology decides; without these libtpu complains at length.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+
+
 def _tpus(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"--topology={topology.name} needs the TPU compiler: pip install 'jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to share
-    more: dict[str, Any] = {"chips_per_host_bounds": [1] * topology.chip.axes} if topology.chips == 1 else {}
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.chips == 1 else {}
     if topology.slices > 1:
         more["num_slices"] = topology.slices
     return _describe(topology.name, "tpu", topology_name=topology.name.partition("*")[0], **more)

@@ -55,3 +55,12 @@ def test_a_missing_compiler_says_how_to_install_it(name: str, package: str, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=f"--topology={name} needs .*: pip install '{package}'"):
         topologies.devices(parse(name))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "name", ["v5e:1x1", "v5e:4x4*2", "v5p:1x1x1", *(f"{k}:{c.example}" for k, c in CHIPS.items() if c.axes > 1)]
+)
+def test_devices_of_slices(name: str) -> None:
+    topology = parse(name)
+    assert len(topologies.devices(topology)) == topology.chips * topology.chip.devices
