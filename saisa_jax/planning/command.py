@@ -90,7 +90,10 @@ def as_llava(config: Config) -> Config:
 def _remedy(console: Console, config: Config, stage: str, topology: Topology, steps: int) -> Program | None:
     found = remedies.find(config, stage, topology, steps)
     if found is None:
-        console.print("neither recomputation nor accumulation makes it fit: take a larger slice", highlight=False)
+        console.print(
+            "neither recomputation nor accumulation nor lighter moments make it fit: take a larger slice",
+            highlight=False,
+        )
         return None
     remedy, program = found
     console.print(f"it does with {remedy}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,15 +31,19 @@ class Remedy(NamedTuple):
 
 def candidates(config: Config, stage: str, topology: Topology) -> Iterator[Remedy]:
     """Changes in the order in which they should be tried: recomputation, the state over all chips and attention without
-    scores in memory, and then more and more micro-batches."""
+    scores in memory, and then more and more micro-batches. Last the same with a lighter first moment, which is the only
+    one of them that changes what is computed."""
     settings = config.stage(stage)
     mesh = MeshConfig(data=1, fsdp=-1, tensor=config.mesh.tensor)
     model = dataclasses.replace(config.model, remat_policy="full", attention_impl=_attention(config.model, topology))
-    for accumulation in ACCUMULATIONS:
+    moments = dict.fromkeys((settings.optimizer.first_moment_dtype, "bfloat16"))
+    for moment, accumulation in itertools.product(moments, ACCUMULATIONS):
         if accumulation < settings.accumulation or settings.batch_size % accumulation:
             continue
-        parts = {stage: dataclasses.replace(settings, accumulation=accumulation), "mesh": mesh}
-        remedy = dataclasses.replace(config, model=model, **parts)
+        optimizer = dataclasses.replace(settings.optimizer, first_moment_dtype=moment)
+        changed = dataclasses.replace(settings, accumulation=accumulation, optimizer=optimizer)
+        parts = {stage: changed, "mesh": mesh, "model": model}
+        remedy = dataclasses.replace(config, **parts)
         now, new = _values(config, stage), _values(remedy, stage)
         if flags := {name: value for name, value in new.items() if value != now[name]}:
             yield Remedy(flags, remedy)
@@ -46,12 +51,14 @@ def candidates(config: Config, stage: str, topology: Topology) -> Iterator[Remed
 
 def _values(config: Config, stage: str) -> dict[str, Any]:
     """What a remedy may change, by flag."""
+    settings = config.stage(stage)
     return {
         "model.remat_policy": config.model.remat_policy,
         "mesh.data": config.mesh.data,
         "mesh.fsdp": config.mesh.fsdp,
         "model.attention_impl": config.model.attention_impl,
-        f"{stage}.accumulation": config.stage(stage).accumulation,
+        f"{stage}.accumulation": settings.accumulation,
+        f"{stage}.optimizer.first_moment_dtype": settings.optimizer.first_moment_dtype,
     }
 
 

@@ -58,6 +58,9 @@ def test_remedies_come_in_order_and_say_only_what_changes(recipe: Config) -> Non
     flash = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention_impl="flash"))
     only = next(remedies.candidates(flash, "finetune", tpu))
     assert str(only) == "--config.finetune.accumulation=2" and only.config.finetune.accumulation == 2
+    *_, last = remedies.candidates(flash, "finetune", tpu)
+    moment = "--config.finetune.optimizer.first_moment_dtype=bfloat16"
+    assert str(last) == f"--config.finetune.accumulation=16 {moment}"
     replicated = dataclasses.replace(flash, mesh=MeshConfig(data=-1, fsdp=1))
     assert str(next(remedies.candidates(replicated, "finetune", tpu))) == "--config.mesh.data=1 --config.mesh.fsdp=-1"
     in_float32 = dataclasses.replace(none, model=dataclasses.replace(none.model, dtype="float32"))
