@@ -47,7 +47,7 @@ def run(config: Config, topology: str | None = None) -> int:
     fits = True
     for stage, (known, prepared) in stages.items():
         console.print()
-        console.print(heading(prepared, known, topology), highlight=False, soft_wrap=True)
+        console.print(heading(prepared, known, topology, config.data.packing), highlight=False, soft_wrap=True)
         for table in (parameters(prepared), batch(prepared), memory(prepared), work(prepared)):
             console.print(table)
         if slice_:
@@ -86,18 +86,17 @@ def _prepare(config: Config, stage: str, topology: topologies.Topology | None) -
         ) from error
 
 
-def heading(prepared: Prepared, known: Length | None, topology: str | None) -> str:
+def heading(prepared: Prepared, known: Length | None, topology: str | None, packing: bool) -> str:
     """Stage, mesh and steps in a line."""
-    mesh, devices = prepared.mesh, prepared.mesh.devices
+    mesh, devices, rows = prepared.mesh, prepared.mesh.devices, prepared.settings.batch_size
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    where = topology or f"{devices.size} x {devices.flat[0].device_kind}"
-    rows = f"{prepared.settings.batch_size} rows a step"
+    where = f"{prepared.name} on {topology or f'{devices.size} x {devices.flat[0].device_kind}'} ({shape})"
     if known is None:
-        return f"{prepared.name} on {where} ({shape}): {rows}; how many steps is unknown without the data"
-    return (
-        f"{prepared.name} on {where} ({shape}): {known.steps:,} steps, {rows}, which hold {known.samples_per_step:.0f} "
-        "samples on average"
-    )
+        return f"{where}: {rows} rows a step; how many steps is unknown without the data"
+    samples = f"{known.samples_per_step:.0f} samples on average"
+    if packing and known.samples_per_step == rows:  # nobody knows how many share a row
+        samples = f"{rows} samples or more"
+    return f"{where}: {known.steps:,} steps, {rows} rows a step, which hold {samples}"
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
