@@ -63,8 +63,8 @@ def plan_stage(
     """
     program = compile_stage(config, stage, topology, long.steps)
     console.print(tables.verdict(program), highlight=False)
-    if not program.fits and remedy:
-        program = _remedy(console, config, stage, topology, long.steps) or program
+    if not program.fits and remedy and (found := _remedy(console, config, stage, topology, long.steps)):
+        config, program = found[0].config, found[1]
     programs = [program]
     if compare and config.model.alignment != "llava":
         programs.append(compile_stage(as_llava(config), stage, topology, long.steps))
@@ -72,8 +72,9 @@ def plan_stage(
     console.print(
         f"{topology.chip.source}: {topology.chip.flops / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{topology.chip.hbm_bandwidth / 1e9:.0f} GB/s of memory, {topology.chip.link_bandwidth / 1e9:.0f} GB/s "
-        "received over links. Loops count as often as they run. Samples of a step are an estimate from mean lengths.",
+        "received over links. Samples of a step are those of stand-ins for the lengths of the paper's data.",
         highlight=False,
+        soft_wrap=True,
     )
     return program.fits
 
@@ -87,17 +88,17 @@ def as_llava(config: Config) -> Config:
     return dataclasses.replace(config, model=model, pretrain=shared(config.pretrain), finetune=shared(config.finetune))
 
 
-def _remedy(console: Console, config: Config, stage: str, topology: Topology, steps: int) -> Program | None:
+def _remedy(
+    console: Console, config: Config, stage: str, topology: Topology, steps: int
+) -> tuple[remedies.Remedy, Program] | None:
     found = remedies.find(config, stage, topology, steps)
-    if found is None:
-        console.print(
-            "neither recomputation nor accumulation nor lighter moments make it fit: take a larger slice",
-            highlight=False,
-        )
-        return None
-    remedy, program = found
-    console.print(f"it does with {remedy}", highlight=False, soft_wrap=True)
-    return program
+    said = (
+        f"it does with {found[0]}"
+        if found
+        else ("neither recomputation nor accumulation nor lighter moments make it fit: take a larger slice")
+    )
+    console.print(said, highlight=False, soft_wrap=True)
+    return found
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, Config | None]:
