@@ -92,12 +92,8 @@ def _remedy(
     console: Console, config: Config, stage: str, topology: Topology, steps: int
 ) -> tuple[remedies.Remedy, Program] | None:
     found = remedies.find(config, stage, topology, steps)
-    said = (
-        f"it does with {found[0]}"
-        if found
-        else ("neither recomputation nor accumulation nor lighter moments make it fit: take a larger slice")
-    )
-    console.print(said, highlight=False, soft_wrap=True)
+    failed = "neither recomputation nor accumulation nor lighter moments make it fit: take a larger slice"
+    console.print(f"it does with {found[0]}" if found else failed, highlight=False, soft_wrap=True)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from saisa_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from saisa_jax.config import Config, ConfigError, ModelConfig
 from saisa_jax.planning.compile import Program, compile_stage, device_bytes
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.training.prepare import Prepared, prepare
@@ -34,7 +34,7 @@ def candidates(config: Config, stage: str, topology: Topology) -> Iterator[Remed
     scores in memory, and then more and more micro-batches. Last the same with a lighter first moment, which is the only
     one of them that changes what is computed."""
     settings = config.stage(stage)
-    mesh = MeshConfig(data=1, fsdp=-1, tensor=config.mesh.tensor)
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
     model = dataclasses.replace(config.model, remat_policy="full", attention_impl=_attention(config.model, topology))
     moments = dict.fromkeys((settings.optimizer.first_moment_dtype, "bfloat16"))
     for moment, accumulation in itertools.product(moments, ACCUMULATIONS):
