@@ -25,7 +25,7 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device: a chip, or half of one on v4 and tpu7x. What is donated is argument and output."""
+    """Bytes of one device: a chip, or half of one on tpu7x. What is donated is argument and output."""
 
     arguments: float
     outputs: float

@@ -45,7 +45,7 @@ _TPU_PAGES = "docs.cloud.google.com/tpu/docs/"
 
 # HBM of TPUs: what libtpu 0.0.42 itself says is available when a program is too large for it.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(275e12, 2 * 15.25 * GIB, 1200e9, 300e9, 3, "2x2x4", _TPU_PAGES + "v4", devices=2),
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 300e9, 3, "2x2x4", _TPU_PAGES + "v4"),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 2, "4x4", _TPU_PAGES + "v5e"),
     "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 3, "2x2x4", _TPU_PAGES + "v5p"),
     "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 400e9, 2, "4x4", _TPU_PAGES + "v6e"),
@@ -129,6 +129,8 @@ def _tpus(topology: Topology) -> list[Any]:
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.chips == 1 else {}
+    if topology.kind == "v4":
+        more["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on real ones
     if topology.slices > 1:
         more["num_slices"] = topology.slices
     return _describe(topology.name, "tpu", topology_name=topology.name.partition("*")[0], **more)
