@@ -1,6 +1,7 @@
 """Trains SAISA, NAAViT or LLaVA:  python train.py --config=configs/demo.py --workdir=runs/demo [--config.a.b=v ...]
 
-A run that was stopped goes on where it was when it is started again with the same command.
+A run that was stopped goes on where it was when it is started again with the same command. With --dry_run nothing runs:
+configuration, parameters, batch, bytes and FLOPs are printed, for the devices that there are or for --topology=v5e:4x4.
 """
 
 import os
@@ -19,15 +20,23 @@ from saisa_jax.config.command_line import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, for example configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the finished model go.")
+_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what the run would be, and start nothing.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "With --dry_run: the accelerators to compile for, such as v5e:4x4.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are written --config.name=value")
-    from saisa_jax.training import loop  # imports jax, which --help does not need
-
+    if not (_WORKDIR.value or _DRY_RUN.value) or (_TOPOLOGY.value and not _DRY_RUN.value):
+        raise app.UsageError("name --workdir for a run; or --dry_run, alone or with --topology, for what it would be")
     try:
         config = from_config_dict(Config, _CONFIG.value)
+        if _DRY_RUN.value:
+            from saisa_jax.planning import dry_run  # imports jax, which --help does not need
+
+            sys.exit(dry_run.run(config, _TOPOLOGY.value))
+        from saisa_jax.training import loop
+
         stopped = loop.run(config, epath.Path(str(_WORKDIR.value)))
     except UserError as error:
         logging.debug("details", exc_info=True)
@@ -47,5 +56,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=_parse_flags)

@@ -43,7 +43,7 @@ _A100 = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCI
 # HBM of TPUs: what libtpu 0.0.42 itself says is available when a program is too large for it. Kinds of TPUs: those of
 # jax/_src/pallas/mosaic/tpu_info.py. An H100 on PCIe and the NVL boards are slower than those on SXM.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(275e12, 2 * 15.25 * GIB, 1200e9, 300e9, 3, "2x2x4", _TPU_PAGES + "v4", ("TPU v4",), devices=2),
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 300e9, 3, "2x2x4", _TPU_PAGES + "v4", ("TPU v4",)),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9, 2, "4x4", _TPU_PAGES + "v5e", ("TPU v5 lite", "TPU v5e")),
     "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 3, "2x2x4", _TPU_PAGES + "v5p", ("TPU v5", "TPU v5p")),
     "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 400e9, 2, "4x4", _TPU_PAGES + "v6e", ("TPU v6 lite", "TPU v6e")),

@@ -137,7 +137,9 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     tensorboard: bool = True
     wandb: str | None = None  # a project of Weights & Biases that gets the same numbers
-    loss_chunk: int = 512  # positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all
+    # Positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all. Where the head is split
+    # over fsdp, every chunk gathers it and reduces its gradient anew: no more of them than memory asks for.
+    loss_chunk: int = 512
     # A loss or gradient that is not finite: stop, or leave parameters and moments as they are, write the samples into
     # skipped.jsonl, and go on.
     on_nan: str = "stop"

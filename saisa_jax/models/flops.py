@@ -138,7 +138,23 @@ def counted_prefill(config: ModelConfig, text: int, images: int = 1) -> float:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
+class Training(NamedTuple):
+    """FLOPs of training steps by part, forward and backward; recomputation (remat) is in neither."""
+
+    forward: Breakdown
+    backward: Breakdown
+
+    @property
+    def total(self) -> float:
+        return self.forward.total + self.backward.total
+
+
 def train_step(config: ModelConfig, groups: Groups, rows: int, text: int, images: int = 1) -> float:
+    """FLOPs of a forward and backward pass: the total of `training`, whose arguments it takes."""
+    return training(config, groups, rows, text, images).total
+
+
+def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: int = 1) -> Training:
     """FLOPs of a forward and backward pass; padding counts, since it is computed; recomputation (remat) does not.
 
     A product costs its forward FLOPs once more for each of its two operands that needs a gradient: a parameter if it
@@ -155,20 +171,26 @@ def train_step(config: ModelConfig, groups: Groups, rows: int, text: int, images
     """
     trains = _who_trains(config, groups)
     needs = _activations_before_layers(config, trains)
+    forward: list[Product] = []
+    backward: list[Product] = []
 
-    def cost(products: Iterable[Product]) -> float:
-        return sum(p.flops * (1 + gradient(p.left) + gradient(p.right)) for p in products)
+    def add(products: Iterable[Product], times: int = 1) -> None:
+        for p in products:
+            flops = rows * times * p.flops
+            forward.append(p._replace(flops=flops))
+            backward.append(p._replace(flops=flops * (gradient(p.left) + gradient(p.right))))
 
     def gradient(operand: str) -> bool:
         return trains(re.escape(operand)) if "/" in operand else needs[operand]
 
-    total = cost([*_vision(config, images), *_shared_projector(config, images)])
+    add([*_vision(config, images), *_shared_projector(config, images)])
     for run in layer_runs(config, images > 0):
         # A run of layers is one loop: its backward pass goes through all of it, wherever in it something trains.
         needs["text"] |= trains("layers/(?!visual_proj/).*") or (run.sees_image and needs["visual"])
-        total += cost(_layer(config, text, images if run.sees_image else 0)) * (run.stop - run.start)
+        add(_layer(config, text, images if run.sees_image else 0), run.stop - run.start)
     needs["final"] = needs["text"] or trains("final_norm/.*")
-    return rows * (total + cost(_head(config, text)))
+    add(_head(config, text))
+    return Training(_sum(forward), _sum(backward))
 
 
 def _who_trains(config: ModelConfig, groups: Groups) -> Callable[[str], bool]:

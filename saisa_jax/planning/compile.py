@@ -25,7 +25,7 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device: a chip, or half of one on v4 and tpu7x. What is donated is argument and output."""
+    """Bytes of one device: a chip, or half of one on tpu7x. What is donated is argument and output."""
 
     arguments: float
     outputs: float
@@ -120,9 +120,6 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str
     return memory, "", compiled.as_text()
 
 
-def state_bytes(prepared: Prepared) -> float:
-    """Bytes that parameters and moments take on one device: arithmetic, nothing is compiled."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(prepared.abstract_state())
-    )
+def device_bytes(tree: Any) -> int:
+    """Bytes that abstract arrays with shardings take on one device: arithmetic, nothing is compiled."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -19,7 +19,7 @@ def flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products and convolutions of a jaxpr, over all devices; 2 for a multiply-add.
 
     A scan's body counts once for each turn, a shard_map's once for each device, a kernel's once for each point of its
-    grid; of a branch the dearest. A `while` loop, whose turns nobody knows, counts once.
+    grid, skipped tiles too; of a branch the dearest. A `while` loop, whose turns nobody knows, counts once.
     """
     return sum(_flops_of(equation) for equation in jaxpr.eqns)
 
@@ -34,10 +34,17 @@ def _flops_of(equation: Any) -> float:
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+    if products := _FUSED.get(name):
+        (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+        return 2.0 * products * batch * heads * queries * keys * size
     inner = [flops(body) for body in _bodies(params)]
     if name == "cond":
         return max(inner)
     return _turns(name, params) * sum(inner)
+
+
+# cuDNN's attention, which is no equations of JAX: products in it. Backward makes the scores again.
+_FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def _turns(name: str, params: Any) -> int:
@@ -71,6 +78,9 @@ class Traffic(NamedTuple):
 _SHAPE = re.compile(r"(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"^(?:ROOT )?%?\S+ = (.*?) ({_COLLECTIVES})(-start)?\((.*)$")
+BETWEEN_SLICES = "between slices"
+# libtpu hands what goes over the data-center network to the host, under the name of the collective that wants it.
+_FROM_HOST = re.compile(r"^(?:ROOT )?%?\S+ = (\(.*?\)) recv\(.*is_host_transfer=true")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?(%[^\s,}]+(?:, ?%[^\s,}]+)*)"
 )
@@ -78,10 +88,11 @@ _TRIPS = re.compile(r'known_trip_count[^\d}]*"?(\d+)')
 
 
 def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind, each as often as it runs.
+    """Collectives of a compiled program by kind, each as often as it runs; BETWEEN_SLICES is a kind of its own.
 
-    A loop runs as often as the compiler says (`known_trip_count`), or as its condition's bound: loops of a compiled
-    scan count from 0 in ones. Bytes are those that a device receives: of n devices, (n - 1) / n of what a gather puts
+    A loop runs as often as the compiler says (`known_trip_count`), or as its condition's bound and its body's step say:
+    loops count from 0, those of a scan in ones, a ring of partial products (libtpu's gather or scatter that hides
+    behind the product) in twos. Bytes are those that a device receives: of n devices, (n - 1) / n of what a gather puts
     out or a scatter takes in, twice that for a reduction to all.
 
     Args:
@@ -92,8 +103,12 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
     # libtpu spreads an asynchronous collective over several fusions, some of them in the loop that hides it, all with
     # its channel; it runs as often as the rarest.
     by_channel: dict[str, tuple[str, int, float]] = {}
+    from_host = Traffic(0, 0.0)
     for name, turns in _how_often(computations, entry).items():
         for line in computations[name]:
+            if match := _FROM_HOST.match(line):
+                arrays = match[1].replace("u32[]", "")
+                from_host = Traffic(from_host.count + turns, from_host.bytes + turns * sum(_sizes(arrays)))
             if match := _COLLECTIVE.match(line):
                 shape, kind, start, rest = match.groups()
                 moved = _received(kind, shape, bool(start), _group_size(rest, devices))
@@ -101,7 +116,7 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
                 key = channel[1] if channel else line
                 if key not in by_channel or turns < by_channel[key][1]:
                     by_channel[key] = kind, turns, turns * moved
-    found: dict[str, Traffic] = {}
+    found = {BETWEEN_SLICES: from_host} if from_host.count else {}
     for kind, turns, moved in by_channel.values():
         before = found.get(kind, Traffic(0, 0.0))
         found[kind] = Traffic(before.count + turns, before.bytes + moved)
@@ -155,9 +170,32 @@ def _how_often(computations: dict[str, list[str]], entry: str) -> dict[str, int]
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
     if stated := _TRIPS.search(line):
         return int(stated[1])
-    condition = re.search(r"condition=(%[^\s,]+)", line)
-    bounds = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition[1]])) if condition else []
-    return int(bounds[0]) if len(bounds) == 1 else 1
+    called = dict(re.findall(r"(condition|body)=(%[^\s,]+)", line))
+    if "condition" not in called:
+        return 1
+    condition = "\n".join(computations[called["condition"]])
+    bounds, counter = (
+        re.findall(r" constant\((\d+)\)", condition),
+        re.search(r"get-tuple-element\(\S+\), index=(\d+)", condition),
+    )
+    if len(bounds) != 1:
+        return 1
+    step = _step(computations[called["body"]], int(counter[1])) if counter and "body" in called else 1
+    return -(-int(bounds[0]) // step)
+
+
+def _step(body: list[str], counter: int) -> int:
+    """What a loop's body adds to its counter, which is that entry of the tuple that it puts out; 1 if it hides that."""
+    defined = {match[1]: match[2] for line in body if (match := re.match(r"(?:ROOT )?(%\S+) = (.*)", line))}
+    root = next((line for line in body if line.startswith("ROOT")), "")
+    entries = re.findall(r"%[^\s,)]+", root.partition(" tuple(")[2].split(")")[0])
+    added = re.search(r" add\(([^)]*)\)", defined.get(entries[counter], "")) if counter < len(entries) else None
+    constants = [
+        match[1]
+        for name in (re.findall(r"%[^\s,]+", added[1]) if added else ())
+        if (match := re.search(r" constant\((\d+)\)", defined.get(name, "")))
+    ]
+    return int(constants[0]) if len(constants) == 1 else 1
 
 
 def _sizes(shape: str) -> list[float]:

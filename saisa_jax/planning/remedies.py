@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from saisa_jax.config import Config, ConfigError, MeshConfig
-from saisa_jax.planning.compile import Program, compile_stage, state_bytes
+from saisa_jax.config import Config, ConfigError, ModelConfig
+from saisa_jax.planning.compile import Program, compile_stage, device_bytes
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.training.prepare import Prepared, prepare
 
@@ -29,38 +29,50 @@ class Remedy(NamedTuple):
         return " ".join(f"--config.{name}={value}" for name, value in self.flags.items())
 
 
-def candidates(config: Config, stage: str) -> Iterator[Remedy]:
-    """Changes in the order in which they should be tried: recomputation, the state over all chips, and then more and
-    more micro-batches."""
+def candidates(config: Config, stage: str, topology: Topology) -> Iterator[Remedy]:
+    """Changes in the order in which they should be tried: recomputation, the state over all chips and attention without
+    scores in memory, and then more and more micro-batches. Last the same with a lighter first moment, which is the only
+    one of them that changes what is computed."""
     settings = config.stage(stage)
-    for accumulation in ACCUMULATIONS:
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
+    model = dataclasses.replace(config.model, remat_policy="full", attention_impl=_attention(config.model, topology))
+    moments = dict.fromkeys((settings.optimizer.first_moment_dtype, "bfloat16"))
+    for moment, accumulation in itertools.product(moments, ACCUMULATIONS):
         if accumulation < settings.accumulation or settings.batch_size % accumulation:
             continue
-        changed = {
-            "model.remat_policy": "full",
-            "mesh.data": 1,
-            "mesh.fsdp": -1,
-            f"{stage}.accumulation": accumulation,
-        }
-        mesh = MeshConfig(data=1, fsdp=-1, tensor=config.mesh.tensor)
-        now = {
-            "model.remat_policy": config.model.remat_policy,
-            "mesh.data": config.mesh.data,
-            "mesh.fsdp": config.mesh.fsdp,
-            f"{stage}.accumulation": settings.accumulation,
-        }
-        flags = {name: value for name, value in changed.items() if value != now[name]}
-        if flags:
-            parts = {stage: dataclasses.replace(settings, accumulation=accumulation), "mesh": mesh}
-            model = dataclasses.replace(config.model, remat_policy="full")
-            yield Remedy(flags, dataclasses.replace(config, model=model, **parts))
+        optimizer = dataclasses.replace(settings.optimizer, first_moment_dtype=moment)
+        changed = dataclasses.replace(settings, accumulation=accumulation, optimizer=optimizer)
+        parts = {stage: changed, "mesh": mesh, "model": model}
+        remedy = dataclasses.replace(config, **parts)
+        now, new = _values(config, stage), _values(remedy, stage)
+        if flags := {name: value for name, value in new.items() if value != now[name]}:
+            yield Remedy(flags, remedy)
+
+
+def _values(config: Config, stage: str) -> dict[str, Any]:
+    """What a remedy may change, by flag."""
+    settings = config.stage(stage)
+    return {
+        "model.remat_policy": config.model.remat_policy,
+        "mesh.data": config.mesh.data,
+        "mesh.fsdp": config.mesh.fsdp,
+        "model.attention_impl": config.model.attention_impl,
+        f"{stage}.accumulation": settings.accumulation,
+        f"{stage}.optimizer.first_moment_dtype": settings.optimizer.first_moment_dtype,
+    }
+
+
+def _attention(model: ModelConfig, topology: Topology) -> str:
+    """The kernel of the topology's chips, if it serves the model (`models/attention*.py`)."""
+    serves = model.dtype == "bfloat16" and model.head_dim % 8 == 0 and model.attention_impl == "xla"
+    return ("cudnn" if topology.on_gpu else "flash") if serves else model.attention_impl
 
 
 def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Remedy, Program] | None:
     """The first remedy that compiles and fits; None: none of those tried does."""
     room = topology.chip.hbm / topology.chip.devices
     tries = 0
-    for remedy in candidates(config, stage):
+    for remedy in candidates(config, stage, topology):
         try:
             prepared = prepare(remedy.config, stage, steps, devices(topology))
         except ConfigError:
@@ -86,11 +98,9 @@ def estimate(prepared: Prepared, loss_chunk: int = 0) -> float:
     asking = s.text_length + (visual if c.alignment == "llava" else 0)
     width = jax.numpy.dtype(c.dtype).itemsize
 
-    trainable = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(prepared.abstract_state().trainable)
-    )
-    gradients = 4 * trainable * (1 if s.accumulation == 1 else 2)  # the sum so far, and the next ones
+    state = prepared.abstract_state()
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), state.trainable)
+    gradients = device_bytes(floats) * (1 if s.accumulation == 1 else 2)  # the sum so far, and the next ones
     carried = rows * (asking + (visual if c.alignment == "naavit" else 0)) * c.embed_dim * width
     # Scores and what softmax makes of them, forward and backward: three and a half times their size, as compiled.
     scores = (
@@ -99,4 +109,4 @@ def estimate(prepared: Prepared, loss_chunk: int = 0) -> float:
     layer = scores + 4 * rows * asking * c.mlp_dim / tensor * width + 3 * rows * visual * c.embed_dim * width
     kept = c.num_layers * (carried if c.remat_policy != "none" else layer)
     logits = 3 * 4 * rows * min(loss_chunk or s.text_length, s.text_length) * c.padded_vocab_size / tensor
-    return state_bytes(prepared) + gradients + kept + max(layer, logits)
+    return device_bytes(state) + gradients + kept + max(layer, logits)

@@ -7,65 +7,12 @@ that hours are given at an assumed MFU (model FLOPs utilisation: needed FLOPs / 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import jax
 
-from saisa_jax.config import ConfigError, StageConfig
-from saisa_jax.planning.compile import Program
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Samples of the paper's data, and what one holds on average: text tokens, template included, and images."""
-
-    samples: int
-    text: float
-    images: float
-
-
-# Samples as LLaVA publishes them; lengths are estimates, from the parts that the data are mixed of.
-DATASETS = {
-    "blip_laion_cc_sbu_558k.json": Dataset(558_128, 25, 1.0),
-    "llava_v1_5_mix665k.json": Dataset(665_298, 356, 0.94),
-}
-FILLED = 0.94  # of a packed row's scarcest room
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a stage is: samples of one step, on average, and steps."""
-
-    samples_per_step: float
-    steps: int
-
-
-def length(settings: StageConfig, packing: bool, samples: int | None = None, per_row: float | None = None) -> Length:
-    """How long a stage takes, as far as it is known without its data.
-
-    Args:
-      settings: the stage's.
-      packing: whether rows hold several samples.
-      samples: of its sources; None: of those that are in DATASETS.
-      per_row: samples of a row; None: what its T and M have room for, on average.
-
-    Raises:
-      ConfigError: nobody says how many samples there are.
-    """
-    names = [PurePath(source.path).name for source in settings.sources]
-    known = [DATASETS[name] for name in names if name in DATASETS]
-    total = sum(data.samples for data in known)
-    if settings.steps is None and samples is None and len(known) < len(names):
-        raise ConfigError(f"nobody knows how many samples {', '.join(map(str, settings.sources))} hold: set --samples")
-    if per_row is None and packing and known:
-        text = sum(data.text * data.samples for data in known) / total
-        images = sum(data.images * data.samples for data in known) / total
-        per_row = FILLED * min(settings.text_length / text, settings.max_images / images)
-    per_step = settings.batch_size * max(1.0, per_row or 1.0)
-    steps = math.floor(settings.epochs * (total if samples is None else samples) / per_step)
-    return Length(per_step, settings.steps or max(1, steps))
+from saisa_jax.planning.compile import Program, device_bytes
+from saisa_jax.planning.counted import BETWEEN_SLICES
 
 
 @dataclass(frozen=True)
@@ -87,9 +34,12 @@ class Roofline:
 
 
 def roofline(program: Program) -> Roofline:
-    """The least time of a step; memory traffic is that of the state alone (see `state_traffic`)."""
+    """The least time of a step; memory traffic is that of the state alone (see `state_traffic`).
+
+    What goes between slices takes no time here: how fast their network is depends on where they stand.
+    """
     chip, chips = program.topology.chip, program.topology.chips
-    received = sum(kind.bytes for kind in program.traffic.values()) * chip.devices
+    received = sum(kind.bytes for name, kind in program.traffic.items() if name != BETWEEN_SLICES) * chip.devices
     return Roofline(
         compute=program.counted_flops / chips / chip.flops,
         memory=state_traffic(program) * chip.devices / chip.hbm_bandwidth,
@@ -103,16 +53,11 @@ def state_traffic(program: Program) -> float:
     """
     prepared = program.prepared
     state = prepared.abstract_state()
-    shards = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
+    shards = device_bytes((state.trainable, state.opt_state))
     weights = sum(leaf.size for leaf in jax.tree.leaves((state.trainable, state.frozen)))
     gathered = weights * jax.numpy.dtype(prepared.model.dtype).itemsize / prepared.mesh.shape["tensor"]
     passes = 2 if prepared.model.remat_policy == "none" else 3
     return 2 * shards + 2 * passes * prepared.settings.accumulation * gathered
-
-
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> float:
-    assert leaf.sharding is not None
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def seconds_at(program: Program, mfu: float) -> float:

@@ -15,26 +15,25 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float64, Int32
+from jaxtyping import Float64
 from rich.console import Console
 from rich.table import Table
 
 from saisa_jax.config import STAGES, Config, ConfigError
 from saisa_jax.config.command_line import read_config
 from saisa_jax.data.pipeline import stage_counts
-from saisa_jax.data.plan import WINDOW, pack
+from saisa_jax.data.plan import pack
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.tokenizer import load_tokenizer
 from saisa_jax.models import flops
+from saisa_jax.planning.lengths import LENGTHS, Counts, some
+from saisa_jax.planning.tables import console
 
-Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens and images of each sample
-
-TEXT_LENGTHS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+TEXT_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 SLOTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
 SAMPLES_PER_STEP = {"pretrain": 256, "finetune": 128}  # the paper's
 SHOWN = 12
 MAX_CUT = 0.01  # shapes that cut a larger share of the text are another training, and are not shown
-ENOUGH = 4 * WINDOW  # samples that are packed, of however many: shares come out within a few tenths of a percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--lengths", choices=sorted(LENGTHS), help="stand-ins for the recipe's sources")
     options, rest = parser.parse_known_args(argv)
     config = read_config(rest)
-    console = Console()
     try:
         counts = (
             LENGTHS[options.lengths]()
@@ -74,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         Console(stderr=True).print(f"rows: {error}", style="red", highlight=False)
         return 2
     choices = compare(config, options.stage, counts)
-    console.print(table(choices, SAMPLES_PER_STEP[options.stage]))
+    console().print(table(choices, SAMPLES_PER_STEP[options.stage]))
     return 0
 
 
@@ -91,8 +89,7 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
     """
     if not len(counts[0]):
         raise ConfigError(f"{stage}.sources: no sample can be used")
-    chosen = np.random.default_rng(0).permutation(len(counts[0]))[:ENOUGH]
-    tokens, images = counts[0][chosen], counts[1][chosen]
+    tokens, images = some(counts)
     settings = config.stage(stage)
     shapes = {(t, m) for t in TEXT_LENGTHS for m in SLOTS} | {(settings.text_length, settings.max_images)}
     found = []
@@ -165,27 +162,3 @@ def table(choices: Sequence[Choice], samples_per_step: int) -> Table:
             f"{samples_per_step / per_row:.1f}",
         )
     return shown
-
-
-# --- Lengths like the paper's data -----------------------------------------------------------------------------------
-
-
-def llava_pretrain(samples: int = 558_128, seed: int = 0) -> Counts:
-    """One image and a caption: 10 to 60 text tokens, mostly about 20."""
-    rng = np.random.default_rng(seed)
-    tokens = np.clip(np.round(rng.lognormal(np.log(20), 0.35, samples)), 10, 60)
-    return tokens.astype(np.int32), np.ones(samples, np.int32)
-
-
-def llava_finetune(samples: int = 665_298, text_only: int = 40_688, seed: int = 0) -> Counts:
-    """One image and 30 to 600 text tokens, short ones more often than long ones; and text alone, long-tailed."""
-    rng = np.random.default_rng(seed)
-    with_image = np.exp(rng.uniform(np.log(30), np.log(600), samples - text_only))
-    alone = np.clip(rng.lognormal(np.log(700), 0.9, text_only), 30, 2048)
-    tokens = np.round(np.concatenate([with_image, alone])).astype(np.int32)
-    images = np.repeat(np.array([1, 0], np.int32), [samples - text_only, text_only])
-    order = rng.permutation(samples)
-    return tokens[order], images[order]
-
-
-LENGTHS = {"llava-pretrain": llava_pretrain, "llava-finetune": llava_finetune}

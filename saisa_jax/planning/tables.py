@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
 
 from saisa_jax.chips import GIB
 from saisa_jax.planning.compile import Program
-from saisa_jax.planning.roofline import Length, Roofline, roofline, seconds_at
+from saisa_jax.planning.lengths import Length
+from saisa_jax.planning.roofline import Roofline, roofline, seconds_at
 
 HOUR = 3600
+WIDE = 140  # columns where there is no terminal: tables in a file are not folded
+
+
+def console() -> Console:
+    """Where plans are printed."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=WIDE)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ from saisa_jax.config import ConfigError
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of chips: "v5e:4x4", or one node of GPUs: "h100:8"."""
+    """A slice of chips: "v5e:4x4"; several that a network joins: "v5e:4x4*2"; or one node of GPUs: "h100:8".
+
+    Devices come slice by slice, so that the mesh's first axis, `data`, is the one that goes from slice to slice.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
@@ -28,7 +32,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def on_gpu(self) -> bool:
@@ -36,12 +40,13 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """The topology of that name: "v5e:4x4", "v5p:2x2x4", "h100:8".
+    """The topology of that name: "v5e:4x4", "v5p:2x2x4", "v5e:4x4*2", "h100:8".
 
     Raises:
       ConfigError: no such chip, with the nearest ones, or a shape that it does not come in.
     """
-    kind, _, shape = name.partition(":")
+    kind, _, rest = name.partition(":")
+    shape, several, slices = rest.partition("*")
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, n=2, cutoff=0.4)
         examples = [f"{near_kind}:{CHIPS[near_kind].example}" for near_kind in near]
@@ -51,7 +56,10 @@ def parse(name: str) -> Topology:
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
         axes = "a number of GPUs" if chip.axes == 1 else f"a shape of {chip.axes} sides"
         raise ConfigError(f"--topology={name!r}: {kind} takes {axes}, for example {kind}:{chip.example}")
-    return Topology(name, kind, tuple(int(side) for side in shape.split("x")))
+    if several and (chip.axes == 1 or not re.fullmatch(r"[1-9]\d*", slices)):
+        what = f"{kind} is planned in one node" if chip.axes == 1 else f"*{slices} is no number of slices"
+        raise ConfigError(f"--topology={name!r}: {what}; for example {kind}:{shape}{'' if chip.axes == 1 else '*2'}")
+    return Topology(name, kind, tuple(int(side) for side in shape.split("x")), int(slices or 1))
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -63,13 +71,26 @@ def devices(topology: Topology) -> list[Any]:
     return _gpus(topology) if topology.on_gpu else _tpus(topology)
 
 
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor one to share
+    # What it would have been asked for. The topology decides; without these libtpu complains at length.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+
+
 def _tpus(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"--topology={topology.name} needs the TPU compiler: pip install 'jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to share
-    bounds = {"chips_per_host_bounds": [1] * topology.chip.axes} if topology.chips == 1 else {}
-    return _describe(topology.name, "tpu", topology_name=topology.name, **bounds)
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.chips == 1 else {}
+    if topology.kind == "v4":
+        more["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on real ones
+    if topology.slices > 1:
+        more["num_slices"] = topology.slices
+    return _describe(topology.name, "tpu", topology_name=topology.name.partition("*")[0], **more)
 
 
 def _gpus(topology: Topology) -> list[Any]:

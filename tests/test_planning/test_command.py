@@ -44,6 +44,15 @@ def test_plan_of_the_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.aot
+def test_two_slices(capsys: pytest.CaptureFixture[str]) -> None:
+    """The gradients are all that goes from one to the other: no more than a float32 for each parameter of a device."""
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.stages=finetune"]
+    assert main(["plan", TINY, "--topology=v5e:2x2*2", *mesh]) == 0
+    said = capsys.readouterr().out
+    assert "finetune fits v5e:2x2*2" in said and "between slices: GiB a device receives" in said
+
+
+@pytest.mark.aot
 def test_what_does_not_fit_is_mended(capsys: pytest.CaptureFixture[str]) -> None:
     """Two layers of the width of 7B on one chip, in rows that need recomputation or parts."""
     arguments = [RECIPE, "--topology=v5e:2x2", "--config.model.num_layers=2", "--config.model.remat_policy=none"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, Config
@@ -38,6 +40,17 @@ def test_products_convolutions_loops_and_branches() -> None:
         jax.lax.conv_general_dilated, window_strides=(2, 2), padding="VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     assert counted_flops(convolve, image, kernel) == 2 * 4 * 4 * 4 * (2 * 2 * 3)
+
+
+def test_cudnns_attention_is_counted_by_its_name() -> None:
+    """It cannot be traced without cuDNN; its primitives are there all the same."""
+    q, k = jax.ShapeDtypeStruct((2, 6, 4, 8), "bfloat16"), jax.ShapeDtypeStruct((2, 10, 2, 8), "bfloat16")
+    for primitive, products in (
+        (fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper, 2),
+        (fused_attention_stablehlo._dot_product_attention_bwd_p_wrapper, 5),
+    ):
+        equation = SimpleNamespace(primitive=primitive, params={}, invars=[SimpleNamespace(aval=x) for x in (q, k, k)])
+        assert counted.flops(SimpleNamespace(eqns=[equation])) == products * 2 * (2 * 4 * 6 * 10 * 8)
 
 
 def step_flops(config: Config, stage: str) -> tuple[float, float]:
@@ -111,9 +124,26 @@ LIBTPU = """HloModule step
   %d = f32[4,8]{1,0} collective-permute-done(%s)
 }
 
+%ring_cond (p.4: (u32[], bf16[4,8], /*index=5*/f32[2])) -> pred[] {
+  %ring_bound = u32[]{:T(128)} constant(8)
+  %ring_i = u32[]{:T(128)} get-tuple-element(%p.4), index=0
+  ROOT %ring_less = pred[]{:T(512)} compare(%ring_i, %ring_bound), direction=LT
+}
+
+%ring (p.5: (u32[], bf16[4,8], /*index=5*/f32[2])) -> (u32[], bf16[4,8], /*index=5*/f32[2]) {
+  %two = u32[]{:T(128)} constant(2)
+  %j = u32[]{:T(128)} get-tuple-element(%p.5), index=0
+  %next = u32[]{:T(128)} add(%j, %two), metadata={op_name="dot_general"}
+  %rs = (bf16[4,8]{1,0:T(8,128)}, bf16[4,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%y), channel_id=11
+  %rd = bf16[4,8]{1,0} collective-permute-done(%rs)
+  ROOT %out = (u32[]{:T(128)}, bf16[4,8], /*index=5*/f32[2]) tuple(%next, %rd, /*index=5*/%z)
+}
+
 ENTRY %main (a: bf16[1,16]) -> f32[4,8] {
   %f.0 = bf16[8,16] fusion(%a), kind=kCustom, calls=%start_of_gather
   %w = (u32[], f32[4,8]) while(%t), condition=%cond, body=%body
+  %w.2 = (u32[], bf16[4,8], /*index=5*/f32[2]) while(%t.2), condition=%ring_cond, body=%ring
+  %recv = (f32[2,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=12, is_host_transfer=true, attributes={}
   %r = f32[100]{0} all-reduce(%b), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
   %q = f32[10]{0} reduce-scatter(%c), channel_id=10, replica_groups=[4,4]<=[16], dimensions={0}, to_apply=%add
 }
@@ -125,7 +155,8 @@ def test_what_libtpu_writes() -> None:
     found = counted.traffic(LIBTPU.replace("ENTRY", start + "ENTRY"), 16)
     assert found == {
         "all-gather": (1, 8 * 16 * 2 * 7 / 8),  # one channel, though a part of it is in the loop
-        "collective-permute": (8, 8 * 4 * 8 * 4),
+        "collective-permute": (8 + 4, 8 * 4 * 8 * 4 + 4 * 4 * 8 * 2),  # a scan's, and a ring's, which counts in twos
         "all-reduce": (1, 2 * 400 * 3 / 4),
         "reduce-scatter": (1, 40 * 3),
+        "between slices": (1, 2 * 8 * 4),
     }

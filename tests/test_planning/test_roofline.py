@@ -11,8 +11,9 @@ import pytest
 from saisa_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 from saisa_jax.planning import remedies
 from saisa_jax.planning.command import as_llava
-from saisa_jax.planning.compile import state_bytes
-from saisa_jax.planning.roofline import length
+from saisa_jax.planning.compile import device_bytes
+from saisa_jax.planning.lengths import length
+from saisa_jax.planning.topologies import parse
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.prepare import prepare
 
@@ -30,7 +31,7 @@ def test_the_recipes_steps_hold_as_many_samples_as_the_papers(recipe: Config) ->
 
 
 def test_samples_that_are_given(recipe: Config) -> None:
-    assert length(recipe.finetune, True, samples=4800, per_row=2.0).steps == 50
+    assert length(recipe.finetune, True, samples=4800, per_row=2.0).steps == 4800 / (2 * recipe.finetune.batch_size)
     unpacked = length(recipe.finetune, packing=False)
     assert unpacked.samples_per_step == recipe.finetune.batch_size
     tiny = tiny_config().finetune
@@ -39,24 +40,31 @@ def test_samples_that_are_given(recipe: Config) -> None:
         length(dataclasses.replace(tiny, steps=None), packing=False)
 
 
-def test_state_bytes_of_a_split_state() -> None:
+def test_bytes_of_a_split_state() -> None:
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=1, fsdp=1, tensor=1))
-    one = state_bytes(prepare(config, "finetune", 10, jax.devices()[:1]))
-    split = state_bytes(prepare(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8)), "finetune", 10))
+    one = device_bytes(prepare(config, "finetune", 10, jax.devices()[:1]).abstract_state())
+    over_8 = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
+    split = device_bytes(prepare(over_8, "finetune", 10).abstract_state())
     assert one / 8 < split < one / 4  # norms and biases are whole everywhere
 
 
 def test_remedies_come_in_order_and_say_only_what_changes(recipe: Config) -> None:
+    tpu, gpu = parse("v5e:4x4"), parse("h100:8")
     none = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat_policy="none"))
-    lines = [str(remedy) for remedy in remedies.candidates(none, "finetune")]
-    assert lines[:2] == [
-        "--config.model.remat_policy=full",
-        "--config.model.remat_policy=full --config.finetune.accumulation=2",
-    ]
-    first = next(remedies.candidates(recipe, "finetune"))
-    assert first.config.finetune.accumulation == recipe.finetune.accumulation * 2
-    replicated = dataclasses.replace(recipe, mesh=MeshConfig(data=-1, fsdp=1))
-    assert str(next(remedies.candidates(replicated, "finetune"))) == "--config.mesh.data=1 --config.mesh.fsdp=-1"
+    lines = [str(remedy) for remedy in remedies.candidates(none, "finetune", tpu)]
+    first = "--config.model.remat_policy=full --config.model.attention_impl=flash"
+    assert lines[:2] == [first, f"{first} --config.finetune.accumulation=2"]
+    assert str(next(remedies.candidates(none, "finetune", gpu))) == first.replace("flash", "cudnn")
+    flash = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention_impl="flash"))
+    only = next(remedies.candidates(flash, "finetune", tpu))
+    assert str(only) == "--config.finetune.accumulation=2" and only.config.finetune.accumulation == 2
+    *_, last = remedies.candidates(flash, "finetune", tpu)
+    moment = "--config.finetune.optimizer.first_moment_dtype=bfloat16"
+    assert str(last) == f"--config.finetune.accumulation=16 {moment}"
+    replicated = dataclasses.replace(flash, mesh=MeshConfig(data=-1, fsdp=1))
+    assert str(next(remedies.candidates(replicated, "finetune", tpu))) == "--config.mesh.data=1 --config.mesh.fsdp=-1"
+    in_float32 = dataclasses.replace(none, model=dataclasses.replace(none.model, dtype="float32"))
+    assert str(next(remedies.candidates(in_float32, "finetune", tpu))) == "--config.model.remat_policy=full"
 
 
 def test_the_same_recipe_as_llava(recipe: Config) -> None:
