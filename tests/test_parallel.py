@@ -46,11 +46,14 @@ def test_parameters_live_where_the_table_says():
     assert specs["final_norm/scale"] == P(None)
 
 
-def test_kv_heads_that_do_not_divide_are_replicated_and_query_heads_are_an_error():
+def test_kv_heads_that_do_not_divide_are_replicated_and_query_heads_are_an_error(caplog):
     config = tiny_config().model  # 4 query heads, 2 key/value heads, 2 vision heads
     mesh = parallel.make_mesh(MeshConfig(2, 1, 4))
     four_vision_heads = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_heads=4))
-    specs = flatten(param_shardings(four_vision_heads, mesh, parallel.make_rules(four_vision_heads, mesh)))
+    with caplog.at_level("INFO", logger="absl"):
+        rules = parallel.make_rules(four_vision_heads, mesh)
+    assert "2 key/value heads do not divide by mesh.tensor=4: replicated" in caplog.text
+    specs = flatten(param_shardings(four_vision_heads, mesh, rules))
     assert specs["layers/attn/k_proj/kernel"].spec == P(None, "fsdp", None, None)
     assert specs["layers/attn/q_proj/kernel"].spec == P(None, "fsdp", "tensor", None)
     with pytest.raises(ConfigError, match=r"model.vision.num_heads=2 does not divide by mesh.tensor=4"):
@@ -76,6 +79,15 @@ def test_parameters_whose_axes_are_unknown_or_collide_are_an_error():
             parallel.shardings_of(boxed, mesh, parallel.RULES)
     with pytest.raises(ConfigError, match=r"a/kernel has no logical axes"):
         parallel.shardings_of({"a": {"kernel": shape}}, mesh, parallel.RULES)
+
+
+def test_a_vocabulary_of_129_is_padded_and_split():
+    config = dataclasses.replace(tiny_config().model, vocab_size=129, num_heads=8)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_heads=8))
+    mesh = parallel.make_mesh(MeshConfig(1, 1, 8))
+    wheres = flatten(param_shardings(config, mesh, parallel.make_rules(config, mesh)))
+    assert wheres["embed_tokens/embedding"].shard_shape((256, 32)) == (32, 32)
+    assert wheres["lm_head/kernel"].shard_shape((32, 256)) == (32, 32)
 
 
 def test_gradients_of_a_sharded_convnext_are_those_of_an_unsharded_one():
