@@ -42,6 +42,7 @@ RULES: Rules = (
     ("visual_hidden", "tensor"),
     # activations
     ("activation_batch", BATCH_AXES),
+    ("activation_lookup", "data"),  # rows while each device looks up its columns of the table of tokens
     ("activation_length", None),
     ("activation_visual", None),
     ("activation_embed", None),
@@ -140,8 +141,34 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
 
 
 def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """The sharding of every leaf of a tree with logical axes (a boxed abstract tree)."""
+    """The sharding of every leaf of a tree with logical axes (a boxed abstract tree).
+
+    Raises:
+      ConfigError: a leaf without logical axes, a name that the table does not know, or an axis of the mesh that two
+        dimensions of a leaf want. Linen by itself would quietly replicate all three.
+    """
+    is_boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_boxed):
+        _check_axes(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, rules)
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+
+
+def _check_axes(path: str, leaf: Any, rules: Rules) -> None:
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+        raise ConfigError(
+            f"{path} has no logical axes; name them where the parameter is made (models/layers.py: named)"
+        )
+    table = dict(rules)
+    names = [name for name in leaf.names if name is not None]
+    seen = f"{path} has the logical axes {leaf.names}"
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ConfigError(f"{seen}, and {', '.join(unknown)} is not in the table of parallel.py: {', '.join(table)}")
+    wanted = [axis for name in names for axis in jax.tree.leaves(table[name])]
+    twice = sorted({axis for axis in wanted if wanted.count(axis) > 1})
+    if twice:
+        used = ", ".join(f"{name} -> {table[name]}" for name in names)
+        raise ConfigError(f"{seen}, which the table of parallel.py splits over mesh.{twice[0]} more than once: {used}")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

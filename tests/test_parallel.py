@@ -1,21 +1,27 @@
-"""Sharded == unsharded, parameters where the table says, and constraints that are really in the program."""
+"""Parameters where the table says, and constraints that are really in the program."""
 
 import dataclasses
+import re
+from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saisa_jax import parallel
-from saisa_jax.config import TRAIN_ALL, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, VisionConfig
+from saisa_jax.config import ConfigError, MeshConfig, ModelConfig, VisionConfig
 from saisa_jax.models.convnext import ConvNext
+from saisa_jax.models.layers import NamedAxes, constrain, look_up
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params
-from saisa_jax.testing.batches import make_batch, random_layout
+from saisa_jax.planning.counted import traffic
+from saisa_jax.testing.batches import make_batch
 from saisa_jax.testing.configs import tiny_config
-from saisa_jax.training.optimizer import flatten, make_optimizer
-from saisa_jax.training.state import create_state, param_shardings, state_shardings
-from saisa_jax.training.step import make_train_step
+from saisa_jax.training.optimizer import flatten
+from saisa_jax.training.state import param_shardings
 
 pytestmark = pytest.mark.multi_device
 
@@ -26,44 +32,6 @@ def with_convnext(config: ModelConfig) -> ModelConfig:
     off = {"class_token": False, "pre_norm": False}
     vision = VisionConfig(kind="convnext", layer_scale=True, select_layer=-1, **fields, **off)
     return dataclasses.replace(config, vision=vision)
-
-
-def train(alignment: str, sizes: tuple[int, int, int], steps: int = 3):
-    """Losses and final parameters on a mesh of the given sizes."""
-    config = tiny_config(alignment).model
-    devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = parallel.make_mesh(MeshConfig(*sizes), devices)
-    rules = parallel.make_rules(config, mesh)
-    params = init_params(config, jax.random.key(0))
-    # Some true gradients are 0 (biases of keys); a large eps keeps Adam from making steps of their rounding.
-    settings = OptimizerConfig(lr=1e-2, warmup_fraction=0.0, eps=1e-3)
-    optimizer = make_optimizer(settings, TRAIN_ALL, params, steps)
-    rng = np.random.default_rng(0)
-    batch = make_batch(config, [random_layout(rng, 9 - i % 3, i % 3, 100) for i in range(8)], max_images=2)
-    shardings = state_shardings(config, TRAIN_ALL, optimizer, mesh, rules)
-    losses = []
-    with parallel.use(mesh, rules):
-        state = create_state(lambda params: params, jax.tree.map(np.asarray, params), TRAIN_ALL, optimizer, shardings)
-        step = make_train_step(config, optimizer, shardings)
-        for _ in range(steps):
-            state, metrics = step(state, parallel.to_device(batch, mesh))
-            losses.append(float(metrics["loss"]))
-    return losses, jax.tree.map(np.asarray, flatten(state.trainable)), state, shardings
-
-
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
-def test_sharded_is_unsharded(alignment):
-    losses, params, _, _ = train(alignment, (1, 1, 1))
-    sizes = [(2, 2, 2), (1, 8, 1)] if alignment == "saisa" else [(2, 2, 2)]
-    for size in sizes:
-        other_losses, other, state, shardings = train(alignment, size)
-        np.testing.assert_allclose(other_losses, losses, atol=1e-5)
-        for path, leaf in params.items():
-            np.testing.assert_allclose(other[path], leaf, atol=1e-5, err_msg=f"{path} {size}")
-        placed = jax.tree.map(lambda leaf, want: leaf.sharding.is_equivalent_to(want, leaf.ndim), state, shardings)
-        assert all(jax.tree.leaves(placed))
-        moments = flatten(state.opt_state[1].mu)
-        assert moments["lm_head/kernel"].sharding.spec == flatten(state.trainable)["lm_head/kernel"].sharding.spec
 
 
 def test_parameters_live_where_the_table_says():
@@ -78,17 +46,48 @@ def test_parameters_live_where_the_table_says():
     assert specs["final_norm/scale"] == P(None)
 
 
-def test_kv_heads_that_do_not_divide_are_replicated_and_query_heads_are_an_error():
+def test_kv_heads_that_do_not_divide_are_replicated_and_query_heads_are_an_error(caplog):
     config = tiny_config().model  # 4 query heads, 2 key/value heads, 2 vision heads
     mesh = parallel.make_mesh(MeshConfig(2, 1, 4))
     four_vision_heads = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_heads=4))
-    specs = flatten(param_shardings(four_vision_heads, mesh, parallel.make_rules(four_vision_heads, mesh)))
+    with caplog.at_level("INFO", logger="absl"):
+        rules = parallel.make_rules(four_vision_heads, mesh)
+    assert "2 key/value heads do not divide by mesh.tensor=4: replicated" in caplog.text
+    specs = flatten(param_shardings(four_vision_heads, mesh, rules))
     assert specs["layers/attn/k_proj/kernel"].spec == P(None, "fsdp", None, None)
     assert specs["layers/attn/q_proj/kernel"].spec == P(None, "fsdp", "tensor", None)
     with pytest.raises(ConfigError, match=r"model.vision.num_heads=2 does not divide by mesh.tensor=4"):
         parallel.make_rules(config, mesh)
     with pytest.raises(ConfigError, match=r"model.num_heads=4 does not divide by mesh.tensor=8"):
         parallel.make_rules(config, parallel.make_mesh(MeshConfig(1, 1, 8)))
+
+
+def test_parameters_whose_axes_are_unknown_or_collide_are_an_error():
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    shape = jax.ShapeDtypeStruct((8, 8), np.float32)
+    good = NamedAxes(shape, ("embed", "mlp"))
+    assert parallel.shardings_of({"a": {"kernel": good}}, mesh, parallel.RULES)["a"]["kernel"].spec == P(
+        "fsdp", "tensor"
+    )
+    for axes, said in (
+        (("embed", "mlpp"), r"and mlpp is not in the table of parallel.py: vocab, embed, mlp"),
+        (("embed", "vision_embed"), r"over mesh.fsdp more than once: embed -> fsdp, vision_embed -> fsdp"),
+        (("mlp", "mlp"), r"over mesh.tensor more than once"),
+    ):
+        boxed = {"a": {"kernel": good}, "b": {"kernel": NamedAxes(shape, axes)}}
+        with pytest.raises(ConfigError, match=rf"b/kernel has the logical axes \('{axes[0]}', '{axes[1]}'\).*{said}"):
+            parallel.shardings_of(boxed, mesh, parallel.RULES)
+    with pytest.raises(ConfigError, match=r"a/kernel has no logical axes"):
+        parallel.shardings_of({"a": {"kernel": shape}}, mesh, parallel.RULES)
+
+
+def test_a_vocabulary_of_129_is_padded_and_split():
+    config = dataclasses.replace(tiny_config().model, vocab_size=129, num_heads=8)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_heads=8))
+    mesh = parallel.make_mesh(MeshConfig(1, 1, 8))
+    wheres = flatten(param_shardings(config, mesh, parallel.make_rules(config, mesh)))
+    assert wheres["embed_tokens/embedding"].shard_shape((256, 32)) == (32, 32)
+    assert wheres["lm_head/kernel"].shard_shape((32, 256)) == (32, 32)
 
 
 def test_gradients_of_a_sharded_convnext_are_those_of_an_unsharded_one():
@@ -120,16 +119,115 @@ def test_a_mesh_that_does_not_fit_is_an_error():
         parallel.make_mesh(MeshConfig(3, 1, 1))
 
 
-def test_constraints_are_in_the_lowered_program():
-    config = tiny_config().model
-    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
-    params = init_params(config, jax.random.key(0))
+# --- What is said of activations -------------------------------------------------------------------------------------
+
+ROWS, WHOLE, SPLIT = '{"data", "fsdp"}', "{}", '{"tensor"}'
+
+
+def constraints_in(program: str) -> set[tuple[str, str]]:
+    """(shape, sharding) of every constraint in a lowered program."""
+    found = re.findall(r"sdy.sharding_constraint \S+ <@mesh, \[(.*)\]> : tensor<(\S+)x\w+>", program)
+    return {(shape, sharding) for sharding, shape in found}
+
+
+def lowered(config: ModelConfig) -> str:
+    """The forward pass over eight rows of three tokens and an image of sixteen."""
     batch = make_batch(config, [[1, 2, 3]] * 8, max_images=1)
     apply = lambda p, b: Saisa(config).apply({"params": p}, b)[0]  # noqa: E731
-    with parallel.use(mesh, parallel.make_rules(config, mesh)):
-        inside = jax.jit(apply).lower(params, batch).as_text()
-    assert inside.count("sharding_constraint") > 5
-    assert "sharding_constraint" not in jax.jit(apply).lower(params, batch).as_text()
+    return jax.jit(apply).lower(abstract_params(config), batch).as_text()
+
+
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
+def test_constraints_are_in_the_lowered_program(alignment):
+    config = tiny_config(alignment).model
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    rules = parallel.make_rules(config, mesh)
+    asks = 16 + 3 if alignment == "llava" else 3
+    expected = {
+        "encoder's residual stream": ("8x17x32", ROWS, WHOLE, WHOLE),
+        "tokens to look up": ("8x3", '{"data"}', WHOLE),
+        "columns that were looked up": ("8x3x32", '{"data"}', WHOLE, '{"fsdp"}'),
+        "embeddings": ("8x3x32", ROWS, WHOLE, WHOLE),
+        "features, and their projections": ("8x16x32", ROWS, WHOLE, WHOLE),
+        "projector's hidden layer": ("8x16x32", ROWS, WHOLE, SPLIT),
+        "queries": (f"8x{asks}x4x8", ROWS, WHOLE, SPLIT, WHOLE),
+        "keys and values": (f"8x2x{asks}x8", ROWS, SPLIT, WHOLE, WHOLE),
+        "MLP's hidden layer": (f"8x{asks}x64", ROWS, WHOLE, SPLIT),
+        "residual stream": (f"8x{asks}x32", ROWS, WHOLE, WHOLE),
+        "logits": ("8x3x128", ROWS, WHOLE, SPLIT),
+    }
+    if alignment != "llava":
+        expected["keys and values of the image"] = ("8x2x16x8", ROWS, SPLIT, WHOLE, WHOLE)
+    if alignment == "naavit":
+        expected["MLP's hidden layer of the image"] = ("8x16x64", ROWS, WHOLE, SPLIT)
+    with parallel.use(mesh, rules):
+        program = lowered(config)
+    assert constraints_in(program) == {(shape, ", ".join(axes)) for shape, *axes in expected.values()}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_there_are_none_under_a_mesh_that_is_not_set():
+    config = tiny_config().model
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    with mesh, nn.logical_axis_rules(parallel.make_rules(config, mesh)):
+        assert "sharding_constraint" not in lowered(config)
+
+
+def test_activations_whose_names_are_unknown_or_collide_are_an_error():
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    x = jnp.zeros((8, 8))
+    with parallel.use(mesh, parallel.RULES):
+        assert jax.jit(lambda x: constrain(x, "activation_batch", "activation_heads"))(x).sharding.spec[1] == "tensor"
+        for names in (("activation_batch", "activation_head"), ("activation_heads", "activation_mlp")):
+            with pytest.raises(ValueError, match=f"{names[1]}.* did not match a rule"):
+                constrain(x, *names)
+
+
+def test_the_sources_name_what_the_table_knows_and_all_of_it():
+    sources = {path: path.read_text() for path in Path(parallel.__file__).parent.rglob("*.py")}
+    assert [path.name for path, text in sources.items() if "with_logical_constraint" in text] == ["layers.py"]
+    del sources[Path(parallel.__file__)]
+    names = {name for text in sources.values() for name in re.findall(r'"(activation_\w+)"', text)}
+    assert names == {name for name, _ in parallel.RULES if name.startswith("activation_")}
+    assert len(dict(parallel.RULES)) == len(parallel.RULES)
+
+
+# --- The table of tokens ---------------------------------------------------------------------------------------------
+
+
+def test_a_table_split_twice_is_looked_up_where_it_is(capfd):
+    """In the proportions of a 7B model: a group of devices has fewer tokens than the vocabulary."""
+    mesh = parallel.make_mesh(MeshConfig(2, 2, 2))
+    placed = NamedSharding(mesh, P("tensor", "fsdp")), parallel.batch_sharding(mesh)
+    table = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
+    tokens = np.random.default_rng(1).integers(0, 512, (8, 32), dtype=np.int32)
+
+    def compiled(look_up):
+        def loss(table, tokens):
+            return (look_up(nn.Embed(*table.shape).bind({"params": {"embedding": table}}), tokens) ** 3).sum()
+
+        with parallel.use(mesh, parallel.RULES):
+            step = jax.jit(jax.value_and_grad(loss), in_shardings=placed, out_shardings=(None, placed[0]))
+            return step.lower(table, tokens).compile()
+
+    at_once = compiled(lambda table, tokens: constrain(table(tokens), "activation_batch", None, None))
+    assert "full rematerialization" in capfd.readouterr().err
+    ours = compiled(look_up)
+    assert "full rematerialization" not in capfd.readouterr().err
+    received = [sum(kind.bytes for kind in traffic(program.as_text(), 8).values()) for program in (at_once, ours)]
+    assert received[1] < received[0]
+    assert not re.search(
+        r"f32\[(512|8,32),", ours.as_text()
+    )  # neither the table nor what is looked up is anywhere whole
+
+    value, gradient = ours(*map(jax.device_put, (table, tokens), placed))
+    expected = np.zeros_like(table)
+    np.add.at(expected, tokens, 3 * table[tokens] ** 2)
+    np.testing.assert_allclose(value, (table[tokens] ** 3).sum(), rtol=1e-4)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+# --- Encoders --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoder", ["vit", "convnext"])

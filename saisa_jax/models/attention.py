@@ -96,9 +96,8 @@ def _on_each_device(kernel: Callable[..., Any], q: Any, k: Any, v: Any, mask: Ma
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, mask)
-    # One name at a time: within one spec, flax gives an axis of the mesh to the first name alone.
-    names = ("activation_batch", "activation_heads", "activation_kv_heads")
-    rows, heads, kv_heads = (nn.logical_to_mesh(PartitionSpec(name))[0] for name in names)
+    table = dict(nn.get_logical_axis_rules())
+    rows, heads, kv_heads = (table[f"activation_{name}"] for name in ("batch", "heads", "kv_heads"))
     ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(rows))
     if q.shape[0] % ways:
         raise ValueError(f"{q.shape[0]} rows do not divide over {ways} devices of the mesh axes {rows}")

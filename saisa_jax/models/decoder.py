@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attend
-from saisa_jax.models.layers import RMSNorm, Rotation, dense, rotate_keys, rotate_queries
+from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, rotate_keys, rotate_queries
 from saisa_jax.models.naavit import KeyBlock, Mask, Places, make_mask
 from saisa_jax.models.projector import Projector
 
@@ -42,11 +42,10 @@ class Attention(nn.Module):
         """Keys, not yet rotated, and values; head-major, as they are cached."""
         k, v = self.k_proj(h).swapaxes(1, 2), self.v_proj(h).swapaxes(1, 2)
         axes = ("activation_batch", "activation_kv_heads", None, None)
-        return nn.with_logical_constraint(k, axes), nn.with_logical_constraint(v, axes)
+        return constrain(k, *axes), constrain(v, *axes)
 
     def queries(self, h: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        axes = ("activation_batch", "activation_length", "activation_heads", None)
-        return nn.with_logical_constraint(self.q_proj(h), axes)
+        return constrain(self.q_proj(h), "activation_batch", "activation_length", "activation_heads", None)
 
 
 class MLP(nn.Module):
@@ -62,8 +61,7 @@ class MLP(nn.Module):
 
     def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         hidden = nn.silu(self.gate_proj(h)) * self.up_proj(h)
-        hidden = nn.with_logical_constraint(hidden, ("activation_batch", "activation_length", "activation_mlp"))
-        return self.down_proj(hidden)
+        return self.down_proj(constrain(hidden, "activation_batch", "activation_length", "activation_mlp"))
 
 
 class Block(nn.Module):
@@ -91,7 +89,8 @@ class Block(nn.Module):
 
     def update_visual(self, visual: Float[Array, "B V D"]) -> Float[Array, "B V D"]:
         """NAAViT's visual tokens ask nothing, but go through the MLP and carry their state on."""
-        return visual + self.mlp(self.post_attn_norm(visual))
+        visual = visual + self.mlp(self.post_attn_norm(visual))
+        return constrain(visual, "activation_batch", "activation_visual", "activation_embed")
 
     def __call__(
         self,
@@ -121,7 +120,7 @@ class Block(nn.Module):
         out, weights = attend(q, [*others, KeyBlock(k, v, mask)], impl)
         x = x + self.attn.o_proj(out)
         x = x + self.mlp(self.post_attn_norm(x))
-        x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))
+        x = constrain(x, "activation_batch", "activation_length", "activation_embed")
         return x, (k, v), weights
 
 

@@ -38,6 +38,16 @@ def named(initializer: Callable[..., Any], *axes: str | None) -> Callable[..., A
     return lambda *args: NamedAxes(initializer(*args), axes)
 
 
+def constrain(x: Any, *axes: str | None) -> Any:
+    """`x`, split over the mesh as the table says of the logical names of its axes; without a table nothing happens.
+
+    Raises:
+      ValueError: a name that the table does not know, or two that want the same axis of the mesh. Linen by itself
+        would quietly replicate both.
+    """
+    return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
 def dense(
     features: int | Sequence[int],
     axes: Sequence[str | None],
@@ -64,6 +74,18 @@ def dense(
         dot_general=dot,
         name=name,
     )
+
+
+def look_up(table: nn.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Embeddings of tokens, from a table that is split twice: by tokens over "tensor", by columns over "fsdp".
+
+    Rows of the batch are split over "fsdp" as well. So each device looks up its columns for all rows of its group, and
+    then columns are exchanged for rows. Left to itself, XLA may replicate what was looked up over all devices, and in
+    the backward pass its gradient ("involuntary full rematerialization").
+    """
+    tokens = constrain(tokens, "activation_lookup", "activation_length")
+    columns = constrain(table(tokens), "activation_lookup", "activation_length", "embed")
+    return constrain(columns, "activation_batch", "activation_length", "activation_embed")
 
 
 class RMSNorm(nn.Module):

@@ -43,9 +43,11 @@ from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV
 from saisa_jax.models.layers import (
     Params,
     RMSNorm,
+    constrain,
     dense,
     dequantized,
     init_stack,
+    look_up,
     named,
     rotate_keys,
     rotation,
@@ -183,7 +185,7 @@ class Saisa(nn.Module):
             logits = jnp.einsum("btd,wd->btw", x, embedding, preferred_element_type=jnp.float32)
         else:
             logits = self.lm_head(x)
-        logits = nn.with_logical_constraint(logits, ("activation_batch", "activation_length", "activation_vocab"))
+        logits = constrain(logits, "activation_batch", "activation_length", "activation_vocab")
         inside = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
         return jnp.where(inside, logits, -jnp.inf)
 
@@ -249,7 +251,7 @@ class Saisa(nn.Module):
 
         Rows are padded on the right, to the same number of tokens (segment 0); padding leaves no column behind.
         """
-        asking = Rows(self.embed_tokens(tokens), positions, segment_ids)
+        asking = Rows(look_up(self.embed_tokens, tokens), positions, segment_ids)
         x, captured = self._run_layers(asking, cache.visual, past=cache, capture=("kv",))
         k, v = captured["kv"]
         return self._last_logits(x, asking), kv_cache.append(cache, k, v, positions, segment_ids)
@@ -271,8 +273,7 @@ class Saisa(nn.Module):
 
     def _text(self, batch: Batch) -> Rows:
         segments = jnp.asarray(batch["segment_ids"])
-        x = self.embed_tokens(jnp.asarray(batch["tokens"]))
-        x = nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))
+        x = look_up(self.embed_tokens, jnp.asarray(batch["tokens"]))
         # Padding is removed before any product, so that nothing in it can reach a result or a gradient.
         return Rows(jnp.where(segments[..., None] > 0, x, 0), jnp.asarray(batch["positions"]), segments)
 
@@ -283,7 +284,7 @@ class Saisa(nn.Module):
             return None, asking
         positions, segments = _visual_places(batch, features.shape[1])
         features = jnp.where(segments[..., None] > 0, features, 0)
-        features = nn.with_logical_constraint(features, ("activation_batch", "activation_visual", "activation_embed"))
+        features = constrain(features, "activation_batch", "activation_visual", "activation_embed")
         visual = Rows(features if self.config.per_layer_projectors else self.visual_proj(features), positions, segments)
         if self.config.alignment != "llava":
             return visual, asking

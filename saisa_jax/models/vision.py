@@ -18,6 +18,7 @@ from saisa_jax.config import VisionConfig
 from saisa_jax.models.layers import (
     ACTIVATIONS,
     Params,
+    constrain,
     dense,
     dequantized,
     init_stack,
@@ -49,7 +50,7 @@ class VisionBlock(nn.Module):
 def split_by_image(x: Float[Array, "I *rows C"]) -> Float[Array, "I *rows C"]:
     """Each device its own images. Said in every layer: otherwise the compiler may give each a share of the channels of
     all images, with a sum over all devices after every product."""
-    return nn.with_logical_constraint(x, ("activation_batch", *(x.ndim - 1) * (None,)))
+    return constrain(x, "activation_batch", *(x.ndim - 1) * (None,))
 
 
 def scaled(block: Any, name: str, branch: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:

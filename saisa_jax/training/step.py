@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
+from saisa_jax.models.layers import constrain
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.training.loss import chunked_cross_entropy
 from saisa_jax.training.optimizer import Optimizer, merge
@@ -121,6 +121,6 @@ def micro_batches_of(batch: Any, parts: int) -> Any:
 
     def interleave(x: Any) -> Any:
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return nn.with_logical_constraint(x, (None, "activation_batch", *[None] * (x.ndim - 2)))
+        return constrain(x, None, "activation_batch", *[None] * (x.ndim - 2))
 
     return jax.tree.map(interleave, batch)

@@ -74,8 +74,8 @@ def test_projectors(recorded: Fixture) -> None:
     if recorded.name == "llava_tiny":
         for picture in "ab":
             features = jnp.asarray(recorded.expected[f"image_{picture}.vision_features"])
-            seen = projector.apply({"params": recorded.params["visual_proj"]}, features)
-            close(np.asarray(seen), recorded.expected[f"image_{picture}.projected_features"], 5e-5)
+            seen = projector.apply({"params": recorded.params["visual_proj"]}, features[None])
+            close(np.asarray(seen)[0], recorded.expected[f"image_{picture}.projected_features"], 5e-5)
         return
     stacked = recorded.params["layers"]["visual_proj"]
     features = jnp.asarray(recorded.features)
