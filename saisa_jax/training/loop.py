@@ -109,8 +109,9 @@ class Stage:
             own = parallel.own_rows(self.mesh, self.settings.batch_size)
             data = train_iterator(self.config, self.name, self.tokenizer, own=own, cache=self.cache)
             closing.callback(data.close)
-            self._resume(checkpointer, data)
-            finished = self._train(checkpointer, data, stop)
+            with processes.together():
+                self._resume(checkpointer, data)
+                finished = self._train(checkpointer, data, stop)
         if finished:
             self._finish()
         return finished
