@@ -165,10 +165,10 @@ class Stage:
             journal.open(first, self.flops, crew, self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
         ):
+            clock.started()
             if held_out and self.evaluation_due:
                 self._evaluate(held_out, first)
             waiting, step = None, first
-            clock.started()
             for step in range(first + 1, self.steps + 1):
                 with clock("data"):
                     host = crew.read(data)
