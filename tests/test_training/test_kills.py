@@ -17,22 +17,26 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from saisa_jax.testing.runs import ROOT, Outcome, Trial, environment, kill_somewhere, outcome
+from saisa_jax.testing.runs import PACKED, ROOT, Outcome, Trial, environment, kill_somewhere, outcome
 
 
 class Undisturbed(NamedTuple):
+    """A run that nobody stopped, and the programs that it compiled."""
+
     workdir: Path
     cache: Path
     outcome: dict[str, Outcome]
 
 
+def undisturbed_run(directory: Path, *flags: str) -> Undisturbed:
+    trial = Trial(directory / "run", directory / "cache", *flags)
+    assert trial.run() == 0, trial.output
+    return Undisturbed(trial.workdir, directory / "cache", outcome(trial.workdir))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Undisturbed:
-    """A run that nobody stopped, and the programs that it compiled."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    trial = Trial(directory / "run", directory / "cache")
-    assert trial.run() == 0, trial.output
-    return Undisturbed(directory / "run", directory / "cache", outcome(directory / "run"))
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"))
 
 
 def assert_same(workdir: Path, expected: dict[str, Outcome]) -> None:
@@ -80,19 +84,22 @@ def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_run_that_meets_everything(undisturbed, tmp_path):
-    trial = Trial(tmp_path / "run", undisturbed.cache)
+def test_a_run_that_meets_everything(tmp_path):
+    """One stage, to save time: killed, with a flipped checkpoint, on a full disk, stopped, killed at its end."""
+    flags = (f"--config={PACKED}", "--config.stages=finetune")
+    undisturbed = undisturbed_run(tmp_path, *flags)
+    trial = Trial(tmp_path / "stopped", undisturbed.cache, *flags)
     trial.start()
-    assert trial.until(lambda: len(trial.committed("pretrain")) == 2 and trial.saving()), trial.output
+    assert trial.until(lambda: len(trial.committed("finetune")) == 2 and trial.saving()), trial.output
     trial.kill()  # in the middle of a save
 
-    good, bad = trial.committed("pretrain")
-    damage(trial.workdir / "pretrain" / "checkpoints" / str(bad), "flipped")
+    *_, good, bad = trial.committed("finetune")
+    damage(trial.workdir / "finetune" / "checkpoints" / str(bad), "flipped")
     assert trial.run(prepare=small_files) == 1
     assert f"FALLING BACK TO STEP {good}" in trial.output and "Traceback" not in trial.output
     last = trial.output.strip().splitlines()[-1]
     assert re.fullmatch(rf"CheckpointError: step {bad} was not saved in .*File too large.*", last)
-    assert trial.committed("pretrain") == [good]
+    assert trial.committed("finetune")[-1] == good
 
     trial.start()
     assert trial.until(lambda: trial.steps_done() > 1), trial.output
