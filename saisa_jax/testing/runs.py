@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PACKED = "saisa_jax/testing/configs.py:packed"
-_CLOCK = re.compile(r"second|mfu|memory|wait|goodput")  # names of what no two runs have in common
+_CLOCK = re.compile(r"second|mfu|peak_bytes|wait|goodput")  # names of what no two runs have in common
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
@@ -179,7 +179,8 @@ def _of_stage(directory: Path) -> Outcome:
 
 def timeless_rows(directory: Path) -> list[dict[str, Any]]:
     """A stage's metrics without clocks."""
-    return [_timeless(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [_timeless(row) for row in rows if not _CLOCK.search(row["kind"])]
 
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
