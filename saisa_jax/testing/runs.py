@@ -207,10 +207,12 @@ def shown_events(directory: Path) -> dict[tuple[str, int], float]:
             if event.HasField("session_log"):
                 shown = {(tag, step): value for (tag, step), value in shown.items() if step < event.step}
             for value in event.summary.value:
+                if _CLOCK.search(value.tag):
+                    continue
                 key = value.tag, event.step
                 assert key not in shown, f"{path}: {key} twice"
                 shown[key] = value.simple_value
-    return {key: value for key, value in sorted(shown.items()) if not _CLOCK.search(key[0])}
+    return dict(sorted(shown.items()))
 
 
 # --- kills at chosen moments -----------------------------------------------------------------------------------------
