@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PACKED = "saisa_jax/testing/configs.py:packed"
-_CLOCK = re.compile(r"second|mfu|peak_bytes|wait|goodput")  # names of what no two runs have in common
+_CLOCK = re.compile(r"second|mfu|bytes|wait|goodput")  # names of what no two runs have in common
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
