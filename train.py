@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     try:
         config = from_config_dict(Config, _CONFIG.value)
         stopped = loop.run(config, epath.Path(str(_WORKDIR.value)))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, for example
         logging.debug("details", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
