@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
                 max_new_tokens=_MAX_NEW_TOKENS.value,
                 quantize=_QUANTIZE.value,
             )
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except (runner.Interrupted, KeyboardInterrupt) as error:
         print(f"The evaluation was {error if error.args else 'stopped before it began'}.", file=sys.stderr)

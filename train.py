@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         from saisa_jax.training import loop
 
         stopped = loop.run(config, epath.Path(str(_WORKDIR.value)))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, for example
         logging.debug("details", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PACKED = "saisa_jax/testing/configs.py:packed"
-_CLOCK = re.compile(r"second|mfu|memory|wait|goodput|lost")  # names of what no two runs have in common
+_CLOCK = re.compile(r"second|mfu|bytes|wait|goodput|lost")  # names of what no two runs have in common
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
@@ -179,7 +179,8 @@ def _of_stage(directory: Path) -> Outcome:
 
 def timeless_rows(directory: Path) -> list[dict[str, Any]]:
     """A stage's metrics without clocks."""
-    return [_timeless(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [_timeless(row) for row in rows if not _CLOCK.search(row["kind"])]
 
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
@@ -206,10 +207,12 @@ def shown_events(directory: Path) -> dict[tuple[str, int], float]:
             if event.HasField("session_log"):
                 shown = {(tag, step): value for (tag, step), value in shown.items() if step < event.step}
             for value in event.summary.value:
+                if _CLOCK.search(value.tag):
+                    continue
                 key = value.tag, event.step
                 assert key not in shown, f"{path}: {key} twice"
                 shown[key] = value.simple_value
-    return {key: value for key, value in sorted(shown.items()) if not _CLOCK.search(key[0])}
+    return dict(sorted(shown.items()))
 
 
 # --- kills at chosen moments -----------------------------------------------------------------------------------------

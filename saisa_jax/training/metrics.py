@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from saisa_jax.chips import GIB
@@ -59,7 +60,11 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise  # or else the first error is the one to raise
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes a row.
@@ -87,11 +92,13 @@ class MetricsWriter:
         return any((row["kind"], row["step"]) == (kind, step) for row in rows)
 
     def close(self) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        try:
+            self._file.close()
+        finally:
+            if self._events is not None:
+                _close_events(self._events)
+            if self._wandb is not None:
+                self._wandb.close()
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -138,6 +145,19 @@ def _event_writer(directory: epath.Path, resume_step: int | None) -> Any:
             "training.tensorboard needs tensorboardX: pip install tensorboardX, or --config.training.tensorboard=False"
         ) from error
     return SummaryWriter(os.fspath(directory), purge_step=None if resume_step is None else 0)  # hides all steps from 0
+
+
+def _close_events(events: Any) -> None:
+    """On a full disk a warning: the run has more to say, and when it goes on the events are written anew."""
+    writers = [writer.event_writer for writer in events.all_writers.values()]
+    try:
+        events.close()
+    except OSError as error:
+        logging.warning("TensorBoard's last events were not written: %s", error)
+        for writer in writers:  # or else they try again at exit, and print pages
+            writer._closed = True
+            if writer._worker.is_alive():
+                writer._worker.stop()
 
 
 def jsonable(value: Any) -> Any:

@@ -101,6 +101,17 @@ def test_tensorboard(tmp_path):
     assert events(tmp_path) == [("start", "", 0), ("scalar", "train/loss", 1), ("scalar", "train/loss", 5)]
 
 
+def test_a_full_disk_hides_no_other_error(tmp_path, monkeypatch, caplog):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyError), MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, loss=0.5)
+        monkeypatch.setattr(writer._events.file_writer.event_writer._ev_writer, "flush", full)
+        raise KeyError
+    assert "last events were not written: [Errno 28]" in caplog.text
+
+
 def test_plain_lines():
     stream = io.StringIO()
     with Progress("pretrain", 100, 10, stream) as progress:
