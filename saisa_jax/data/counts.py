@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerFast
 
@@ -100,14 +103,16 @@ def _counts_of(
     if cache is None:
         return count(samples, config, stage, tokenizer)
     key = hashlib.sha256(repr((source, len(samples), _stamp(source), mark)).encode()).hexdigest()[:16]
-    path = Path(cache) / f"counts-{key}.npz"
+    path = epath.Path(cache) / f"counts-{key}.npz"
     if path.exists():
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(io.BytesIO(file.read())) as stored:
             return stored["tokens"], stored["images"]
     tokens, images = count(samples, config, stage, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".tmp.npz")
-    np.savez(half, tokens=tokens, images=images)
+    content = io.BytesIO()
+    np.savez(content, tokens=tokens, images=images)
+    half = path.parent / f".{path.name}.{secrets.token_hex(4)}"  # other processes may count at the same time
+    half.write_bytes(content.getvalue())
     half.replace(path)
     return tokens, images
 

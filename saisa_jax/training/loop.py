@@ -40,7 +40,10 @@ def run(config: Config, workdir: epath.Path) -> int:
       0, or the number of the signal that stopped the run; started again, it goes on from there.
     """
     processes.start(config.distributed)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+        raise ConfigError(f"--workdir={workdir}: a bucket needs its file system: pip install gcsfs ({error})") from error
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,11 +47,14 @@ def start(config: DistributedConfig) -> None:
     if jax.distributed.is_initialized():
         return
     given: dict[str, Any] = {}
-    if config.coordinator != "auto":
+    if config.coordinator == "auto":
+        _check_slurm(os.environ)
+    else:
         given = {
             "coordinator_address": config.coordinator,
             "num_processes": config.num_processes,
             "process_id": config.process_id,
+            "cluster_detection_method": "deactivate",  # all devices of the host are this process's
         }
     joined = threading.Event()
     threading.Thread(target=_watch, args=(config, joined), daemon=True).start()
@@ -68,6 +71,16 @@ def start(config: DistributedConfig) -> None:
     finally:
         joined.set()
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _check_slurm(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where jax would leave GPUs idle: under Slurm it gives each task one of them."""
+    gpus, tasks = (environment.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_NTASKS_PER_NODE"))
+    if gpus and tasks and gpus != tasks:
+        raise ConfigError(
+            f"--config.distributed.coordinator=auto gives each task one GPU, and a node has {gpus} GPUs and {tasks} "
+            f"tasks: set --ntasks-per-node={gpus}; or, for one process on each node, name HOST:PORT"
+        )
 
 
 def _watch(config: DistributedConfig, joined: threading.Event) -> None:

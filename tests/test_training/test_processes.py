@@ -227,3 +227,10 @@ def test_slices_are_part_of_the_data_axis() -> None:
         MeshConfig(3, 1, 1, dcn=2)
     with pytest.raises(ConfigError, match=r"data=4, of which 3 slices, x fsdp=2 .* there are 8; set --config.mesh"):
         parallel.make_mesh(MeshConfig(-1, 2, 1, dcn=3))
+
+
+def test_gpus_that_slurm_would_leave_idle_are_an_error() -> None:
+    processes._check_slurm({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"})
+    processes._check_slurm({"SLURM_NTASKS_PER_NODE": "1"})
+    with pytest.raises(ConfigError, match=r"8 GPUs and 1 tasks: set --ntasks-per-node=8; or, .* name HOST:PORT"):
+        processes._check_slurm({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"})
