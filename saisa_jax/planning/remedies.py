@@ -34,7 +34,7 @@ def candidates(config: Config, stage: str, topology: Topology) -> Iterator[Remed
     scores in memory, and then more and more micro-batches. Last the same with a lighter first moment, which is the only
     one of them that changes what is computed."""
     settings = config.stage(stage)
-    mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
+    mesh = dataclasses.replace(config.mesh, data=config.mesh.dcn, fsdp=-1)
     model = dataclasses.replace(config.model, remat_policy="full", attention_impl=_attention(config.model, topology))
     moments = dict.fromkeys((settings.optimizer.first_moment_dtype, "bfloat16"))
     for moment, accumulation in itertools.product(moments, ACCUMULATIONS):

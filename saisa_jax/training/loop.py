@@ -43,7 +43,9 @@ def run(config: Config, workdir: epath.Path) -> int:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-        raise ConfigError(f"--workdir={workdir}: a bucket needs its file system: pip install gcsfs ({error})") from error
+        raise ConfigError(
+            f"--workdir={workdir}: a bucket needs its file system: pip install gcsfs ({error})"
+        ) from error
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)

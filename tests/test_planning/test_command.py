@@ -46,7 +46,7 @@ def test_plan_of_the_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.aot
 def test_two_slices(capsys: pytest.CaptureFixture[str]) -> None:
     """The gradients are all that goes from one to the other: no more than a float32 for each parameter of a device."""
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.stages=finetune"]
+    mesh = ["--config.mesh.dcn=2", "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.stages=finetune"]
     assert main(["plan", TINY, "--topology=v5e:2x2*2", *mesh]) == 0
     said = capsys.readouterr().out
     assert "finetune fits v5e:2x2*2" in said and "between slices: GiB a device receives" in said
