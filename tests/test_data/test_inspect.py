@@ -42,7 +42,7 @@ def packed(tokenizer, template: str = "vicuna_v1") -> HostBatch:
             batch["images"][1, slot, ..., slot] = 255
             batch["image_positions"][1, slot], batch["image_segment_ids"][1, slot] = position, segment
             slot += 1
-    return HostBatch(batch, ((), IDS))
+    return HostBatch(batch, ((), IDS), (), np.zeros((2, 2), np.int32))
 
 
 def said(host: HostBatch, row: int, tokenizer) -> list[str]:

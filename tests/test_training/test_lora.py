@@ -90,7 +90,7 @@ def test_merged_is_unmerged(run):
 def test_a_run_starts_from_a_lora_run_where_it_left_off(run):
     _, directory = run
     config = config_of(directory / "model")
-    mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = parallel.make_mesh(config.mesh)
     rules = parallel.make_rules(config.model, mesh)
     start = starting_params(config, "finetune", epath.Path("/nowhere"), TOKENIZER, mesh, rules)
     params = jax.jit(start.make)(start.argument)
