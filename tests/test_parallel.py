@@ -225,10 +225,11 @@ def test_a_table_split_twice_is_looked_up_where_it_is(capfd):
     table = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
     tokens = np.random.default_rng(1).integers(0, 512, (8, 32), dtype=np.int32)
     at_once, _ = compiled(looked_up_at_once, mesh, table, tokens)
-    assert "full rematerialization" in capfd.readouterr().err
+    by_itself = jax.__version_info__ >= (0, 12)  # its partitioner has learnt it
+    assert by_itself or "full rematerialization" in capfd.readouterr().err
     ours, placed = compiled(look_up, mesh, table, tokens)
     assert "full rematerialization" not in capfd.readouterr().err
-    assert received(ours) < received(at_once) / 2
+    assert received(ours) < received(at_once) * (1 if by_itself else 0.5)
     # Neither the table nor what is looked up is whole on any device.
     assert not re.search(r"f32\[(512|8,32),", ours.as_text())
 
