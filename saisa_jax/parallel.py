@@ -64,12 +64,13 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(1, len(devices) // rest)
-    if math.prod(sizes) != len(devices) or sizes[0] % config.dcn:
-        slices = f", of which {config.dcn} slices," if config.dcn > 1 else ""
+    if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh data={sizes[0]}{slices} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, and "
-            f"there are {len(devices)}; set --config.mesh.data, .fsdp, .tensor (one of them may be -1), .dcn"
+            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, and there "
+            f"are {len(devices)}; set --config.mesh.data, .fsdp, .tensor (one of them may be -1)"
         )
+    if sizes[0] % config.dcn:
+        raise ConfigError(f"mesh.data={sizes[0]} does not divide by mesh.dcn={config.dcn}: set --config.mesh.dcn")
     return Mesh(_arranged(devices, tuple(sizes), config.dcn), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

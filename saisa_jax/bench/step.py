@@ -194,7 +194,12 @@ def main(argv: Sequence[str]) -> int:
         ("repeat", 15, "rounds"),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (default {value})")
-    parser.add_argument("--dtype", default="float32", help="of activations: float32 (default) or bfloat16")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of activations: float32 (default) or bfloat16",
+    )
     parser.add_argument("--attention", default="xla", help="model.attention_impl (default xla)")
     options = parser.parse_args(argv)
     check(options)

@@ -141,7 +141,9 @@ class RunCheckpointer:
                 self._set_aside(failures, candidate)
             self._current = candidate
             return restored
-        raise DamagedError("; ".join(map(str, failures.values()))) from failures[max(failures)]
+        said = "; ".join(map(str, failures.values()))
+        advice = f". No other one is there: bring one back, or remove {self._directory} to start the stage anew"
+        raise DamagedError(said + (advice if step is None else "")) from failures[max(failures)]
 
     def wait(self) -> None:
         """Returns when the last save is committed.

@@ -36,7 +36,8 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
         while error.args and isinstance(error.args[0], Exception):  # ConfigDict wraps one in the other
             error = error.args[0]
         lines = str(error.args[0] if len(error.args) == 1 else error).strip().splitlines()
-        raise ConfigError(f"--config: {lines[-1].strip()}") from error
+        said = lines[-1].strip().rpartition("ConfigError: ")[2]
+        raise ConfigError(said if "flag" in said or said.startswith("configs/") else f"--config: {said}") from error
 
 
 def read_config(arguments: Sequence[str]) -> Config:

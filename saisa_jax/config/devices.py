@@ -58,6 +58,8 @@ class DistributedConfig:
             bool(re.fullmatch(r".+:\d+", str(self.coordinator))),
             f"distributed.coordinator={self.coordinator!r} should be HOST:PORT of process 0, or auto",
         )
+        port = int(str(self.coordinator).rpartition(":")[2])
+        check(0 < port < 2**16, f"distributed.coordinator={self.coordinator}: there is no port {port}")
         check(
             all(given),
             f"distributed.coordinator={self.coordinator} needs --config.distributed.num_processes and .process_id",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from etils import epath
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -20,7 +22,7 @@ DEMO_TEMPLATES = ("plain", "vicuna_v1", "llama_3", "mistral_instruct", "chatml")
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory, or "easy_vqa": the demo's.
+    """The tokenizer of a directory, which may be in a bucket, or "easy_vqa": the demo's.
 
     A tokenizer without a padding token pads with its unknown token, or else with its EOS.
 
@@ -30,10 +32,18 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFa
     if name_or_dir == "easy_vqa":
         return train_tokenizer()
     where = f"data.tokenizer={os.fspath(name_or_dir)!r}"
-    if not Path(name_or_dir).is_dir():
-        raise DataError(f'{where} is not a directory with a tokenizer, nor "easy_vqa", the demo\'s')
+    directory = epath.Path(name_or_dir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, local_files_only=True)
+        if not directory.is_dir():
+            raise DataError(f'{where} is not a directory with a tokenizer, nor "easy_vqa", the demo\'s')
+        with tempfile.TemporaryDirectory() as local:  # from_pretrained reads from disks only
+            if "://" in os.fspath(directory):
+                for file in directory.iterdir():
+                    (Path(local) / file.name).write_bytes(file.read_bytes())
+                directory = epath.Path(local)
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except DataError:
+        raise
     except Exception as error:  # transformers raises almost anything on missing and broken files
         raise DataError(f"{where}: cannot read a tokenizer there: {error}") from error
     if not getattr(tokenizer, "is_fast", False):

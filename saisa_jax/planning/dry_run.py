@@ -93,7 +93,7 @@ def heading(prepared: Prepared, known: Length | None, topology: str | None, pack
     where = f"{prepared.name} on {topology or f'{devices.size} x {devices.flat[0].device_kind}'} ({shape})"
     if known is None:
         return f"{where}: {rows} rows a step; how many steps is unknown without the data"
-    samples = f"{known.samples_per_step:.0f} samples on average"
+    samples = f"about {known.samples_per_step:.0f} samples, as far as their lengths are known without the data"
     if packing and known.samples_per_step == rows:  # nobody knows how many share a row
         samples = f"{rows} samples or more"
     return f"{where}: {known.steps:,} steps, {rows} rows a step, which hold {samples}"

@@ -82,7 +82,7 @@ _NO_TPU_HERE = {
 
 def _tpus(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"--topology={topology.name} needs the TPU compiler: pip install 'jax[tpu]'")
+        raise ConfigError(f"--topology={topology.name} needs the TPU compiler: pip install -r requirements-tpu.txt")
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.chips == 1 else {}

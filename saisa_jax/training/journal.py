@@ -116,6 +116,7 @@ class Journal:
         """Writes a held-out evaluation, unless it was written before the run went on from there."""
         if not self._writer.holds("eval", step):
             self._writer.write("eval", step, **values)
+            logging.info("%s, step %d: held-out loss %.4g", self._name, step, values["loss"])
 
     def close(self, step: int) -> None:
         """The last row of a start: where its time went."""

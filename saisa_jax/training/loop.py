@@ -70,6 +70,7 @@ def run(config: Config, workdir: epath.Path) -> int:
                 new.replace(workdir / "config.json")  # whole at any moment: the next start reads it
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
+    logging.info("finished: %s", model_directory(workdir, config.stages[-1]))
     return 0
 
 
@@ -115,16 +116,18 @@ class Stage:
             data = train_iterator(self.config, self.name, self.tokenizer, own=own, cache=self.cache)
             closing.callback(data.close)
             with processes.together():
-                self._resume(checkpointer, data)
+                if checkpointer.latest_step() is None:
+                    random = f"random weights (seed {self.config.seed})"
+                    logging.info("%s starts from %s", self.name, random if self.source == "random" else self.source)
+                else:
+                    self._resume(checkpointer, data)
                 finished = self._train(checkpointer, data, stop)
         if finished:
             self._finish()
         return finished
 
     def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
-        """Restores the last committed checkpoint, if there is one."""
-        if checkpointer.latest_step() is None:
-            return
+        """Restores the last committed checkpoint."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved())
         frozen, expected = self.state.frozen, self._frozen_checksums
         self.state = TrainState(None, None, frozen, None)  # never two copies in memory

@@ -16,11 +16,11 @@ from etils import epath
 
 from saisa_jax.training.lease import Lease, RunLockedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: a terminal or a connection that is gone
 
 
 class StopSignal:
-    """While it is entered, SIGTERM and Ctrl-C are a wish to stop after the current step; a second Ctrl-C stops at once.
+    """While it is entered, a signal is a wish to stop after the current step; a second Ctrl-C stops at once.
 
     A signal that is ignored when it is entered stays ignored, as for a job that a shell runs in the background. Python
     delivers signals to the main thread alone; in another one nothing is caught.

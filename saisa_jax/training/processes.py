@@ -105,8 +105,8 @@ def _how(config: DistributedConfig) -> str:
     if config.coordinator == "auto":
         return "start the same command on every host; outside of TPU pods, Slurm and Open MPI name a HOST:PORT"
     return (
-        f"start it on every host, with --config.distributed.process_id=0 to {(config.num_processes or 1) - 1}; all of "
-        f"them must reach {config.coordinator}, a port of process 0's host that is free"
+        f"start it on every host, with --config.distributed.process_id=0 to {(config.num_processes or 1) - 1}, each "
+        f"once; all of them must reach {config.coordinator}, a port of process 0's host that is free"
     )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -56,7 +55,6 @@ def starting_params(
     previous = [model_directory(workdir, name) for name in STAGES[: STAGES.index(stage)]]
     source = next((str(path) for path in reversed(previous) if path.exists()), config.init_from)
     if not source:
-        logging.info("%s starts from random weights (seed %d)", stage, config.seed)
         return Start(functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random")
     convert, stored = _conversion(config, stage, source)
     places = param_shardings(stored, mesh, rules)
@@ -93,7 +91,6 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
     shared = "visual_proj" in params
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
     if model.per_layer_projectors and shared:
-        logging.info("every layer's projector starts from a copy of the shared one of %s", source)
         convert = functools.partial(share_to_per_layer, config=model)
     elif not model.per_layer_projectors and not shared:
         raise ConfigError(

@@ -17,6 +17,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
@@ -289,6 +290,16 @@ def test_shards_in_a_bucket(mine, tmp_path, monkeypatch) -> None:
     assert [path.name for path in tmp_path.rglob("*.arrayrecord")] == ["shard-00000-of-00002.arrayrecord"]
     assert [sample.id for sample in pickle.loads(pickle.dumps(samples))] == [f"s{i}" for i in range(SAMPLES)]
     assert len(list(tmp_path.rglob("*"))) == 4  # two folders, two shards, no parts
+
+
+def test_a_tokenizer_in_a_bucket(demo, tmp_path) -> None:
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    demo.save_pretrained(tmp_path)
+    for file in tmp_path.iterdir():
+        (epath.Path("gs://bucket/tokenizer") / file.name).write_bytes(file.read_bytes())
+    assert load_tokenizer("gs://bucket/tokenizer").get_vocab() == demo.get_vocab()
+    with pytest.raises(DataError, match=r"'gs://bucket/nothing' is not a directory with a tokenizer"):
+        load_tokenizer("gs://bucket/nothing")
 
 
 @pytest.mark.multi_process

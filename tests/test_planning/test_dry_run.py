@@ -66,7 +66,7 @@ def test_the_whole_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     unknown = dataclasses.replace(config.finetune, steps=None)
     assert dry_run.run(dataclasses.replace(config, finetune=unknown, mesh=MeshConfig(data=4, fsdp=2))) == 0
     said = capsys.readouterr().out
-    assert "pretrain on 8 x cpu (data 4 x fsdp 2 x tensor 1): 3 steps, 8 rows a step, which hold 8 samples on" in said
+    assert "pretrain on 8 x cpu (data 4 x fsdp 2 x tensor 1): 3 steps, 8 rows a step, which hold about 8" in said
     assert "how many steps is unknown without the data" in said
     assert "finetune.batch_size = 8\n" in said and "layers/visual_proj/fc1/kernel" in said
 

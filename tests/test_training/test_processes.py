@@ -191,6 +191,7 @@ def test_auto_without_a_cluster_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         ({"coordinator": "host"}, r"coordinator='host' should be HOST:PORT of process 0, or auto"),
         ({"coordinator": "host:1"}, r"host:1 needs --config.distributed.num_processes and .process_id"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, r"process_id=2 is none of 2 processes"),
+        ({"coordinator": "host:99999", "num_processes": 2, "process_id": 0}, r"there is no port 99999"),
         ({"process_id": 1}, r"set --config.distributed.coordinator=HOST:PORT"),
         ({"timeout": 0}, r"timeout=0 must be positive"),
     ],
@@ -225,7 +226,7 @@ def test_slices_are_part_of_the_data_axis() -> None:
     assert parallel.make_mesh(MeshConfig(-1, 2, 1, dcn=2)).shape == {"data": 4, "fsdp": 2, "tensor": 1}
     with pytest.raises(ConfigError, match=r"mesh.data=3 does not divide by mesh.dcn=2"):
         MeshConfig(3, 1, 1, dcn=2)
-    with pytest.raises(ConfigError, match=r"data=4, of which 3 slices, x fsdp=2 .* there are 8; set --config.mesh"):
+    with pytest.raises(ConfigError, match=r"mesh.data=4 does not divide by mesh.dcn=3: set --config.mesh.dcn"):
         parallel.make_mesh(MeshConfig(-1, 2, 1, dcn=3))
 
 
