@@ -53,11 +53,6 @@ class HostBatch(NamedTuple):
     lost: np.ndarray  # [rows, 2] int32: samples dropped, text tokens cut off the ends of samples that were too long
 
     @property
-    def names(self) -> list[str]:
-        """The samples of all rows."""
-        return [name for row in self.sample_ids for name in row]
-
-    @property
     def num_samples(self) -> int:
         return sum(map(len, self.sample_ids)) - len(self.dropped)
 

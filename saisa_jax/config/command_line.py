@@ -33,11 +33,13 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
         _ = recipe and recipe.stages  # a recipe that could not be read says so when it is used
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        caught = error
         while error.args and isinstance(error.args[0], Exception):  # ConfigDict wraps one in the other
             error = error.args[0]
         lines = str(error.args[0] if len(error.args) == 1 else error).strip().splitlines()
-        said = lines[-1].strip().rpartition("ConfigError: ")[2]
-        raise ConfigError(said if "flag" in said or said.startswith("configs/") else f"--config: {said}") from error
+        _, by_recipe, said = lines[-1].strip().rpartition("ConfigError: ")
+        names_itself = by_recipe or isinstance(caught, flags.Error)
+        raise ConfigError(said if names_itself else f"--config: {said}") from error
 
 
 def read_config(arguments: Sequence[str]) -> Config:

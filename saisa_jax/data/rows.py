@@ -113,9 +113,7 @@ class Rows:
         return ENDLESS
 
     def __getitem__(self, row: int) -> Row:
-        epoch, within = self._locate(int(row))
-        order, plan = self.epoch(epoch)
-        places = plan[within]
+        epoch, order, places = self._places(int(row))
         samples = [(int(order[place]), np.random.default_rng([self.order.seed, 1, epoch, place])) for place in places]
         return self.reader.row(samples, *self.shape(int(row)), self.samples)
 
@@ -123,9 +121,8 @@ class Rows:
         """The samples of the batch that starts with a row; nothing of them is decoded."""
         names = []
         for row in range(first, first + self.batch_size):
-            epoch, within = self._locate(row)
-            order, plan = self.epoch(epoch)
-            for number in (int(order[place]) for place in plan[within]):
+            _, order, places = self._places(row)
+            for number in order[places].tolist():
                 try:
                     names.append(self.samples[number].id)
                 except DataError:
@@ -190,6 +187,12 @@ class Rows:
             with self._lock:
                 if len(self._first_rows) == epoch + 1:
                     self._first_rows.append(self._first_rows[-1] + size)
+
+    def _places(self, row: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """A row's epoch, the order of that epoch's samples, and which places of it stand in the row."""
+        epoch, within = self._locate(row)
+        order, plan = self.epoch(epoch)
+        return epoch, order, plan[within]
 
     def _locate(self, row: int) -> tuple[int, int]:
         while self._first_rows[-1] <= row:

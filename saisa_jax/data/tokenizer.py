@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -34,18 +35,11 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFa
     where = f"data.tokenizer={os.fspath(name_or_dir)!r}"
     directory = epath.Path(name_or_dir)
     try:
-        if not directory.is_dir():
-            raise DataError(f'{where} is not a directory with a tokenizer, nor "easy_vqa", the demo\'s')
-        with tempfile.TemporaryDirectory() as local:  # from_pretrained reads from disks only
-            if "://" in os.fspath(directory):
-                for file in directory.iterdir():
-                    (Path(local) / file.name).write_bytes(file.read_bytes())
-                directory = epath.Path(local)
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except DataError:
-        raise
+        tokenizer = _read(directory) if directory.is_dir() else None
     except Exception as error:  # transformers raises almost anything on missing and broken files
         raise DataError(f"{where}: cannot read a tokenizer there: {error}") from error
+    if tokenizer is None:
+        raise DataError(f'{where} is not a directory with a tokenizer, nor "easy_vqa", the demo\'s')
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{where} is a slow tokenizer; save it as a fast one (tokenizer.json)")
     if tokenizer.eos_token_id is None:
@@ -53,6 +47,15 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> PreTrainedTokenizerFa
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _read(directory: epath.Path) -> Any:
+    if "://" not in os.fspath(directory):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    with tempfile.TemporaryDirectory() as local:  # from_pretrained reads from disks only
+        for file in directory.iterdir():
+            (Path(local) / file.name).write_bytes(file.read_bytes())
+        return AutoTokenizer.from_pretrained(local, local_files_only=True)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:

@@ -63,7 +63,7 @@ class Journal:
         """
         habits, alone = self._config.training, processes.is_first()
         wandb = habits.wandb if alone else None
-        self._crew, self._skipped = crew, SkippedSteps(self._directory, first)
+        self._first, self._crew, self._skipped = first, crew, SkippedSteps(self._directory, first)
         self._meter = Meter(self._clock, self._config.stage(self._name), self._steps, flops, devices)
         with (
             MetricsWriter(
@@ -113,8 +113,8 @@ class Journal:
         self.remembered["last_loss"] = values["loss"]
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes a held-out evaluation, unless it was written before the run went on from there."""
-        if not self._writer.holds("eval", step):
+        """Writes a held-out evaluation, unless an earlier start from the same step has made up for it."""
+        if step > self._first or not self._writer.holds("eval", step):
             self._writer.write("eval", step, **values)
             logging.info("%s, step %d: held-out loss %.4g", self._name, step, values["loss"])
 

@@ -141,7 +141,7 @@ class Stage:
         self.state = TrainState(frozen=frozen, **saved)
         self.journal.remembered, self.evaluation_due = metadata["journal"], metadata["evaluation_due"]
         self.clock.go_on(metadata["goodput"])
-        logging.info("%s goes on from step %d", self.name, int(self.state.step))
+        logging.info("%s goes on from step %d", self.name, self._step)
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:

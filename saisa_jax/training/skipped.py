@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-import jax
 from etils import epath
 
+from saisa_jax.training import processes
 from saisa_jax.training.metrics import cut_back, jsonable
 
 
@@ -22,7 +22,7 @@ class SkippedSteps:
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int):
         self.path = epath.Path(directory) / "skipped.jsonl"
-        self._writes = jax.process_index() == 0
+        self._writes = processes.is_first()
         if self._writes:
             cut_back(self.path, resume_step)
         lines = self.path.read_text().splitlines() if self.path.exists() else []

@@ -2,23 +2,7 @@
 
 import pytest
 
-from saisa_jax.training import goodput
 from saisa_jax.training.goodput import KINDS, Goodput
-
-
-@pytest.fixture
-def time(monkeypatch):
-    """A clock that the test moves."""
-
-    class Time:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    time = Time()
-    monkeypatch.setattr(goodput, "time", time)
-    return time
 
 
 def spend(clock, time, **seconds):

@@ -6,27 +6,10 @@ import jax
 import pytest
 
 from saisa_jax.config import StageConfig
-from saisa_jax.training import goodput, meter
 from saisa_jax.training.goodput import Goodput
 from saisa_jax.training.meter import Meter, peak_memory
 
 SETTINGS = StageConfig(batch_size=8, text_length=100, max_images=2)
-
-
-@pytest.fixture
-def time(monkeypatch):
-    """A clock that the test moves."""
-
-    class Time:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    time = Time()
-    for module in (goodput, meter):
-        monkeypatch.setattr(module, "time", time)
-    return time
 
 
 def device(kind: str, number: int = 0, **memory):
