@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("name either --workdir=RUN or --checkpoint=MODEL")
     if _IMAGE.value and not _QUESTION.value:
         raise app.UsageError("--image needs --question")
-    from saisa_jax.command_line import UserError
+    from saisa_jax.errors import UserError
     from saisa_jax.evaluation import command, runner  # imports jax, which --help does not need
 
     logging.set_verbosity(logging.WARNING)

@@ -14,9 +14,9 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from saisa_jax.command_line import UserError
+from saisa_jax.cli.flags import parse_flags
 from saisa_jax.config import Config, ConfigError, from_config_dict
-from saisa_jax.config.command_line import parse_flags
+from saisa_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, for example configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the finished model go.")

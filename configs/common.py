@@ -43,7 +43,7 @@ def recipe(name: str, model: ModelConfig, start: str, stage: str | None, templat
 
     Args:
       name: of the run.
-      model: from `saisa_jax.models.presets`.
+      model: from `saisa_jax.presets`.
       start: the directory that `convert import` made of the decoder and the encoder.
       stage: the recipe's argument: pretrain, finetune, or None for both.
       template: how stage 2 writes a conversation.

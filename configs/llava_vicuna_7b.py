@@ -10,7 +10,7 @@ One stage alone: --config=configs/llava_vicuna_7b.py:pretrain, or :finetune.
 from ml_collections import ConfigDict
 
 from configs.common import recipe
-from saisa_jax.models import presets
+from saisa_jax import presets
 
 
 def get_config(stage: str | None = None) -> ConfigDict:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saisa_jax.inference.bundle import load
+    from saisa_jax.inference.model import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -21,7 +21,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     """`load` on first use, so that `import saisa_jax.config` does not import all of JAX."""
     if name == "load":
-        from saisa_jax.inference.bundle import load
+        from saisa_jax.inference.model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

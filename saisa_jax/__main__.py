@@ -7,15 +7,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from saisa_jax.command_line import UserError
+from saisa_jax.errors import UserError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
-    "bench": ("saisa_jax.bench.command", "what a question about a picture costs, and what the data pipeline delivers"),
-    "chat": ("saisa_jax.inference.terminal", "a conversation with a finished model about pictures"),
-    "convert": ("saisa_jax.convert.command", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
-    "data": ("saisa_jax.data.command", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
-    "flops": ("saisa_jax.models.flops_table", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
+    "bench": ("saisa_jax.cli.bench", "what a question about a picture costs, and what the data pipeline delivers"),
+    "chat": ("saisa_jax.cli.chat", "a conversation with a finished model about pictures"),
+    "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
+    "data": ("saisa_jax.cli.data", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
+    "flops": ("saisa_jax.cli.flops", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
     "plan": ("saisa_jax.planning.command", "whether a recipe fits accelerators that are not here, and what it costs"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
     "rows": ("saisa_jax.planning.rows", "which rows, of how many text tokens and images, cost least for the data"),

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from saisa_jax import parallel
 from saisa_jax.config import ConfigError, MeshConfig, ModelConfig, VisionConfig
-from saisa_jax.models.convnext import ConvNext
+from saisa_jax.models.encoders.convnext import ConvNext
 from saisa_jax.models.layers import NamedAxes, constrain, look_up
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params
 from saisa_jax.planning.counted import traffic

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from saisa_jax.config import Config, ConfigError, from_config_dict
-from saisa_jax.data.templates import find_template
+from saisa_jax.data.text.templates import find_template
 from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.optimizer import split
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from saisa_jax import flops, presets
 from saisa_jax.chips import CHIPS
 from saisa_jax.config import (
     TRAIN_ALL_BUT_VISION,
@@ -35,14 +36,13 @@ from saisa_jax.config import (
     StageConfig,
     VisionConfig,
 )
-from saisa_jax.data import easy_vqa
-from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import load_image, prepare_image
-from saisa_jax.data.packing import Example, pack_rows
-from saisa_jax.data.plan import pack
+from saisa_jax.data.rows.collate import Example, pack_rows
+from saisa_jax.data.rows.packing import pack
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, ImageSource, Sample, Turn
-from saisa_jax.data.tokenizer import load_tokenizer
-from saisa_jax.models import flops, presets
+from saisa_jax.data.sources import easy_vqa
+from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.tokenizer import load_tokenizer
 
 STAGES: tuple[str, ...] = ("decode", "pad and resize", "tokenise", "pack")
 ROW = (1024, 4)  # text tokens and image slots of a packed row

@@ -22,8 +22,8 @@ from rich.table import Table
 from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import ConfigError
 from saisa_jax.data.sample import USER, DataError, Turn
-from saisa_jax.inference.bundle import Bundle, Request, load
 from saisa_jax.inference.generate import bucket
+from saisa_jax.inference.model import Request, VisionLanguageModel, load
 
 QUESTION = "what is in the image?"
 
@@ -35,11 +35,11 @@ def seconds(act: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def bench(bundle: Bundle, repeat: int, question: str = QUESTION) -> dict[str, Any]:
+def bench(model: VisionLanguageModel, repeat: int, question: str = QUESTION) -> dict[str, Any]:
     """Times of prefill, in seconds.
 
     Args:
-      bundle: any model; where images cannot be kept (LLaVA) both questions cost the same.
+      model: any model; where images cannot be kept (LLaVA) both questions cost the same.
       repeat: pairs of questions that are timed.
       question: asked about a picture of noise, another one for each pair.
 
@@ -47,16 +47,16 @@ def bench(bundle: Bundle, repeat: int, question: str = QUESTION) -> dict[str, An
       {"first": [...], "second": [...], "compile": seconds of the first call with a new bucket, "reuse": of the next}.
     """
     rng = np.random.default_rng(0)
-    size = bundle.model.vision.image_size
+    size = model.model_config.vision.image_size
 
     def request_of(pixels: Any, text: str) -> Request:
-        return bundle.request((Turn(USER, text),), bundle.encode_images([Image.fromarray(pixels)]), 1)
+        return model.request((Turn(USER, text),), model.encode_images([Image.fromarray(pixels)]), 1)
 
     def prefill(pixels: Any, text: str) -> Any:
         request = request_of(pixels, text)
-        batch = bundle.batch([request])
-        with bundle.on_mesh():
-            return bundle.generator.prefill(bundle.params, batch, 16, bundle.image_slots(batch, [request]))[0]
+        batch = model.batch([request])
+        with model.on_mesh():
+            return model.generator.prefill(model.params, batch, 16, model.image_slots(batch, [request]))[0]
 
     times: dict[str, list[float]] = {"first": [], "second": []}
     for n in range(repeat + 1):
@@ -86,12 +86,12 @@ def main(argv: Sequence[str]) -> int:
     if flags.repeat < 1:
         raise ConfigError(f"--repeat={flags.repeat} must be at least 1")
     try:
-        bundle = load(flags.checkpoint)
-        times = bench(bundle, flags.repeat, flags.question)
+        model = load(flags.checkpoint)
+        times = bench(model, flags.repeat, flags.question)
     except (CheckpointError, DataError) as error:
         print(f"bench image: {error}", file=sys.stderr)
         return 2
-    table = Table(title=f"prefill of {bundle.config.name} ({bundle.model.alignment}), median of {flags.repeat}")
+    table = Table(title=f"prefill of {model.config.name} ({model.model_config.alignment}), median of {flags.repeat}")
     for name in ("", "ms", "of a first question"):
         table.add_column(name, justify="right" if name else "left")
     first = statistics.median(times["first"])
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         table.add_row(name, f"{1e3 * value:.1f}", f"{value / first:.2f}")
     console = Console()
     console.print(table)
-    cache = bundle.image_cache
+    cache = model.image_cache
     if len(cache):
         console.print(f"An image's keys and values take {cache.nbytes / len(cache) / 2**10:,.0f} KiB.", highlight=False)
     return 0

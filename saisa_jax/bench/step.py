@@ -2,7 +2,7 @@
 
 The step is stage 2's own: everything but the vision encoder trains, with AdamW. The three alternate in one run, each
 round in the other order, so that whatever else the machine does falls on all alike. A ratio to LLaVA is the median over
-the rounds of that of the two times of a round; beside it stands the ratio of the FLOPs by formula (`models/flops.py`).
+the rounds of that of the two times of a round; beside it stands the ratio of the FLOPs (`saisa_jax/flops.py`).
 On a CPU the processor time of all threads is told as well: other work of the machine hardly changes it.
 """
 
@@ -21,23 +21,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from saisa_jax import parallel
+from saisa_jax import flops, parallel
 from saisa_jax.batch import Batch
 from saisa_jax.chips import peak_flops
-from saisa_jax.config import (
-    ALIGNMENTS,
-    Config,
-    ConfigError,
-    ModelConfig,
-    ProjectorConfig,
-    StageConfig,
-    VisionConfig,
-)
-from saisa_jax.models import flops
+from saisa_jax.config import ALIGNMENTS, Config, ConfigError, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
 from saisa_jax.models.saisa import init_params
 from saisa_jax.report.runs import NAMES
 from saisa_jax.testing.batches import make_batch, random_layout
-from saisa_jax.training.prepare import prepare
+from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.state import create_state
 from saisa_jax.training.step import make_train_step
 
@@ -111,7 +102,7 @@ def make_rows(config: Config) -> Batch:
 
 def make_step(config: Config) -> tuple[Callable[[], None], float]:
     """A function that trains one step and returns when it is done, and the FLOPs of a step."""
-    stage = prepare(config, STAGE, steps=1000)
+    stage = setup_stage(config, STAGE, steps=1000)
     with parallel.use(stage.mesh, stage.rules):
         make_params = lambda key: init_params(stage.model, key)  # noqa: E731
         state = create_state(make_params, jax.random.key(0), stage.settings.groups, stage.optimizer, stage.shardings)

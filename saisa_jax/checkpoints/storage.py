@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from saisa_jax.checkpoints.checksums import ALGORITHM, flatten, unflatten_dict
-from saisa_jax.command_line import UserError
+from saisa_jax.errors import UserError
 
 T = TypeVar("T")
 

@@ -6,14 +6,13 @@ result to `from_config_dict`. From there on nothing in the program reads a Confi
 """
 
 from saisa_jax.config.checks import DTYPES, ConfigError
-from saisa_jax.config.data import FORMATS, DataConfig, SourceConfig
+from saisa_jax.config.config_dict import from_config_dict, nearest_fields, to_config_dict, to_dict
+from saisa_jax.config.data import DataConfig, SourceConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
-from saisa_jax.config.flags import from_config_dict, nearest_fields, to_config_dict, to_dict
 from saisa_jax.config.model import (
     ACTIVATIONS,
     ALIGNMENTS,
     ATTENTION_IMPLS,
-    ENCODERS,
     IMAGE_MODES,
     PROJECTIONS,
     REMAT_POLICIES,
@@ -53,8 +52,6 @@ __all__ = [
     "ALIGNMENTS",
     "ATTENTION_IMPLS",
     "DTYPES",
-    "ENCODERS",
-    "FORMATS",
     "IMAGE_MODES",
     "ON_NAN",
     "PROJECTIONS",

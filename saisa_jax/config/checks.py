@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from saisa_jax.command_line import UserError
+from saisa_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from saisa_jax.config.checks import check, choice, positive
 
-FORMATS = ("easy_vqa", "llava", "chat", "tfds", "arrayrecord")
 ON_ERROR = ("raise", "drop")
 ON_LONG = ("truncate", "raise", "drop")
 
@@ -15,7 +14,7 @@ ON_LONG = ("truncate", "raise", "drop")
 class SourceConfig:
     """Where samples come from. A stage lists one or more of them, and an epoch goes through all of them."""
 
-    format: str = "llava"
+    format: str = "llava"  # a module of `data/sources/` reads it: easy_vqa | llava | chat | tfds | arrayrecord
     # llava, chat: a .json or .jsonl file; arrayrecord: a directory that `data prepare` wrote; tfds: the data_dir.
     path: str = ""
     images: str = ""  # llava, chat: the folder, .zip or .tar that the samples' image names lead into
@@ -30,7 +29,6 @@ class SourceConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        choice("sources.format", self.format, FORMATS)
         check(0 <= self.weight < float("inf"), f"sources.weight={self.weight} is not a number from 0 on")
         needs = {"llava": "path", "chat": "path", "arrayrecord": "path", "tfds": "name"}.get(self.format)
         check(

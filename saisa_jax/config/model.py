@@ -16,7 +16,6 @@ ALIGNMENTS = ("saisa", "naavit", "llava")
 SHARINGS = ("shared", "per_layer")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTION_IMPLS = {"xla": None, "flash": "tpu", "cudnn": "gpu"}  # models/attention.py, and what each runs on
-ENCODERS = ("vit", "convnext")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_MODES = ("pad", "square", "resize")
@@ -37,7 +36,7 @@ class VisionConfig:
     `mlp_dim` of its own, and reads images of any size.
     """
 
-    kind: str = "vit"
+    kind: str = "vit"  # a module of `models/encoders/`
     image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
     position_size: int | None = None  # of the images that the positions were learnt on: resampled; None: image_size
     patch_size: int = 14
@@ -75,7 +74,6 @@ class VisionConfig:
                 f"{where}.position_size={self.position_size} needs {where}.kind=vit and at least "
                 f"{where}.patch_size={self.patch_size}",
             )
-        choice(f"{where}.kind", self.kind, ENCODERS)
         choice(f"{where}.activation", self.activation, ACTIVATIONS)
         choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
         check(
@@ -143,8 +141,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """The MLP from the vision encoder's features [., C] into the decoder's embedding space [., D]."""
+    """From the vision encoder's features [., C] into the decoder's embedding space [., D]."""
 
+    kind: str = "mlp"  # a module of `models/projectors/`
     sharing: str = "per_layer"  # one projector for each decoder layer (SAISA's stage 2), or one for all
     hidden_dim: int | None = None  # None: embed_dim, as in LLaVA-1.5 and SAISA
 

@@ -28,12 +28,12 @@ from saisa_jax.config import (
 )
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.dialogue import find_dialogue
-from saisa_jax.convert.hub import resolve
+from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.files.safetensors import DTYPES, nbytes
+from saisa_jax.convert.files.tensors import open_source
 from saisa_jax.convert.importer import Piece, config_from_hf, find_pieces, layout_of
-from saisa_jax.convert.safetensors_file import DTYPES, nbytes
 from saisa_jax.convert.tables import ConvertError
-from saisa_jax.convert.tensors import open_source
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import init_params
 
 

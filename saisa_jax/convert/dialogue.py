@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from saisa_jax.convert.tables import ConvertError
-from saisa_jax.data.conversation import end_token_id
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.templates import TEMPLATES, Template, find_template
+from saisa_jax.data.text.conversation import end_token_id
+from saisa_jax.data.text.templates import TEMPLATES, Template, find_template
 
 # What stands before each turn, by which a tokenizer's own chat template is known.
 HEADERS = {"chatml": "<|im_start|>", "llama_3_instruct": "<|start_header_id|>"}

@@ -15,12 +15,12 @@ from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.convert import hf_write, sidecar
 from saisa_jax.convert.checkpoint import check_room, check_target
 from saisa_jax.convert.exporter import SHARD_BYTES, ParamsSource, write_shards
+from saisa_jax.convert.files.safetensors import nbytes
+from saisa_jax.convert.files.tensors import TensorSource
 from saisa_jax.convert.hf_config import read_json
-from saisa_jax.convert.safetensors_file import nbytes
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.tables import table
-from saisa_jax.convert.tensors import TensorSource
-from saisa_jax.data.conversation import IMAGE
+from saisa_jax.data.text.conversation import IMAGE
 from saisa_jax.models.saisa import share_to_per_layer
 
 TOWER = "vision_tower"  # the folder of the tower, beside a checkpoint in the layout saisa or llava

@@ -11,9 +11,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.convert.safetensors_file import DTYPES, FLOATS, NAMES, nbytes, write_file
+from saisa_jax.convert.files.safetensors import DTYPES, FLOATS, NAMES, nbytes, write_file
+from saisa_jax.convert.files.tensors import INDEX, SINGLE, TensorSource
 from saisa_jax.convert.tables import PARTS, ConvertError, Row, table
-from saisa_jax.convert.tensors import INDEX, SINGLE, TensorSource
 
 SHARD_BYTES = 5_000_000_000
 

@@ -20,10 +20,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from saisa_jax.config import ModelConfig
+from saisa_jax.convert.files.safetensors import DTYPES
+from saisa_jax.convert.files.tensors import CheckpointSource, TensorSource, open_source
 from saisa_jax.convert.hf_config import DECODERS, ENCODERS, decoder_config_from_hf, read_json, vision_config_from_hf
-from saisa_jax.convert.safetensors_file import DTYPES
 from saisa_jax.convert.tables import ConvertError, Row, Table, table
-from saisa_jax.convert.tensors import CheckpointSource, TensorSource, open_source
 
 NEAREST_FOR = 50  # so many missing tensors get the nearest names; the rest are listed alone
 

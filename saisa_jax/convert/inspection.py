@@ -16,10 +16,10 @@ from rich.table import Table as RichTable
 from saisa_jax.checkpoints import read_account
 from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.convert import hf_write, sidecar
+from saisa_jax.convert.files.tensors import CheckpointSource, open_source
 from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json
 from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in
 from saisa_jax.convert.tables import ConvertError, Table, table
-from saisa_jax.convert.tensors import CheckpointSource, open_source
 
 SHOWN = 12  # names of a list; --all shows every one
 

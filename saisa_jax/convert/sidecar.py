@@ -20,10 +20,10 @@ from typing import Any
 
 from saisa_jax.checkpoints import checksums, sidecar_files
 from saisa_jax.config import ModelConfig, to_dict
+from saisa_jax.convert.files.safetensors import DTYPES, write_file
+from saisa_jax.convert.files.tensors import TensorDirectory, TensorSource
 from saisa_jax.convert.importer import Match
-from saisa_jax.convert.safetensors_file import DTYPES, write_file
 from saisa_jax.convert.tables import Table
-from saisa_jax.convert.tensors import TensorDirectory, TensorSource
 
 TENSORS = "tensors.safetensors"
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")

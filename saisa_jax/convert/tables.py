@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saisa_jax.command_line import UserError
 from saisa_jax.config import ModelConfig, VisionConfig
-from saisa_jax.models.convnext import EXPANSION, KERNEL
+from saisa_jax.errors import UserError
+from saisa_jax.models.encoders.convnext import EXPANSION, KERNEL
 
 LAYOUTS = ("saisa", "llava", "llava-hf", "hf-llm", "hf-vision")
 PARTS = ("decoder", "projector", "vision")

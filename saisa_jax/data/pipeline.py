@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.batch import Batch, HostBatch
 from saisa_jax.config import STAGES, Config
-from saisa_jax.data.counts import Counts, counts_of_sources, room_needed
-from saisa_jax.data.encoder import Encoder
-from saisa_jax.data.order import Concatenated, Order
-from saisa_jax.data.packing import pack_rows
-from saisa_jax.data.rows import ENDLESS, Reader, Row, Rows
+from saisa_jax.data.rows.collate import pack_rows
+from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
+from saisa_jax.data.rows.order import Concatenated, Order
+from saisa_jax.data.rows.reader import ENDLESS, Reader, Row, Rows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source
+from saisa_jax.data.text.encoder import Encoder
 
 
 @lru_cache(maxsize=4)

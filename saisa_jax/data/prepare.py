@@ -34,16 +34,16 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from saisa_jax.cli.flags import read_config
 from saisa_jax.config import STAGES, Config, to_dict
-from saisa_jax.config.command_line import read_config
-from saisa_jax.data.counts import fingerprint
-from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import load_image, read_image
-from saisa_jax.data.order import Concatenated
+from saisa_jax.data.rows.counts import fingerprint
+from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
 from saisa_jax.data.sources import open_source
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
+from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.tokenizer import load_tokenizer
 
 PLAN, REPORT = "plan.json", "report.jsonl"
 SAMPLES_PER_SHARD = 4096

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from saisa_jax.command_line import UserError
+from saisa_jax.errors import UserError
 
 USER = "user"
 ASSISTANT = "assistant"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from saisa_jax.config import STAGES, ConfigError
 from saisa_jax.evaluation import runner, tasks
-from saisa_jax.inference import bundle as bundles
+from saisa_jax.inference.model import load
 
 
 def ask(
@@ -25,9 +25,9 @@ def ask(
     quantize: str | None = None,
 ) -> str:
     """The model's answer to one question about some images."""
-    bundle = bundles.load(checkpoint, quantize=quantize)
-    tokens = max_new_tokens or bundle.config.evaluation.max_new_tokens
-    return bundle.generate([question], [list(images)], tokens)[0]
+    model = load(checkpoint, quantize=quantize)
+    tokens = max_new_tokens or model.config.evaluation.max_new_tokens
+    return model.generate([question], [list(images)], tokens)[0]
 
 
 def run(
@@ -49,8 +49,8 @@ def run(
     benchmark = tasks.get(task) if task else None  # a typo is answered before anything is loaded
     console = Console()
     console.print(f"Evaluating {checkpoint}", highlight=False, soft_wrap=True)
-    bundle = bundles.load(checkpoint, quantize=quantize)
-    defaults = bundle.config.evaluation
+    model = load(checkpoint, quantize=quantize)
+    defaults = model.config.evaluation
     settings = runner.Settings(
         batch_size=defaults.batch_size if batch_size is None else batch_size,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -58,7 +58,7 @@ def run(
         quantize=quantize,
     )
     benchmark = benchmark or tasks.get(defaults.task)
-    record = runner.evaluate(bundle, benchmark, settings, epath.Path(output), checkpoint)
+    record = runner.evaluate(model, benchmark, settings, epath.Path(output), checkpoint)
     console.print(table(record))
     console.print(f"predictions.jsonl and evaluation.json are in {output}", highlight=False, soft_wrap=True)
 

@@ -29,14 +29,14 @@ from absl import logging
 from etils import epath
 
 import saisa_jax
+from saisa_jax import flops
 from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.sample import USER, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.tasks import Item, Task
-from saisa_jax.inference.bundle import Bundle
-from saisa_jax.models import flops
+from saisa_jax.inference.model import VisionLanguageModel
 
 INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
 
@@ -69,11 +69,13 @@ class Interrupted(RuntimeError):
     """The evaluation was stopped; the message says where the answers so far are."""
 
 
-def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path, checkpoint: str) -> dict[str, Any]:
+def evaluate(
+    model: VisionLanguageModel, task: Task, settings: Settings, output: epath.Path, checkpoint: str
+) -> dict[str, Any]:
     """Answers a benchmark's questions and writes `predictions.jsonl` and `evaluation.json` into `output`.
 
     Args:
-      bundle: the model.
+      model: the model.
       task: the benchmark.
       settings: batch size and limits.
       output: a directory; made if it is not there. A former evaluation in it is replaced when this one is complete.
@@ -89,12 +91,12 @@ def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path,
     output.mkdir(parents=True, exist_ok=True)
     partial = output / "predictions.partial.jsonl"
     started = time.monotonic()
-    header = {"of": _identity(bundle, task, settings)}
+    header = {"of": _identity(model, task, settings)}
     rows = _answered_before(partial, header)
     try:
         with partial.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in (header, *rows.values()))
-            for batch in _answers(bundle, task, items, settings, rows.copy()):
+            for batch in _answers(model, task, items, settings, rows.copy()):
                 rows |= {row["id"]: row for row in batch}
                 file.writelines(json.dumps(row) + "\n" for row in batch)
                 file.flush()
@@ -105,21 +107,21 @@ def evaluate(bundle: Bundle, task: Task, settings: Settings, output: epath.Path,
         ) from error
     predictions = [rows[item.id] for item in items]
     record = _summary(task, predictions)
-    record |= _costs(bundle, predictions) | {"seconds": time.monotonic() - started}
+    record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
     record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
-    record |= _origin(bundle, checkpoint)
+    record |= _origin(model, checkpoint)
     _commit(output, predictions, record)
     partial.unlink()
     return record
 
 
-def _identity(bundle: Bundle, task: Task, settings: Settings) -> dict[str, Any]:
+def _identity(model: VisionLanguageModel, task: Task, settings: Settings) -> dict[str, Any]:
     """What all answers of one evaluation have in common."""
-    model = {"config": to_dict(bundle.config), "stage": bundle.stage, "params": checksums(bundle.params)}
+    identity = {"config": to_dict(model.config), "stage": model.stage, "params": checksums(model.params)}
     return {
         "task": task.name,
         "settings": dataclasses.asdict(settings),
-        "model": zlib.crc32(json.dumps(model, sort_keys=True).encode()),
+        "model": zlib.crc32(json.dumps(identity, sort_keys=True).encode()),
         "version": saisa_jax.__version__,
     }
 
@@ -138,12 +140,16 @@ def _answered_before(partial: epath.Path, header: dict[str, Any]) -> dict[str, d
 
 
 def _answers(
-    bundle: Bundle, task: Task, items: Sequence[Item], settings: Settings, before: Mapping[str, dict[str, Any]]
+    model: VisionLanguageModel,
+    task: Task,
+    items: Sequence[Item],
+    settings: Settings,
+    before: Mapping[str, dict[str, Any]],
 ) -> Iterator[list[dict[str, Any]]]:
     """Predictions of a batch after the other, shortest prompts first: a batch is compiled for a bucket of lengths, so
     there are few kinds. A batch that was answered `before` as a whole is left out."""
     different = {_key(item): item for item in items}
-    prompts = {key: _prompt(bundle, item) for key, item in different.items()}
+    prompts = {key: _prompt(model, item) for key, item in different.items()}
     order = sorted(items, key=lambda item: len(prompts[_key(item)]))
     size = min(settings.batch_size, len(order))
     with Progress(task.name, len(order)) as progress:
@@ -154,24 +160,26 @@ def _answers(
                 continue
             # The last batch is filled up, so that it needs no program of its own.
             filled = [*batch, *batch[-1:] * (size - len(batch))]
-            outputs = bundle.generate(
+            outputs = model.generate(
                 [item.question for item in filled], [list(item.images) for item in filled], settings.max_new_tokens
             )
             rows = [
-                _prediction(bundle, task, item, output, prompts[_key(item)])
+                _prediction(model, task, item, output, prompts[_key(item)])
                 for item, output in zip(batch, outputs, strict=False)
             ]
             yield rows
             progress.update(len(batch), sum(row["correct"] for row in rows))
 
 
-def _prediction(bundle: Bundle, task: Task, item: Item, output: str, prompt: Sequence[int]) -> dict[str, Any]:
+def _prediction(
+    model: VisionLanguageModel, task: Task, item: Item, output: str, prompt: Sequence[int]
+) -> dict[str, Any]:
     return {
         "id": item.id,
         "image": item.images[0] if item.images else None,
         "images": list(item.images),
         "question": item.question,
-        "prompt": bundle.tokenizer.decode(list(prompt), skip_special_tokens=False),
+        "prompt": model.tokenizer.decode(list(prompt), skip_special_tokens=False),
         "prompt_tokens": len(prompt),
         "output": output,
         "answer": metrics.normalise(output),
@@ -186,9 +194,9 @@ def _key(item: Item) -> tuple[str, int]:
     return item.question, len(item.images)
 
 
-def _prompt(bundle: Bundle, item: Item) -> list[int]:
+def _prompt(model: VisionLanguageModel, item: Item) -> list[int]:
     """The text tokens of an item's prompt."""
-    return bundle.prompt((Turn(USER, item.question),), len(item.images), name=item.id).tokens.tolist()
+    return model.prompt((Turn(USER, item.question),), len(item.images), name=item.id).tokens.tolist()
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -232,23 +240,28 @@ def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _costs(bundle: Bundle, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _costs(model: VisionLanguageModel, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """FLOPs of reading the mean question. The image slots of a blind run are empty, and computed all the same."""
     tokens = statistics.fmean(row["prompt_tokens"] for row in predictions)
     images = max(len(row["images"]) for row in predictions)
     flops_of = {
-        name: flops.prefill(bundle.model, round(tokens), images, convention=name).total for name in flops.CONVENTIONS
+        name: flops.prefill(model.model_config, round(tokens), images, convention=name).total
+        for name in flops.CONVENTIONS
     }
     return {"prompt_tokens": tokens, "images_per_question": images, "prefill_flops": flops_of}
 
 
-def _origin(bundle: Bundle, checkpoint: str) -> dict[str, Any]:
+def _origin(model: VisionLanguageModel, checkpoint: str) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
         "checkpoint": checkpoint,
-        "stage": bundle.stage,
-        "model": {"name": bundle.config.name, "alignment": bundle.model.alignment, "blind": bundle.config.data.blind}
-        | dict(bundle.metadata),
+        "stage": model.stage,
+        "model": {
+            "name": model.config.name,
+            "alignment": model.model_config.alignment,
+            "blind": model.config.data.blind,
+        }
+        | dict(model.metadata),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), "saisa_jax": saisa_jax.__version__}
         | {name: version(name) for name in packages},

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from saisa_jax.data.conversation import IMAGE
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
-from saisa_jax.inference.bundle import AnyImage, Bundle, Request
+from saisa_jax.data.text.conversation import IMAGE
 from saisa_jax.inference.generate import GREEDY, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import EncodedImage
+from saisa_jax.inference.model import AnyImage, Request, VisionLanguageModel
 from saisa_jax.models import kv_cache
 from saisa_jax.models.kv_cache import KVCache
 
@@ -39,7 +39,7 @@ class _Read:
 class Chat:
     """One conversation.
 
-        chat = Chat(bundle)
+        chat = Chat(model)
         chat.add_image("table.jpg")
         for words in chat.ask("What is on the table?"):
             print(words, end="", flush=True)
@@ -51,7 +51,7 @@ class Chat:
       generated: tokens of the last answer.
     """
 
-    bundle: Bundle
+    model: VisionLanguageModel
     turns: list[Turn] = field(default_factory=list)
     images: list[EncodedImage] = field(default_factory=list)
     reused: int = 0
@@ -60,8 +60,8 @@ class Chat:
     _read: _Read | None = None
 
     def __post_init__(self) -> None:
-        _ = self.bundle.generator  # a model without a tokenizer says so now
-        if self.bundle.row_ways != 1:
+        _ = self.model.generator  # a model without a tokenizer says so now
+        if self.model.row_ways != 1:
             raise ValueError("a conversation is one row: load the model on a mesh with data=1 and fsdp=1, or without")
 
     def add_image(self, image: AnyImage) -> None:
@@ -70,7 +70,7 @@ class Chat:
         Raises:
           DataError: it cannot be read.
         """
-        self._pending += self.bundle.encode_images([image])
+        self._pending += self.model.encode_images([image])
 
     def ask(
         self, question: str, max_new_tokens: int | None = None, sampling: Sampling = GREEDY, seed: int = 0
@@ -91,9 +91,9 @@ class Chat:
             question = f"{IMAGE}\n" * len(self._pending) + question
         turns = [*self.turns, Turn(USER, question)]
         images = [*self.images, *self._pending]
-        request = self.bundle.request(turns, images, max_new_tokens or 1)
+        request = self.model.request(turns, images, max_new_tokens or 1)
         if max_new_tokens is None:
-            max_new_tokens = min(MAX_NEW_TOKENS, self.bundle.model.max_length - request.encoded.length)
+            max_new_tokens = min(MAX_NEW_TOKENS, self.model.model_config.max_length - request.encoded.length)
         return self._answer(turns, images, request, max_new_tokens, sampling, seed)
 
     def _answer(
@@ -110,15 +110,15 @@ class Chat:
         try:
             for token in self._tokens(request, max_new_tokens, sampling, seed):
                 tokens.append(token)
-                text = self.bundle.text(tokens)
+                text = self.model.text(tokens)
                 if text != shown and not text.endswith("\ufffd"):  # a character of several tokens, not whole yet
                     yield text[len(shown) :]
                     shown = text
-            text = self.bundle.text(tokens)
+            text = self.model.text(tokens)
             if text != shown:
                 yield text[len(shown) :]
         finally:
-            answer = self.bundle.text(tokens)
+            answer = self.model.text(tokens)
             if answer:
                 # In a turn `<image>` means a picture; a model may say the word.
                 said = Turn(ASSISTANT, answer.replace(IMAGE, "< image >"))
@@ -127,9 +127,9 @@ class Chat:
 
     def _tokens(self, request: Request, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
         """New tokens, one by one; `_read` says at any time what the cache holds."""
-        bundle, generator = self.bundle, self.bundle.generator
+        model, generator = self.model, self.model.generator
         key = jax.random.key(seed)
-        with bundle.on_mesh():
+        with model.on_mesh():
             logits, read = self._read_prompt(request, max_new_tokens)
             token = generator.first(logits, jax.random.fold_in(key, 0), sampling)
         position = request.encoded.length
@@ -141,10 +141,10 @@ class Chat:
             if n == max_new_tokens:
                 return
             self._read = None  # whoever interrupts the next lines leaves no cache that was used up
-            with bundle.on_mesh():
+            with model.on_mesh():
                 now = np.asarray([position], np.int32)
                 token, read.cache = generator.step(
-                    bundle.params, token, now, read.cache, jax.random.fold_in(key, n), sampling
+                    model.params, token, now, read.cache, jax.random.fold_in(key, n), sampling
                 )
             read.tokens.append(number)
             read.positions.append(position)
@@ -180,7 +180,7 @@ class Chat:
         limit = min(changed, default=1 << 30)
         kept = _common(list(zip(old.tokens, old.positions, strict=True)), list(zip(tokens, positions, strict=True)))
         kept = sum(position < limit for position in positions[:kept])
-        if not self.bundle.generator.caches_images:
+        if not self.model.generator.caches_images:
             # LLaVA's visual tokens are in the cache themselves, and have read what stands before them.
             last = max((place for _, place in (*old.images, *images)), default=-1)
             if changed or kept < sum(position < last for position in positions):
@@ -188,17 +188,17 @@ class Chat:
         return min(kept, len(tokens) - 1)  # the logits are those after the last token: one at least is read
 
     def _prefill(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
-        bundle = self.bundle
-        batch = bundle.batch([request])
+        model = self.model
+        batch = model.batch([request])
         count = len(request.encoded.tokens)
         padded = batch["tokens"].shape[1]
         extra = bucket(count + max_new_tokens) - padded  # `padded` is the bucket of `count`
-        logits, cache, _ = bundle.generator.prefill(bundle.params, batch, extra, bundle.image_slots(batch, [request]))
+        logits, cache, _ = model.generator.prefill(model.params, batch, extra, model.image_slots(batch, [request]))
         offset = cache.k.shape[3] - padded - extra
         return logits, _Read(kv_cache.rewind(cache, offset + count), [], [], [], offset)
 
     def _extend(self, old: _Read, request: Request, kept: int, max_new_tokens: int) -> tuple[jax.Array, _Read]:
-        bundle, encoded = self.bundle, request.encoded
+        model, encoded = self.model, request.encoded
         new = len(encoded.tokens) - kept
         length = bucket(new)
         cache = kv_cache.rewind(old.cache, old.offset + kept)
@@ -207,14 +207,14 @@ class Chat:
         room = cache.k.shape[3]
         if needed > room:
             cache = kv_cache.grow(cache, bucket(needed) - room)
-        batch = bundle.batch([request])
-        if bundle.generator.caches_images and old.images != self._places(request):
-            images = bundle.image_slots(batch, [request])
-            visual = None if images is None else bundle.generator.place(bundle.params, batch, images)
+        batch = model.batch([request])
+        if model.generator.caches_images and old.images != self._places(request):
+            images = model.image_slots(batch, [request])
+            visual = None if images is None else model.generator.place(model.params, batch, images)
             cache = cache._replace(visual=visual)
         pad = lambda values: np.pad(np.asarray(values[kept:], np.int32), (0, length - new))[None]  # noqa: E731
-        logits, cache = bundle.generator.extend(
-            bundle.params,
+        logits, cache = model.generator.extend(
+            model.params,
             pad(encoded.tokens),
             pad(encoded.positions),
             pad(np.ones(len(encoded.tokens), np.int32)),

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from saisa_jax.models.attention_gpu import cudnn_attention
 from saisa_jax.models.attention_tpu import flash_attention
-from saisa_jax.models.naavit import MASKED, KeyBlock, Mask, Places
+from saisa_jax.models.mask import MASKED, KeyBlock, Mask, Places
 
 KERNELS = {"flash": flash_attention, "cudnn": cudnn_attention}
 

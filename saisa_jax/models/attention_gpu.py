@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from saisa_jax.models.naavit import Mask
+from saisa_jax.models.mask import Mask
 
 MAX_HEAD_DIM = 256
 

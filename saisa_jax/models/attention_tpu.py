@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from saisa_jax.models.naavit import MASKED, Mask, legal, may_attend
+from saisa_jax.models.mask import MASKED, Mask, legal, may_attend
 
 LANES = 128
 MAX_TILE = 512  # keys, and queries, of a tile: its float32 scores take 1 MiB of the core's 16

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attend
 from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, rotate_keys, rotate_queries
-from saisa_jax.models.naavit import KeyBlock, Mask, Places, make_mask
-from saisa_jax.models.projector import Projector
+from saisa_jax.models.mask import KeyBlock, Mask, Places, make_mask
+from saisa_jax.models.projectors import PROJECTORS
 
 
 def _kinds(c: ModelConfig) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Block(nn.Module):
         self.post_attn_norm = RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype))
         self.mlp = MLP(c)
         if c.per_layer_projectors:
-            self.visual_proj = Projector(c)
+            self.visual_proj = PROJECTORS[c.projector.kind](c)
 
     def visual_kv(self, visual: Float[Array, "B V _"]) -> tuple[Float[Array, "B K V H"], Float[Array, "B K V H"]]:
         """Keys (not rotated) and values of visual tokens: k, v of RMSNorm_in(V_l).

@@ -37,8 +37,8 @@ from jaxtyping import Array, Float, Int
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models import kv_cache
-from saisa_jax.models.convnext import ConvNext
 from saisa_jax.models.decoder import Block, example_inputs
+from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV
 from saisa_jax.models.layers import (
     Params,
@@ -56,11 +56,9 @@ from saisa_jax.models.layers import (
     with_scales,
 )
 from saisa_jax.models.lora import in_dtype, with_adapters
-from saisa_jax.models.naavit import KeyBlock, Places, make_mask
-from saisa_jax.models.projector import Projector
-from saisa_jax.models.vision import VisionEncoder
+from saisa_jax.models.mask import KeyBlock, Places, make_mask
+from saisa_jax.models.projectors import PROJECTORS
 
-ENCODERS = {"vit": VisionEncoder, "convnext": ConvNext}
 CAPTURES = ("hidden", "attention", "features", "final_norm")
 
 
@@ -111,7 +109,7 @@ class Saisa(nn.Module):
         self.block = with_adapters(Block(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
         self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
         if not c.per_layer_projectors:
-            self.visual_proj = Projector(c)
+            self.visual_proj = PROJECTORS[c.projector.kind](c)
         self.final_norm = RMSNorm(c.norm_eps, param_dtype)
         if not c.tie_embeddings:
             self.lm_head = dense(
@@ -124,7 +122,7 @@ class Saisa(nn.Module):
         layers = init_stack(self.block, c.num_layers, *example_inputs(c))(layers_key)
         if c.per_layer_projectors:
             example = jnp.zeros((1, 1, c.vision.embed_dim))
-            projector = init_stack(Projector(c, parent=None), len(c.visible_layers), example)
+            projector = init_stack(PROJECTORS[c.projector.kind](c, parent=None), len(c.visible_layers), example)
             layers["visual_proj"] = projector(projector_key)
         return layers
 

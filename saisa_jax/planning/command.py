@@ -15,8 +15,8 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from saisa_jax.chips import CHIPS
+from saisa_jax.cli.flags import parse_flags
 from saisa_jax.config import Config, ConfigError, from_config_dict
-from saisa_jax.config.command_line import parse_flags
 from saisa_jax.planning import remedies, tables
 from saisa_jax.planning.compile import Program, compile_stage
 from saisa_jax.planning.lengths import Length, length

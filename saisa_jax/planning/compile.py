@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 
-from saisa_jax import parallel
+from saisa_jax import flops, parallel
 from saisa_jax.config import Config, StageConfig
-from saisa_jax.models import flops
 from saisa_jax.planning import counted
 from saisa_jax.planning.topologies import Topology, devices
-from saisa_jax.training.prepare import Prepared, prepare
+from saisa_jax.training.setup import StageSetup, setup_stage
 from saisa_jax.training.step import make_train_step
 
 # Triton's products are tuned on the GPU itself; without one their compiler gives up on some shapes.
@@ -49,7 +48,7 @@ class Program:
     """
 
     topology: Topology
-    prepared: Prepared
+    prepared: StageSetup
     memory: Memory | None
     refused: str
     formula_flops: float
@@ -76,7 +75,7 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
       ConfigError: no compiler for the topology, or a mesh that does not suit it.
     """
     started = time.monotonic()
-    prepared = prepare(config, stage, steps, devices(topology))
+    prepared = setup_stage(config, stage, steps, devices(topology))
     settings = prepared.settings
     step: Any = make_train_step(
         prepared.model, prepared.optimizer, prepared.shardings, settings.accumulation, config.training.loss_chunk

@@ -14,14 +14,14 @@ import jax
 from flax import traverse_util
 from rich.table import Table
 
+from saisa_jax import flops
 from saisa_jax.config import STAGES, Config, ConfigError, to_dict
-from saisa_jax.models import flops
 from saisa_jax.planning import tables, topologies
 from saisa_jax.planning.command import plan_stage
 from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import Length, length
 from saisa_jax.training.optimizer import flatten, merge
-from saisa_jax.training.prepare import Prepared, prepare
+from saisa_jax.training.setup import StageSetup, setup_stage
 
 NUMBERS = ("of a device", "forward", "backward", "share")  # columns to the right
 
@@ -73,20 +73,20 @@ def _length(config: Config, stage: str) -> Length | None:
         return None
 
 
-def _prepare(config: Config, stage: str, topology: topologies.Topology | None) -> Prepared:
+def _prepare(config: Config, stage: str, topology: topologies.Topology | None) -> StageSetup:
     steps = config.stage(stage).steps or 1  # of the schedule, which no shape depends on
     if topology:
         jax.config.update("jax_platforms", "cpu")  # nothing runs; leave accelerators alone
-        return prepare(config, stage, steps, topologies.devices(topology))
+        return setup_stage(config, stage, steps, topologies.devices(topology))
     try:
-        return prepare(config, stage, steps)
+        return setup_stage(config, stage, steps)
     except ConfigError as error:
         raise ConfigError(
             f"{error}. These are the devices of this machine; name those of the run with --topology=v5e:4x4 or the like"
         ) from error
 
 
-def heading(prepared: Prepared, known: Length | None, topology: str | None, packing: bool) -> str:
+def heading(prepared: StageSetup, known: Length | None, topology: str | None, packing: bool) -> str:
     """Stage, mesh and steps in a line."""
     mesh, devices, rows = prepared.mesh, prepared.mesh.devices, prepared.settings.batch_size
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -102,7 +102,7 @@ def heading(prepared: Prepared, known: Length | None, topology: str | None, pack
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def parameters(prepared: Prepared) -> Table:
+def parameters(prepared: StageSetup) -> Table:
     """Each parameter, the row of `groups` that takes it, and where it lies."""
     state, groups = prepared.abstract_state(), prepared.settings.groups
     table = _table(f"{prepared.name}: parameters", "parameter", "group", "shape", "dtype", "split over", "of a device")
@@ -117,7 +117,7 @@ def parameters(prepared: Prepared) -> Table:
     return table
 
 
-def batch(prepared: Prepared) -> Table:
+def batch(prepared: StageSetup) -> Table:
     """The arrays of a global batch, and how they are split."""
     table = _table(f"{prepared.name}: a batch", "array", "shape", "dtype", "split over", "of a device")
     for name, leaf in prepared.abstract_batch().items():
@@ -125,7 +125,7 @@ def batch(prepared: Prepared) -> Table:
     return table
 
 
-def memory(prepared: Prepared) -> Table:
+def memory(prepared: StageSetup) -> Table:
     """Bytes of one device: what is there between steps, and the gradients that each step needs beside it."""
     state = prepared.abstract_state()
     parts = {
@@ -141,7 +141,7 @@ def memory(prepared: Prepared) -> Table:
     return table
 
 
-def work(prepared: Prepared) -> Table:
+def work(prepared: StageSetup) -> Table:
     """FLOPs of a step by part, over all devices; what is recomputed (remat) is not in them."""
     s = prepared.settings
     forward, backward = flops.training(prepared.model, s.groups, s.batch_size, s.text_length, s.max_images)

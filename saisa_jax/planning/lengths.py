@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from saisa_jax.config import ConfigError, StageConfig
-from saisa_jax.data.plan import WINDOW, pack
+from saisa_jax.data.rows.packing import WINDOW, pack
 
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens and images of each sample
 

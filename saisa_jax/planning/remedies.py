@@ -12,7 +12,7 @@ import jax
 from saisa_jax.config import Config, ConfigError, ModelConfig
 from saisa_jax.planning.compile import Program, compile_stage, device_bytes
 from saisa_jax.planning.topologies import Topology, devices
-from saisa_jax.training.prepare import Prepared, prepare
+from saisa_jax.training.setup import StageSetup, setup_stage
 
 ACCUMULATIONS = range(1, 17)
 TRIES = 3  # compilations at most; each takes minutes
@@ -74,7 +74,7 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
     tries = 0
     for remedy in candidates(config, stage, topology):
         try:
-            prepared = prepare(remedy.config, stage, steps, devices(topology))
+            prepared = setup_stage(remedy.config, stage, steps, devices(topology))
         except ConfigError:
             continue  # its rows do not divide by the mesh
         if estimate(prepared, remedy.config.training.loss_chunk) > SURE * room:
@@ -88,7 +88,7 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
     return None
 
 
-def estimate(prepared: Prepared, loss_chunk: int = 0) -> float:
+def estimate(prepared: StageSetup, loss_chunk: int = 0) -> float:
     """Bytes of one device at the height of a step, to a quarter or so: state, gradients, and what is kept and what is
     in use of the activations."""
     c, s, mesh = prepared.model, prepared.settings, prepared.mesh.shape

@@ -19,13 +19,13 @@ from jaxtyping import Float64
 from rich.console import Console
 from rich.table import Table
 
+from saisa_jax import flops
+from saisa_jax.cli.flags import read_config
 from saisa_jax.config import STAGES, Config, ConfigError
-from saisa_jax.config.command_line import read_config
 from saisa_jax.data.pipeline import stage_counts
-from saisa_jax.data.plan import pack
+from saisa_jax.data.rows.packing import pack
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.tokenizer import load_tokenizer
-from saisa_jax.models import flops
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.planning.lengths import LENGTHS, Counts, some
 from saisa_jax.planning.tables import console
 

@@ -36,23 +36,23 @@ class Looked:
         return pictures.png(pictures.strip([picture.pixels for picture in self.pictures]))
 
 
-def look(bundle: Any, predictions: Sequence[dict[str, Any]]) -> list[Looked]:
+def look(model: Any, predictions: Sequence[dict[str, Any]]) -> list[Looked]:
     """Draws the attention of each prediction's answer.
 
     Args:
-      bundle: the model; its `attention(question, images)` gives [L, P].
+      model: the model; its `attention(question, images)` gives [L, P].
       predictions: of the model, each with an image.
     """
-    return [_look(bundle, row) for row in predictions]
+    return [_look(model, row) for row in predictions]
 
 
-def _look(bundle: Any, row: dict[str, Any]) -> Looked:
-    vision: VisionConfig = bundle.config.model.vision
+def _look(model: Any, row: dict[str, Any]) -> Looked:
+    vision: VisionConfig = model.config.model.vision
     image = load_image(row["image"], row["id"])
     pixels = prepare_image(image, vision.image_size, vision.image_mode, vision.image_mean, row["id"])
     seen = vision.patches_per_side * vision.patch_size  # so that the patches fit the picture
     pixels = pixels[:seen, :seen]
-    weights = np.asarray(bundle.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
+    weights = np.asarray(model.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
     shown = [Picture("the image", pictures.tile(pixels))]
     for layer in layers_to_show(len(weights)):
         share = float(weights[layer].sum())

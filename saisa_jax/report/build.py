@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from saisa_jax.command_line import Parser
+from saisa_jax.cli.parser import Parser
 from saisa_jax.data.images import load_image
 from saisa_jax.data.sample import DataError
 from saisa_jax.report import attention, examples, page, pictures, plots
@@ -98,24 +98,24 @@ def _attention(run: Run, predictions: Sequence[examples.Prediction]) -> tuple[li
         train = f"python train.py --config=... --workdir={run.directory}"
         return [], [f"{run.directory} holds no finished model, so no attention is shown: {train} makes one"]
     from saisa_jax.checkpoints import CheckpointError
-    from saisa_jax.inference import bundle
+    from saisa_jax.inference import model
 
     try:
-        return attention.look(bundle.load(directory), predictions), []
+        return attention.look(model.load(directory), predictions), []
     except (CheckpointError, DataError) as error:
         return [], [f"no attention is shown: {error}"]
 
 
-def _example(row: examples.Prediction, runs: Sequence[Run]) -> page.Example:
+def _example(row: examples.Prediction, runs: Sequence[Run]) -> page.Card:
     answers = [(run.label, other) for run in runs for other in run.predictions if other["id"] == row["id"]]
     try:
         image = load_image(row["image"], row["id"]) if row["image"] else None
     except DataError:
         image = None  # the images were moved since; the question stands without it
     if image is None:
-        return page.Example(row, None, tuple(answers))
+        return page.Card(row, None, tuple(answers))
     image.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE), Image.Resampling.LANCZOS)
-    return page.Example(row, pictures.png(image), tuple(answers))
+    return page.Card(row, pictures.png(image), tuple(answers))
 
 
 def write(out: epath.Path, html: str, files: dict[str, bytes]) -> None:

@@ -19,7 +19,7 @@ from saisa_jax.report.style import CSS
 
 
 @dataclass(frozen=True)
-class Example:
+class Card:
     """A test question: the prediction of the run that is shown, its image, and all runs' answers.
 
     Attributes:
@@ -49,7 +49,7 @@ class Content:
     runs: Sequence[Run]
     shown: Run | None
     figures: Mapping[str, bytes]
-    examples: Sequence[Example]
+    examples: Sequence[Card]
     looked: Sequence[Looked]
     notices: Sequence[str]
 
@@ -244,7 +244,7 @@ def _examples(content: Content) -> str:
     )
 
 
-def _card(example: Example) -> str:
+def _card(example: Card) -> str:
     row = example.prediction
     image = f'<img src="{_data(example.image)}" alt="">' if example.image else ""
     several = len(example.answers) > 1

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from saisa_jax import flops
 from saisa_jax.config import ModelConfig, ProjectorConfig
-from saisa_jax.models import flops
 from saisa_jax.report import units
-from saisa_jax.report.runs import NAMES, Run, Stage
+from saisa_jax.report.runs import NAMES, Run, StageRecord
 
 # Okabe and Ito's palette, told apart by all eyes; markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -75,7 +75,7 @@ def _axes(title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 @_figure
-def loss(title: str, stages: Sequence[tuple[str, Stage]]) -> Figure:
+def loss(title: str, stages: Sequence[tuple[str, StageRecord]]) -> Figure:
     """Training and held-out loss of one stage.
 
     Args:

@@ -9,8 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from saisa_jax.command_line import UserError
 from saisa_jax.config import Config, ConfigError, ModelConfig, from_config_dict
+from saisa_jax.errors import UserError
 
 NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA"}
 TITLES = {"pretrain": "Stage 1: pretrain", "finetune": "Stage 2: finetune"}
@@ -21,7 +21,7 @@ class ReportError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """One stage of training.
 
     Attributes:
@@ -55,7 +55,7 @@ class Run:
     label: str
     config: Config
     raw: dict[str, Any]
-    stages: tuple[Stage, ...]
+    stages: tuple[StageRecord, ...]
     evaluation: dict[str, Any] | None
     predictions: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = field(default=())
@@ -156,13 +156,13 @@ def _label(config: Config) -> str:
     return ", ".join(parts)
 
 
-def _stage(where: epath.Path, name: str) -> Stage:
+def _stage(where: epath.Path, name: str) -> StageRecord:
     rows: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
     for row in _lines(where / name / "metrics.jsonl"):
         rows.get(row["kind"], {})[row["step"]] = row  # a step that was run again after a resume counts once
     summary = where / name / "summary.json"
     train, held_out = (tuple(by_step[step] for step in sorted(by_step)) for by_step in rows.values())
-    return Stage(name, train, held_out, _json(summary) if summary.exists() else None)
+    return StageRecord(name, train, held_out, _json(summary) if summary.exists() else None)
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import numpy as np
 from saisa_jax.config import ModelConfig
 from saisa_jax.convert import hf_write
 from saisa_jax.convert.exporter import SHARD_BYTES, write_shards
-from saisa_jax.convert.safetensors_file import DTYPES
+from saisa_jax.convert.files.safetensors import DTYPES
 from saisa_jax.convert.tables import PARTS, table
-from saisa_jax.data.tokenizer import train_tokenizer
+from saisa_jax.data.text.tokenizer import train_tokenizer
 from saisa_jax.testing.configs import tiny_config
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from saisa_jax import parallel
 from saisa_jax.batch import Batch, HostBatch
 from saisa_jax.config import ModelConfig, StageConfig
-from saisa_jax.data.conversation import end_token_id
+from saisa_jax.data.text.conversation import end_token_id
 from saisa_jax.inference.generate import Generator
 from saisa_jax.training.optimizer import merge
 from saisa_jax.training.state import TrainState

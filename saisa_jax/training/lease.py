@@ -27,7 +27,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from saisa_jax.command_line import UserError
+from saisa_jax.errors import UserError
 
 RENEWAL = 15.0  # seconds
 SETTLING = 2.0  # seconds

@@ -12,25 +12,24 @@ import jax
 from absl import logging
 from etils import epath
 
-from saisa_jax import parallel
+from saisa_jax import flops, parallel
 from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import TrainIterator, eval_batches, stage_rows, steps_in_stage, train_iterator
-from saisa_jax.data.tokenizer import load_tokenizer
-from saisa_jax.models import flops
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
-from saisa_jax.training.goodput import Goodput
 from saisa_jax.training.heldout import HeldOut
-from saisa_jax.training.journal import Journal
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
-from saisa_jax.training.prepare import prepare
-from saisa_jax.training.profile import Profiler
+from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
 from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
-from saisa_jax.training.wandb_log import check_wandb
+from saisa_jax.training.telemetry.goodput import Goodput
+from saisa_jax.training.telemetry.journal import Journal
+from saisa_jax.training.telemetry.profile import Profiler
+from saisa_jax.training.telemetry.wandb import check_wandb
 
 
 def run(config: Config, workdir: epath.Path) -> int:
@@ -84,7 +83,7 @@ class Stage:
         self.cache = str(self.directory)  # of the counts of its samples
         self.rows = stage_rows(config, name, tokenizer, self.cache)
         self.steps = steps_in_stage(config, name, tokenizer, self.cache)
-        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = prepare(
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup_stage(
             config, name, self.steps
         )
         start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
-from saisa_jax.command_line import UserError
 from saisa_jax.config import ConfigError, DistributedConfig
 from saisa_jax.data.pipeline import TrainIterator
+from saisa_jax.errors import UserError
 
 HINT_SECONDS = 60  # of waiting for the others, until it is said how they are started
 LEAVE_SECONDS = 30  # that a process which failed alone waits for the others before it ends

@@ -16,8 +16,8 @@ from saisa_jax import parallel
 from saisa_jax.checkpoints import load_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
 from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig, to_dict
-from saisa_jax.data.conversation import end_token_id
 from saisa_jax.data.pipeline import steps_in_stage
+from saisa_jax.data.text.conversation import end_token_id
 from saisa_jax.models.lora import is_adapter
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten

@@ -12,8 +12,8 @@ import pytest
 
 from saisa_jax.batch import Batch
 from saisa_jax.convert.exporter import to_tensors
-from saisa_jax.models.naavit import may_attend
-from saisa_jax.models.projector import Projector
+from saisa_jax.models.mask import may_attend
+from saisa_jax.models.projectors.mlp import Projector
 
 if TYPE_CHECKING:
     from tests.parity.conftest import Fixture

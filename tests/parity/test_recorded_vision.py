@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from saisa_jax.batch import Batch
 from saisa_jax.data.images import prepare_image
 from saisa_jax.inference.generate import Generator
-from saisa_jax.models.vision import VisionEncoder
+from saisa_jax.models.encoders.vit import VisionEncoder
 
 if TYPE_CHECKING:
     from tests.parity.conftest import Fixture

@@ -19,10 +19,10 @@ from saisa_jax.convert.checkpoint import resized
 from saisa_jax.convert.exporter import export_params
 from saisa_jax.convert.importer import config_from_hf, import_model, import_params
 from saisa_jax.convert.tables import table
-from saisa_jax.models.convnext import ConvNext
+from saisa_jax.models.encoders.convnext import ConvNext
+from saisa_jax.models.encoders.vit import VisionEncoder
 from saisa_jax.models.layers import rotary_frequencies
 from saisa_jax.models.saisa import Saisa
-from saisa_jax.models.vision import VisionEncoder
 
 torch = pytest.importorskip("torch", reason="CPU torch is not installed")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from saisa_jax import __main__ as main
 from saisa_jax.bench import data
 from saisa_jax.config import Config, ConfigError, ModelConfig, VisionConfig
 from saisa_jax.data.images import load_image, prepare_image
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.tokenizer import load_tokenizer
 
 VISION = VisionConfig(image_size=56)
 

@@ -6,7 +6,7 @@ import jax
 
 from saisa_jax import __main__ as main
 from saisa_jax.checkpoints import save_model
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.configs import tiny_config
 

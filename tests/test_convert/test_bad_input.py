@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from saisa_jax.__main__ import main
-from saisa_jax.convert import hub
+from saisa_jax.convert.files import hub
 from saisa_jax.convert.tables import ConvertError
 from saisa_jax.testing.checkpoints import write_checkpoint
 

@@ -24,9 +24,9 @@ from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
 from saisa_jax.convert.checkpoint import Options, import_checkpoint
-from saisa_jax.convert.safetensors_file import read_header
+from saisa_jax.convert.files.safetensors import read_header
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
 from saisa_jax.training.start import starting_params
 
@@ -86,17 +86,17 @@ def test_a_tower_of_its_own_comes_back_too(sources: Path, tmp_path: Path) -> Non
 
 def test_an_imported_model_answers(sources: Path, tmp_path: Path) -> None:
     convert("import", "--from", sources / "apart", "--to", tmp_path / "ckpt", "--dtype", "float32")
-    bundle = saisa_jax.load(str(tmp_path / "ckpt"))
-    assert bundle.stage_config.template == "vicuna_v1" and bundle.model.dtype == "float32"
-    assert len(bundle.generate(["what is it?", "?"], [[Image.new("RGB", (9, 9))], []], max_new_tokens=2)) == 2
+    model = saisa_jax.load(str(tmp_path / "ckpt"))
+    assert model.stage_config.template == "vicuna_v1" and model.model_config.dtype == "float32"
+    assert len(model.generate(["what is it?", "?"], [[Image.new("RGB", (9, 9))], []], max_new_tokens=2)) == 2
 
 
 def test_an_llm_alone_answers_text(sources: Path, tmp_path: Path) -> None:
     convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "ckpt")
-    bundle = saisa_jax.load(str(tmp_path / "ckpt"))
-    assert len(bundle.generate(["what is it?"], [[]], max_new_tokens=2)) == 1
+    model = saisa_jax.load(str(tmp_path / "ckpt"))
+    assert len(model.generate(["what is it?"], [[]], max_new_tokens=2)) == 1
     with pytest.raises(DataError, match="without a vision encoder"):
-        bundle.generate(["what is it?"], [[Image.new("RGB", (9, 9))]])
+        model.generate(["what is it?"], [[Image.new("RGB", (9, 9))]])
     convert("export", "--from", tmp_path / "ckpt", "--layout", "hf-llm", "--to", tmp_path / "out")
     assert everything(sources / "hf-llm") == everything(tmp_path / "out")
 
@@ -120,10 +120,10 @@ def test_images_of_another_size(sources: Path, tmp_path: Path, capsys: pytest.Ca
     """The table of positions stays as it was and goes back so; only layouts that can say so take it."""
     to, learnt = tmp_path / "ckpt", tiny_model("hf-vision").vision.image_size
     convert("import", "--llm", sources / "hf-llm", "--vision", sources / "hf-vision", "--to", to, "--image_size", 16)
-    bundle = saisa_jax.load(str(to))
-    assert (bundle.model.vision.image_size, bundle.model.vision.position_size) == (16, learnt)
-    assert bundle.model.vision.num_patches < bundle.params["vision"]["position_embedding"].shape[0] - 1
-    assert len(bundle.generate(["what is it?"], [[Image.new("RGB", (9, 9))]], max_new_tokens=2)) == 1
+    model = saisa_jax.load(str(to))
+    assert (model.model_config.vision.image_size, model.model_config.vision.position_size) == (16, learnt)
+    assert model.model_config.vision.num_patches < model.params["vision"]["position_embedding"].shape[0] - 1
+    assert len(model.generate(["what is it?"], [[Image.new("RGB", (9, 9))]], max_new_tokens=2)) == 1
     convert("export", "--from", to, "--layout", "hf-vision", "--to", tmp_path / "out")
     assert everything(sources / "hf-vision") == everything(tmp_path / "out")
     capsys.readouterr()

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from saisa_jax import presets
 from saisa_jax.convert.hf_config import decoder_config_from_hf, vision_config_from_hf
 from saisa_jax.convert.hf_write import decoder_to_hf, multimodal_to_hf, preprocessor_to_hf, vision_to_hf
 from saisa_jax.convert.tables import ConvertError
-from saisa_jax.models import presets
 
 
 @pytest.mark.parametrize("name", presets.VISIONS)

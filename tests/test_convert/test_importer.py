@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from saisa_jax.config import ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig
 from saisa_jax.convert.exporter import export_params, to_tensors
+from saisa_jax.convert.files.tensors import INDEX
 from saisa_jax.convert.importer import config_from_hf, detect_layout, import_model, import_params
 from saisa_jax.convert.tables import LAYOUTS, ConvertError, table
-from saisa_jax.convert.tensors import INDEX
 
 DATA = Path(__file__).parents[1] / "data"
 BFLOAT16 = ml_dtypes.bfloat16

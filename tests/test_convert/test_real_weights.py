@@ -20,7 +20,7 @@ from saisa_jax.__main__ import main
 from saisa_jax.convert.importer import config_from_hf, import_params
 from saisa_jax.data.images import load_image, prepare_image
 from saisa_jax.data.sample import USER, Turn
-from saisa_jax.models.vision import VisionEncoder
+from saisa_jax.models.encoders.vit import VisionEncoder
 
 NAME = "SmolLM2-135M-Instruct"
 DINO = "dinov2-small"
@@ -46,19 +46,19 @@ def test_smollm2_says_the_same_as_in_torch(real: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert main(["convert", "import", f"--from={real / NAME}.Q4_1.gguf", f"--to={tmp_path / 'smollm2'}"]) == 0
-    bundle = saisa_jax.load(str(tmp_path / "smollm2"))
+    model = saisa_jax.load(str(tmp_path / "smollm2"))
     theirs = AutoModelForCausalLM.from_pretrained(real / NAME, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(real / NAME)
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        assert bundle.prompt((Turn(USER, prompt),), 0).tokens.tolist() == ids[0].tolist()
+        assert model.prompt((Turn(USER, prompt),), 0).tokens.tolist() == ids[0].tolist()
         with torch.no_grad():
             out = theirs.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        assert bundle.generate([prompt], [[]], max_new_tokens=64) == [expected]
-        seen = bundle.tokenizer(expected, add_special_tokens=False).input_ids
+        assert model.generate([prompt], [[]], max_new_tokens=64) == [expected]
+        seen = model.tokenizer(expected, add_special_tokens=False).input_ids
         assert seen == tokenizer(expected, add_special_tokens=False).input_ids
 
 

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from saisa_jax.config import ModelConfig, ProjectorConfig, VisionConfig
 from saisa_jax.convert.tables import LAYOUTS, ConvertError, Row, table
-from saisa_jax.models.presets import LLMS, VISIONS, make
 from saisa_jax.models.saisa import abstract_params
+from saisa_jax.presets import LLMS, VISIONS, make
 
 CLIP = VisionConfig(image_size=28, patch_size=14, embed_dim=8, num_layers=3, num_heads=2, mlp_dim=12)
 SIGLIP = dataclasses.replace(CLIP, class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh")

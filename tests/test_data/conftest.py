@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.data.templates import VICUNA_SYSTEM
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.templates import VICUNA_SYSTEM
+from saisa_jax.data.text.tokenizer import load_tokenizer
 
 SPECIAL = [
     "<unk>", "<s>", "</s>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>",

@@ -16,7 +16,7 @@ from PIL import Image
 from saisa_jax.config import ConfigError, SourceConfig, StageConfig
 from saisa_jax.data.pipeline import train_iterator
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.configs import tiny_config
 
 GOOD = 5

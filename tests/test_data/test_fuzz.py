@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.encoder import Encoder
 from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.configs import tiny_config
 
 VALUES = (

@@ -22,10 +22,10 @@ from saisa_jax.config import (
     to_config_dict,
 )
 from saisa_jax.data import pipeline, sources
-from saisa_jax.data.conversation import encode
-from saisa_jax.data.packing import Example, pack_rows
+from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import DataError, Sample, Turn
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.conversation import encode
+from saisa_jax.data.text.tokenizer import load_tokenizer
 
 P = 16  # visual tokens of an image of 16 pixels in patches of 4
 SIZE = 16
@@ -50,7 +50,7 @@ def pictures(tmp_path_factory, monkeypatch):
         samples.append(Sample(f"tiny/{i}", turns, (str(folder / f"{i}.png"),), independent_turns=True))
     pipeline.stage_rows.cache_clear()
     monkeypatch.setitem(
-        sources.OPENERS, "easy_vqa", lambda config: samples[:5] if config.split == "validation" else samples
+        sources.SOURCES._entries, "easy_vqa", lambda config: samples[:5] if config.split == "validation" else samples
     )
     return samples
 
@@ -340,7 +340,7 @@ def test_too_long_with_its_images(tokenizer) -> None:
 
 def test_a_source_without_samples(tokenizer, monkeypatch) -> None:
     pipeline.stage_rows.cache_clear()
-    monkeypatch.setitem(sources.OPENERS, "easy_vqa", lambda config: [])
+    monkeypatch.setitem(sources.SOURCES._entries, "easy_vqa", lambda config: [])
     with pytest.raises(DataError, match=r"source easy_vqa:vqa holds no samples"):
         pipeline.train_iterator(_config(), "finetune", tokenizer)
 

@@ -21,17 +21,17 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from saisa_jax.cli.data import main as data_command
+from saisa_jax.cli.flags import read_config
 from saisa_jax.config import SourceConfig
-from saisa_jax.config.command_line import read_config
 from saisa_jax.data import prepare
-from saisa_jax.data.command import main as data_command
-from saisa_jax.data.counts import count, fingerprint
 from saisa_jax.data.images import read_image
 from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.rows.counts import count, fingerprint
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.shards import ShardedSamples
 from saisa_jax.data.sources import open_source
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.sources.shards import ShardedSamples
+from saisa_jax.data.text.tokenizer import load_tokenizer
 
 TINY = "saisa_jax/testing/configs.py"
 COLORS = ("red", "blue", "green", "yellow", "black", "gray", "teal", "brown")

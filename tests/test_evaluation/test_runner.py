@@ -18,15 +18,15 @@ import pytest
 from etils import epath
 from rich.console import Console
 
+from saisa_jax import flops
 from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import Config, ConfigError
-from saisa_jax.data.easy_vqa import majority_baseline
 from saisa_jax.data.sample import Turn
+from saisa_jax.data.sources.easy_vqa import majority_baseline
 from saisa_jax.evaluation import command, runner, tasks
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
-from saisa_jax.inference.bundle import Bundle
-from saisa_jax.models import flops
+from saisa_jax.inference.model import VisionLanguageModel
 from saisa_jax.testing.configs import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ class Tokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretender(Bundle):
+class Pretender(VisionLanguageModel):
     """Says the truth, with a capital and a full stop, except about images whose number ends in 7."""
 
     params: Any = None
@@ -77,8 +77,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_evaluation(tmp_path: Path) -> None:
-    bundle = Pretender()
-    record = evaluate(bundle, TASK, Settings(batch_size=64, limit=500), epath.Path(tmp_path / "out"), "some/model")
+    model = Pretender()
+    record = evaluate(model, TASK, Settings(batch_size=64, limit=500), epath.Path(tmp_path / "out"), "some/model")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "predictions.jsonl"]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == record
 
@@ -92,8 +92,8 @@ def test_evaluation(tmp_path: Path) -> None:
     assert all(row["answer"] == row["truth"] for row in right)
 
     # Batches are all of one size, and go from short prompts to long ones.
-    assert {len(batch) for batch in bundle.batches} == {64}
-    lengths = [len(question.split()) for batch in bundle.batches for question in batch]
+    assert {len(batch) for batch in model.batches} == {64}
+    lengths = [len(question.split()) for batch in model.batches for question in batch]
     assert lengths == sorted(lengths)
 
     groups, kinds = record["groups"], record["kinds"]
@@ -107,7 +107,10 @@ def test_evaluation(tmp_path: Path) -> None:
     assert record["majority"] == dataclasses.asdict(majority_baseline())
     mean = sum(row["prompt_tokens"] for row in rows) / 500
     assert record["prompt_tokens"] == pytest.approx(mean)
-    assert record["prefill_flops"]["decoder"] == flops.prefill(bundle.model, round(mean), 1, convention="decoder").total
+    assert (
+        record["prefill_flops"]["decoder"]
+        == flops.prefill(model.model_config, round(mean), 1, convention="decoder").total
+    )
     assert record["model"]["alignment"] == "saisa" and record["stage"] == "finetune" and record["versions"]["jax"]
 
 
@@ -205,7 +208,7 @@ def test_the_last_finished_stage_is_evaluated(tmp_path: Path) -> None:
 
 
 def test_run_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command.bundles, "load", lambda directory, quantize=None: Pretender())
+    monkeypatch.setattr(command, "load", lambda directory, quantize=None: Pretender())
     command.run("some/model", str(tmp_path), limit=10, batch_size=5)
     assert "evaluation.json are in" in capsys.readouterr().out
     assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["max_new_tokens"] > 0

@@ -6,30 +6,32 @@ import jax
 import pytest
 from PIL import Image
 
-from saisa_jax.data.tokenizer import load_tokenizer
-from saisa_jax.inference.bundle import Bundle
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.inference.image_cache import ImageCache
+from saisa_jax.inference.model import VisionLanguageModel
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.configs import tiny_config
 
 
 @functools.cache
-def shared_bundle(alignment: str) -> Bundle:
+def shared_model(alignment: str) -> VisionLanguageModel:
     config = tiny_config(alignment)
     params = init_params(config.model_for("finetune"), jax.random.key(1))
-    return Bundle(params, config, load_tokenizer("easy_vqa"), "finetune", {"stage": "finetune"})
+    return VisionLanguageModel(params, config, load_tokenizer("easy_vqa"), "finetune", {"stage": "finetune"})
 
 
 @pytest.fixture
-def tiny_bundle():
-    return shared_bundle
+def tiny_model():
+    return shared_model
 
 
 @pytest.fixture(params=["saisa", "naavit", "llava"])
-def bundle(request) -> Bundle:
+def model(request) -> VisionLanguageModel:
     """With an image cache of its own; programs and parameters are shared."""
-    shared = shared_bundle(request.param)
-    own = Bundle(shared.params, shared.config, shared.tokenizer, shared.stage, shared.metadata, None, ImageCache())
+    shared = shared_model(request.param)
+    own = VisionLanguageModel(
+        shared.params, shared.config, shared.tokenizer, shared.stage, shared.metadata, None, ImageCache()
+    )
     own.__dict__["generator"] = shared.generator
     return own
 

@@ -9,17 +9,17 @@ from rich.console import Console
 
 from saisa_jax import __main__ as main
 from saisa_jax.checkpoints import save_model
+from saisa_jax.cli.chat import Terminal
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
 from saisa_jax.inference.chat import Chat
 from saisa_jax.inference.generate import GREEDY
-from saisa_jax.inference.terminal import Terminal
 
 NEW = 4
 
 
 def fresh(chat: Chat, question: str, new: int = NEW) -> str:
     """The answer of a conversation that reads everything anew."""
-    other = Chat(chat.bundle, list(chat.turns), list(chat.images), _pending=list(chat._pending))
+    other = Chat(chat.model, list(chat.turns), list(chat.images), _pending=list(chat._pending))
     return "".join(other.ask(question, new))
 
 
@@ -30,8 +30,8 @@ def ask(chat: Chat, question: str, new: int = NEW) -> str:
     return expected
 
 
-def test_later_turns_read_only_what_is_new(bundle, pictures):
-    chat = Chat(bundle)
+def test_later_turns_read_only_what_is_new(model, pictures):
+    chat = Chat(model)
     chat.add_image(pictures[0])
     first = ask(chat, "what color is the shape?")
     assert chat.reused == 0 and chat.turns[-1] == Turn(ASSISTANT, first)
@@ -40,27 +40,27 @@ def test_later_turns_read_only_what_is_new(bundle, pictures):
     assert chat.reused >= before - NEW  # all of the prompt; of the answer at least what a tokenizer writes alike
     chat.add_image(pictures[1])
     ask(chat, "what color is the shape?")
-    assert (chat.reused > before) == (bundle.model.alignment != "llava")
+    assert (chat.reused > before) == (model.model_config.alignment != "llava")
     ask(chat, "is it blue?")
     assert chat.reused > before
     assert [turn.role for turn in chat.turns] == [USER, ASSISTANT] * 4
     assert chat.turns[0].text.startswith("<image>\n") and chat.turns[4].text.startswith("<image>\n")
 
 
-def test_the_cache_holds_what_a_new_prefill_would(bundle, pictures):
-    chat = Chat(bundle)
+def test_the_cache_holds_what_a_new_prefill_would(model, pictures):
+    chat = Chat(model)
     chat.add_image(pictures[0])
     list(chat.ask("what color is the shape?", NEW))
-    request = bundle.request([*chat.turns, Turn(USER, "is it red?")], chat.images, NEW)
+    request = model.request([*chat.turns, Turn(USER, "is it red?")], chat.images, NEW)
     logits, _ = chat._read_prompt(request, NEW)
     assert chat.reused > 0
-    alone, _ = Chat(bundle)._read_prompt(request, NEW)
-    inside = slice(bundle.model.vocab_size)
+    alone, _ = Chat(model)._read_prompt(request, NEW)
+    inside = slice(model.model_config.vocab_size)
     np.testing.assert_allclose(logits[:, inside], alone[:, inside], atol=1e-5)
 
 
-def test_an_answer_that_was_stopped_and_a_turn_that_was_taken_back(bundle, pictures):
-    chat = Chat(bundle)
+def test_an_answer_that_was_stopped_and_a_turn_that_was_taken_back(model, pictures):
+    chat = Chat(model)
     chat.add_image(pictures[2])
     whole = fresh(chat, "what color is the shape?", 8)
     pieces = chat.ask("what color is the shape?", 8)
@@ -74,8 +74,8 @@ def test_an_answer_that_was_stopped_and_a_turn_that_was_taken_back(bundle, pictu
     ask(chat, "is it green?")
 
 
-def test_pictures_and_words_before_them_that_were_changed(bundle, pictures):
-    chat = Chat(bundle)
+def test_pictures_and_words_before_them_that_were_changed(model, pictures):
+    chat = Chat(model)
     chat.add_image(pictures[0])
     ask(chat, "is it red? <image> what color is the shape?")
     chat.turns[0] = Turn(USER, "is it blue? <image> what color is the shape?")  # as many tokens
@@ -85,18 +85,18 @@ def test_pictures_and_words_before_them_that_were_changed(bundle, pictures):
     ask(chat, "is it red? what color is the shape?")
 
 
-def test_an_answer_that_says_image_is_a_word(bundle):
-    chat = Chat(bundle)
+def test_an_answer_that_says_image_is_a_word(model):
+    chat = Chat(model)
     list(chat.ask("is it red?", NEW))
-    object.__setattr__(chat.bundle, "text", lambda tokens: "an <image> it is")
+    object.__setattr__(chat.model, "text", lambda tokens: "an <image> it is")
     assert list(chat.ask("is it red?", NEW)) == ["an <image> it is"]
     assert chat.turns[-1].text == "an < image > it is"
-    object.__delattr__(chat.bundle, "text")
+    object.__delattr__(chat.model, "text")
     ask(chat, "is it red?")
 
 
-def test_a_question_that_cannot_be_asked_changes_nothing(bundle, pictures):
-    chat = Chat(bundle)
+def test_a_question_that_cannot_be_asked_changes_nothing(model, pictures):
+    chat = Chat(model)
     list(chat.ask("is there a circle?", NEW))
     turns = list(chat.turns)
     for question, reason in (("", "empty"), ("is it red? " * 80, "max_length"), ("<image> what?", "placeholder")):
@@ -124,8 +124,8 @@ def terminal(chat: Chat, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> s
     return out.getvalue()
 
 
-def test_the_terminal(tiny_bundle, pictures, tmp_path, monkeypatch):
-    chat = Chat(tiny_bundle("saisa"))
+def test_the_terminal(tiny_model, pictures, tmp_path, monkeypatch):
+    chat = Chat(tiny_model("saisa"))
     saved = tmp_path / "saved.json"
     lines = [
         f"/image {pictures[0]}",
@@ -137,7 +137,7 @@ def test_the_terminal(tiny_bundle, pictures, tmp_path, monkeypatch):
     ]
     lines += ["/nothing", "", "is it red? " * 80, "/reset", "/history", "is it red?", "/help", "/exit", "never read"]
     out = terminal(chat, lines, monkeypatch)
-    expected = fresh(Chat(chat.bundle, _pending=chat.bundle.encode_images(pictures[:1])), "what color is the shape?")
+    expected = fresh(Chat(chat.model, _pending=chat.model.encode_images(pictures[:1])), "what color is the shape?")
     content = json.loads(saved.read_text())
     assert content["images"] == [pictures[0]]
     assert content["turns"][1] == {"role": "assistant", "text": expected}
@@ -154,15 +154,15 @@ def test_the_terminal(tiny_bundle, pictures, tmp_path, monkeypatch):
     assert "/reset" in out and "never read" not in out
 
 
-def test_the_verb(tiny_bundle, pictures, tmp_path, monkeypatch, capsys):
-    bundle = tiny_bundle("saisa")
-    save_model(tmp_path / "model", bundle.params, bundle.config, bundle.tokenizer, {"stage": "finetune"})
+def test_the_verb(tiny_model, pictures, tmp_path, monkeypatch, capsys):
+    model = tiny_model("saisa")
+    save_model(tmp_path / "model", model.params, model.config, model.tokenizer, {"stage": "finetune"})
     monkeypatch.setattr("sys.stdin", io.StringIO("is it red?\n/exit\n"))
     command = ["chat", f"--checkpoint={tmp_path / 'model'}", f"--image={pictures[0]}", "--max_new_tokens=3"]
     assert main.main(command) == 0
     out = capsys.readouterr().out
     assert "programs are compiled" in out and "3 tokens" in out and "; compiling took" in out
-    save_model(tmp_path / "mute", bundle.params, bundle.config, None, {"stage": "finetune"})
+    save_model(tmp_path / "mute", model.params, model.config, None, {"stage": "finetune"})
     for wrong, reason in (
         ([f"--checkpoint={tmp_path / 'mute'}"], "imported without a tokenizer"),
         (["--checkpoint=nowhere"], "there is no directory"),

@@ -9,7 +9,7 @@ import pytest
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten
 from saisa_jax.config import ConfigError, VisionConfig
-from saisa_jax.inference.bundle import load
+from saisa_jax.inference.model import load
 from saisa_jax.inference.quantize import quantize, variables_of
 from saisa_jax.models.layers import dequantized
 from saisa_jax.models.saisa import Saisa, init_params
@@ -18,9 +18,9 @@ from saisa_jax.testing.batches import IMAGE, make_batch
 qwix = pytest.importorskip("qwix", reason="needs qwix (optional)")
 
 
-def test_int8_is_within_half_a_step_of_every_weight_and_runs(bundle):
-    config, small = bundle.model, quantize(bundle.params)
-    before, after = flatten(bundle.params), flatten(small.params)
+def test_int8_is_within_half_a_step_of_every_weight_and_runs(model):
+    config, small = model.model_config, quantize(model.params)
+    before, after = flatten(model.params), flatten(small.params)
     scales = flatten(small.scales)
     projections = [path for path in before if "layers/" in path and path.endswith("/kernel")]
     assert set(scales) == set(projections) and len(projections) >= 13
@@ -36,18 +36,18 @@ def test_int8_is_within_half_a_step_of_every_weight_and_runs(bundle):
 
     batch = make_batch(config, [[1, IMAGE, 5, 6], [3, 4, 5]], text_length=4, max_images=1)
     run = jax.jit(lambda variables: Saisa(config).apply(variables, batch)[0])
-    exact, rounded = run(variables_of(bundle.params)), run(variables_of(small))
+    exact, rounded = run(variables_of(model.params)), run(variables_of(small))
     inside = slice(config.vocab_size)
     error = np.abs(exact - rounded)[..., inside].max() / np.std(exact[..., inside])
     assert 0 < error < 0.15
 
 
-def test_a_convnext_in_int8_sees_about_the_same(bundle):
+def test_a_convnext_in_int8_sees_about_the_same(model):
     vision = VisionConfig(
         kind="convnext", image_size=40, patch_size=8, embed_dim=24, num_layers=2, depths=(3, 2), widths=(16, 24),
         layer_scale=True, class_token=False, pre_norm=False, patch_bias=True, select_layer=-1,
     )  # fmt: skip
-    config = dataclasses.replace(bundle.model, vision=vision)
+    config = dataclasses.replace(model.model_config, vision=vision)
     params = init_params(config, jax.random.key(0))
     small = quantize(params)
     assert any(path.startswith("vision/") for path in flatten(small.scales))
@@ -58,8 +58,8 @@ def test_a_convnext_in_int8_sees_about_the_same(bundle):
     assert 0 < np.abs(exact - rounded).max() < 0.05 * np.std(exact)
 
 
-def test_load_with_int8_answers(tiny_bundle, pictures, tmp_path):
-    whole = tiny_bundle("saisa")
+def test_load_with_int8_answers(tiny_model, pictures, tmp_path):
+    whole = tiny_model("saisa")
     save_model(tmp_path / "model", whole.params, whole.config, whole.tokenizer, {"stage": "finetune"})
     small = load(str(tmp_path / "model"), quantize="int8")
     assert len(small.generate(["is it red?"], [[pictures[0]]], max_new_tokens=3)) == 1

@@ -16,7 +16,7 @@ from saisa_jax import parallel
 from saisa_jax.config import ConfigError, MeshConfig
 from saisa_jax.models import attention_tpu
 from saisa_jax.models.attention import attend
-from saisa_jax.models.naavit import KeyBlock, Places, make_mask
+from saisa_jax.models.mask import KeyBlock, Places, make_mask
 from saisa_jax.models.saisa import Saisa, abstract_params
 from saisa_jax.testing.batches import make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config

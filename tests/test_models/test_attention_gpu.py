@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saisa_jax.models.attention import attend
-from saisa_jax.models.naavit import KeyBlock, Places, make_mask
+from saisa_jax.models.mask import KeyBlock, Places, make_mask
 
 BATCH, TEXT, VISUAL, HEADS, KV_HEADS, HEAD_DIM = 3, 61, 128, 4, 2, 64
 

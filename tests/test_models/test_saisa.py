@@ -140,7 +140,7 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     """The layers one by one in Python: one sequence [V; T] with the whole mask, then what the alignment drops."""
     from saisa_jax.models.decoder import Block
     from saisa_jax.models.layers import rotate_keys, rotation
-    from saisa_jax.models.naavit import KeyBlock, Places, make_mask
+    from saisa_jax.models.mask import KeyBlock, Places, make_mask
 
     model, block = Saisa(config), Block(config)
     bound = model.bind({"params": params})

@@ -13,11 +13,11 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from saisa_jax import flops
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, Config
-from saisa_jax.models import flops
 from saisa_jax.planning import counted
 from saisa_jax.testing.configs import tiny_config
-from saisa_jax.training.prepare import prepare
+from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.step import make_train_step
 
 
@@ -55,7 +55,7 @@ def test_cudnns_attention_is_counted_by_its_name() -> None:
 
 def step_flops(config: Config, stage: str) -> tuple[float, float]:
     """(counted, by formula)."""
-    p = prepare(config, stage, 10)
+    p = setup_stage(config, stage, 10)
     s = p.settings
     step = make_train_step(p.model, p.optimizer, p.shardings, s.accumulation)
     counted_ = counted_flops(step, p.abstract_state(), p.abstract_batch())

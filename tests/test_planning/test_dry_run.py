@@ -8,11 +8,11 @@ import math
 import jax
 import pytest
 
+from saisa_jax import flops
 from saisa_jax.config import Config, ConfigError, MeshConfig
-from saisa_jax.models import flops
 from saisa_jax.planning import dry_run
 from saisa_jax.testing.configs import tiny_config
-from saisa_jax.training.prepare import prepare
+from saisa_jax.training.setup import setup_stage
 
 
 def on(mesh: MeshConfig, stage: str = "finetune") -> Config:
@@ -33,7 +33,7 @@ def test_configuration_of_the_stages_that_run() -> None:
 
 @pytest.mark.multi_device
 def test_tables_of_a_mesh() -> None:
-    prepared = prepare(on(MeshConfig(data=2, fsdp=2, tensor=2)), "finetune", 3)
+    prepared = setup_stage(on(MeshConfig(data=2, fsdp=2, tensor=2)), "finetune", 3)
     params = cells(dry_run.parameters(prepared))
     assert params["layers/attn/q_proj/kernel"] == [
         ".* (lr x 1)", "2 x 32 x 4 x 8", "float32", "-, fsdp, tensor, -", "2.00 KiB",
@@ -52,7 +52,7 @@ def test_tables_of_a_mesh() -> None:
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_flops_by_part_are_those_of_the_step(stage: str) -> None:
-    prepared = prepare(on(MeshConfig(), stage), stage, 3)
+    prepared = setup_stage(on(MeshConfig(), stage), stage, 3)
     s = prepared.settings
     work = cells(dry_run.work(prepared))
     total = flops.train_step(prepared.model, s.groups, s.batch_size, s.text_length, s.max_images)

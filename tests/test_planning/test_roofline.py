@@ -15,7 +15,7 @@ from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import length
 from saisa_jax.planning.topologies import parse
 from saisa_jax.testing.configs import tiny_config
-from saisa_jax.training.prepare import prepare
+from saisa_jax.training.setup import setup_stage
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_samples_that_are_given(recipe: Config) -> None:
 
 def test_bytes_of_a_split_state() -> None:
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=1, fsdp=1, tensor=1))
-    one = device_bytes(prepare(config, "finetune", 10, jax.devices()[:1]).abstract_state())
+    one = device_bytes(setup_stage(config, "finetune", 10, jax.devices()[:1]).abstract_state())
     over_8 = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
-    split = device_bytes(prepare(over_8, "finetune", 10).abstract_state())
+    split = device_bytes(setup_stage(over_8, "finetune", 10).abstract_state())
     assert one / 8 < split < one / 4  # norms and biases are whole everywhere
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from saisa_jax import flops
 from saisa_jax.config import Config, to_dict
-from saisa_jax.data import easy_vqa
+from saisa_jax.data.sources import easy_vqa
 from saisa_jax.evaluation import runner
 from saisa_jax.evaluation.tasks.easy_vqa import TASK
-from saisa_jax.models import flops
 from saisa_jax.testing.configs import tiny_config
 
 
@@ -119,7 +119,7 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return FakeBundle(read_run(str(Path(directory).parents[1])).config)
 
-    monkeypatch.setattr("saisa_jax.inference.bundle.load", load)
+    monkeypatch.setattr("saisa_jax.inference.model.load", load)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saisa_jax.models import flops
+from saisa_jax import flops
 from saisa_jax.report import attention, pictures, units
 from saisa_jax.report.examples import choose, choose_for_attention
 from saisa_jax.report.page import changed

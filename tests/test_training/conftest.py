@@ -2,7 +2,7 @@
 
 import pytest
 
-from saisa_jax.training import goodput, meter
+from saisa_jax.training.telemetry import goodput, meter
 
 
 @pytest.fixture

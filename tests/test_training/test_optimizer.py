@@ -4,13 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saisa_jax.config import (
-    TRAIN_ALL_BUT_VISION,
-    TRAIN_PROJECTOR,
-    ConfigError,
-    GroupConfig,
-    OptimizerConfig,
-)
+from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError, GroupConfig, OptimizerConfig
 from saisa_jax.training import optimizer
 from saisa_jax.training.loss import cross_entropy
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from saisa_jax.data.conversation import encode
-from saisa_jax.data.packing import Example, pack_rows
+from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import Turn
-from saisa_jax.data.tokenizer import load_tokenizer
+from saisa_jax.data.text.conversation import encode
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.loss import cross_entropy

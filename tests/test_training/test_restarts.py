@@ -15,14 +15,13 @@ import pytest
 from etils import epath
 
 from saisa_jax.checkpoints import load_model
+from saisa_jax.cli import convert
 from saisa_jax.config import TRAIN_ADAPTERS, TRAIN_ALL_BUT_VISION, Config, LoraConfig, MeshConfig
-from saisa_jax.convert import command as convert
 from saisa_jax.testing.checkpoints import write_checkpoint
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.runs import timeless_rows
 from saisa_jax.training import loop
 from saisa_jax.training.optimizer import flatten
-from saisa_jax.training.prepare import prepare
 
 
 def quiet(config: Config) -> Config:

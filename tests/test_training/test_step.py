@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from saisa_jax import parallel
+from saisa_jax import flops, parallel, presets
 from saisa_jax.batch import empty_batch
 from saisa_jax.config import (
     REMAT_POLICIES,
@@ -26,7 +26,6 @@ from saisa_jax.config import (
     OptimizerConfig,
     ProjectorConfig,
 )
-from saisa_jax.models import flops, presets
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params
 from saisa_jax.testing.batches import make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from saisa_jax.data import easy_vqa
+from saisa_jax.data.sources import easy_vqa
 from saisa_jax.evaluation.metrics import exact_match
 from saisa_jax.evaluation.tasks.task import Item, Task
 

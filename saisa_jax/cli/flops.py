@@ -1,0 +1,118 @@
+"""`python -m saisa_jax flops`: the three alignments side by side, by formula and as counted.
+
+python -m saisa_jax flops --model=vicuna-7b --vision=clip-vit-l-336 --text=64
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from saisa_jax import flops, presets
+from saisa_jax.cli.parser import Parser
+from saisa_jax.config import ConfigError, ModelConfig
+
+NAMES = {"llava": "LLaVA", "naavit": "NAAViT", "saisa": "SAISA"}
+CONVENTIONS = {
+    "paper": "authors' convention",
+    "decoder": "+ projector before layer 1",
+    "end_to_end": "+ vision and head = all",
+}
+
+
+def layer_table(configs: Mapping[str, ModelConfig], text: int, images: int = 1) -> Table:
+    """What one decoder layer that sees the image costs, by part."""
+    layers = {name: flops.layer(config, text, images) for name, config in configs.items()}
+    unit, scale = _unit(layers.values())
+    table = _new_table(f"One decoder layer ({unit})", configs)
+    for part in ("projectors", "q", "kv", "o", "attention", "mlp", "total"):
+        table.add_row(part, *(_number(getattr(layer, part) / scale) for layer in layers.values()))
+    return table
+
+
+def total_table(
+    configs: Mapping[str, ModelConfig], text: int, images: int = 1, counted: Mapping[str, float] | None = None
+) -> Table:
+    """What reading a prompt costs: by part, summed in the three conventions of `flops.CONVENTIONS`, and as counted.
+
+    Args:
+      configs: by alignment; reductions are relative to the first.
+      text: text tokens of the prompt.
+      images: its images.
+      counted: `flops.counted_prefill` of each, if it was run.
+    """
+    totals = {name: flops.prefill(config, text, images) for name, config in configs.items()}
+    unit, scale = _unit(totals.values())
+    table = _new_table(f"Prefill of the whole model ({unit})", configs)
+    for part in flops.PARTS:
+        table.add_row(part, *(_number(getattr(total, part) / scale) for total in totals.values()))
+    table.add_section()
+    for convention, title in CONVENTIONS.items():
+        sums = [flops.prefill(config, text, images, convention=convention).total for config in configs.values()]
+        table.add_row(title, *_with_reductions(sums, scale))
+    if counted is not None:
+        table.add_section()
+        table.add_row("all, as XLA counts it", *_with_reductions(list(counted.values()), scale))
+        table.add_row("counted / formula", *(f"{counted[name] / total.total:.3f}" for name, total in totals.items()))
+    return table
+
+
+def _new_table(title: str, configs: Mapping[str, ModelConfig]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in configs:
+        table.add_column(NAMES[name], justify="right")
+    return table
+
+
+def _unit(breakdowns: Iterable[flops.Breakdown]) -> tuple[str, float]:
+    largest = max(breakdown.total for breakdown in breakdowns)
+    return next(
+        ((unit, size) for unit, size in (("TFLOPs", 1e12), ("GFLOPs", 1e9)) if largest >= size), ("MFLOPs", 1e6)
+    )
+
+
+def _number(value: float) -> str:
+    return "-" if value == 0 else f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
+
+
+def _with_reductions(values: Sequence[float], scale: float) -> list[str]:
+    first, *others = (f"{value / scale:.3f}" for value in values)
+    return [first, *(f"{text} ({value / values[0] - 1:+.1%})" for text, value in zip(others, values[1:], strict=True))]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `flops`.
+
+    Raises:
+      ConfigError: an unknown model or encoder, or numbers that make no prompt.
+    """
+    parser = Parser(prog="python -m saisa_jax flops", description="what the alignments cost")
+    parser.add_argument("--model", default="vicuna-7b", help=", ".join(presets.LLMS))
+    parser.add_argument("--vision", default="clip-vit-l-336", help=", ".join(presets.VISIONS))
+    parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt (default 64, the authors')")
+    parser.add_argument("--images", type=int, default=1, help="images in the prompt (default 1)")
+    parser.add_argument("--no-count", action="store_true", help="formula alone: do not lower the programs")
+    args = parser.parse_args(argv)
+    if args.text < 1 or args.images < 0:
+        raise ConfigError(f"--text={args.text} must be at least 1 and --images={args.images} at least 0")
+
+    jax.config.update("jax_platforms", "cpu")  # only shapes are computed: leave accelerators alone
+    configs = {name: presets.make(args.model, args.vision, alignment=name) for name in NAMES}
+    visual = args.images * presets.VISIONS[args.vision].num_patches
+    console = Console()
+    console.print(f"{args.model}, {args.vision}: {args.text} text and {visual} visual tokens")
+    console.print(layer_table(configs, args.text, args.images))
+    counted, start = None, time.perf_counter()
+    if not args.no_count:
+        counted = {name: flops.counted_prefill(config, args.text, args.images) for name, config in configs.items()}
+    console.print(total_table(configs, args.text, args.images, counted))
+    if counted is not None:
+        seconds = time.perf_counter() - start
+        console.print(f"Counted in our own prefill, lowered with abstract arrays (no weights), in {seconds:.1f} s.")
+        console.print("XLA counts element-wise arithmetic as well, the formula matrix products alone.")
+    return 0

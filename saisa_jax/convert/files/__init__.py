@@ -1,0 +1,1 @@
+"""Files that hold tensors: safetensors, GGUF, pickles; and the hub that they come from."""

@@ -1,0 +1,1 @@
+"""Which samples stand in which row, and reading those: order of an epoch -> packing -> rows."""

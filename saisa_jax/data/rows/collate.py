@@ -1,0 +1,94 @@
+"""Rows of a batch from conversations and images: one or several samples a row, padded on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.data.sample import DataError
+from saisa_jax.data.text.conversation import Encoded, check_length
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample, ready for a row.
+
+    `images` stand in the order of its placeholders; None leaves the row's slots empty (segment 0) while its text keeps
+    the positions that it would have with them.
+    """
+
+    encoded: Encoded
+    images: Sequence[UInt8[np.ndarray, "height width 3"]] | None
+
+
+def pack_rows(
+    rows: Sequence[Sequence[Example | None]],
+    text_length: int,
+    max_images: int,
+    image_size: int,
+    padding: str = "right",
+    count: int | None = None,
+) -> Batch:
+    """A batch of rows; the samples of a row are its segments 1, 2, ...
+
+    Positions restart for each sample and do not depend on the side of the padding. Image slots fill from the first.
+
+    Args:
+      rows: the samples of each row; None is a sample that could not be used, whose segment stays empty.
+      text_length: T.
+      max_images: M.
+      image_size: height and width in pixels.
+      padding: right or left, the side of the text stream that is filled up.
+      count: B, if more than there are rows: the rest is all padding.
+
+    Raises:
+      DataError: a row's samples do not fit, have more images than slots, or another number or size of images than they
+        say.
+    """
+    if padding not in ("right", "left"):
+        raise DataError(f"padding={padding!r} is neither right nor left")
+    batch = empty_batch(len(rows) if count is None else count, text_length, max_images, image_size)
+    for row, examples in enumerate(rows):
+        start, slot = 0, 0
+        if padding == "left":
+            start = max(0, text_length - sum(len(example.encoded.tokens) for example in examples if example))
+        for segment, example in enumerate(examples, start=1):
+            if example is None:
+                continue
+            sample = example.encoded
+            _check_fit(example, text_length - start, max_images - slot, image_size)
+            text = slice(start, start := start + len(sample.tokens))
+            batch["tokens"][row, text] = sample.tokens
+            batch["targets"][row, text] = sample.targets
+            batch["loss_weights"][row, text] = sample.loss_weights
+            batch["positions"][row, text] = sample.positions
+            batch["segment_ids"][row, text] = segment
+            slots = slice(slot, slot := slot + len(sample.image_positions))
+            batch["image_positions"][row, slots] = sample.image_positions
+            if example.images:
+                batch["images"][row, slots] = np.stack(example.images)
+                batch["image_segment_ids"][row, slots] = segment
+    return batch
+
+
+def _check_fit(example: Example, text_left: int, slots_left: int, image_size: int) -> None:
+    sample, pictures = example.encoded, example.images
+    check_length(sample, text_left)
+    expected = len(sample.image_positions)
+    if expected > slots_left:
+        raise DataError(f"{expected} images in a row of {slots_left} slots; raise max_images", sample.sample_id)
+    if pictures is None:
+        return
+    if len(pictures) != expected:
+        raise DataError(f"{len(pictures)} images for {expected} placeholder(s)", sample.sample_id)
+    for picture in pictures:
+        if picture.shape != (image_size, image_size, 3) or picture.dtype != np.uint8:
+            raise DataError(
+                f"an image of {picture.shape} {picture.dtype}, expected {(image_size, image_size, 3)} uint8 "
+                "(model.vision.image_size)",
+                sample.sample_id,
+            )

@@ -1,0 +1,236 @@
+"""Samples as ArrayRecord files: what `data prepare` writes, and the source that reads it.
+
+    DIR/index.json                            the files, tokens and images of every sample; written last
+    DIR/shard-00000-of-00016.arrayrecord      records of samples: ids, turns, and the images as encoded files
+    DIR/report.jsonl                          what was left out: {"id", "reason"} a line
+
+A directory without index.json is not finished. ArrayRecord knows local files alone (it waits for ever for a gs:// one),
+so that a shard in a bucket is copied to a local cache when its first record is read: to `$XDG_CACHE_HOME/saisa_jax`, or
+`~/.cache/saisa_jax`, which has to hold the whole set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jaxtyping import Int32
+
+from saisa_jax.config import SourceConfig
+from saisa_jax.data.sample import DataError, Sample, Turn
+from saisa_jax.data.sources import SOURCES
+
+FORMAT = 1  # of records and index; raised when older programs could not read them
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a prepared set."""
+
+    name: str
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says."""
+
+    shards: tuple[Shard, ...]
+    fingerprint: str  # of what the tokens were counted with
+    plan: dict[str, Any]  # what was asked for
+    tokens: Int32[np.ndarray, " n"]
+    images: Int32[np.ndarray, " n"]
+
+    def to_json(self) -> str:
+        listed = {"tokens": self.tokens.tolist(), "images": self.images.tolist()}
+        return json.dumps({"format": FORMAT, **asdict(self), **listed})
+
+    @classmethod
+    def read(cls, directory: epath.Path) -> Index:
+        """The index of a prepared set.
+
+        Raises:
+          DataError: there is none, or it is not one of this version.
+        """
+        path = directory / INDEX
+        try:
+            document = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise DataError(
+                f"there is no {path}: it is written last, so that nothing was prepared here or not to the end; "
+                "start `data prepare` again, it goes on where it was"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        seen = document.get("format") if isinstance(document, dict) else None
+        if seen != FORMAT:
+            raise DataError(f"{path} is of format {seen}, and this version reads {FORMAT}; run `data prepare` again")
+        try:
+            shards = tuple(Shard(**shard) for shard in document["shards"])
+            counts = {name: np.array(document[name], np.int32) for name in ("tokens", "images")}
+            index = cls(shards, document["fingerprint"], document["plan"], **counts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        if sum(shard.samples for shard in shards) != len(index.tokens) or len(index.tokens) != len(index.images):
+            raise DataError(
+                f"{path} is damaged: it counts {len(index.tokens)} samples, and its files hold another number"
+            )
+        return index
+
+
+@SOURCES.register("arrayrecord")
+class ShardedSamples:
+    """The samples of a prepared directory; safe to share among threads. Pickled it is its path, and opens again."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        """Reads the index.
+
+        Raises:
+          DataError: the directory is not finished, or a file of it is missing or has another size.
+        """
+        self.config = config
+        self.directory = epath.Path(config.path)
+        self.contents = Index.read(self.directory)
+        self._ends = np.cumsum([shard.samples for shard in self.contents.shards])
+        self._readers: list[ArrayRecordDataSource | None] = [None] * len(self.contents.shards)
+        self._lock = threading.Lock()
+        for shard in self.contents.shards:
+            path = self.directory / shard.name
+            size = path.stat().length if path.exists() else None
+            if size != shard.bytes:
+                seen = "is missing" if size is None else f"has {size:,} bytes, not {shard.bytes:,}"
+                raise DataError(f"{path} {seen}; copy it again, or delete {INDEX} and run `data prepare` again")
+
+    def __len__(self) -> int:
+        return len(self.contents.tokens)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises DataError if the record is damaged."""
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.contents.shards[number]
+        place = index - int(self._ends[number]) + shard.samples
+        try:
+            return decode_record(self._reader(number)[place])
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"cannot be read: {error}", f"{self.directory / shard.name}:{place}") from error
+
+    def counts(self, fingerprint: str) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]] | None:
+        """Text tokens and images of every sample, if they were counted with that template and tokenizer."""
+        same = self.contents.fingerprint == fingerprint
+        return (self.contents.tokens, self.contents.images) if same else None
+
+    def _reader(self, number: int) -> ArrayRecordDataSource:
+        with self._lock:
+            reader = self._readers[number]
+            if reader is None:
+                shard = self.contents.shards[number]
+                reader = ArrayRecordDataSource(self._local(shard))
+                if len(reader) != shard.samples:
+                    raise ValueError(f"it holds {len(reader)} records, and {INDEX} says {shard.samples}")
+                self._readers[number] = reader
+        return reader
+
+    def _local(self, shard: Shard) -> str:
+        """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there."""
+        path = self.directory / shard.name
+        if not is_remote(path):
+            return os.fspath(path)
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        version = hashlib.sha256(f"{self.directory}\n{self.contents.to_json()}".encode()).hexdigest()[:16]
+        cached = root / "saisa_jax" / version / shard.name
+        if not cached.exists() or cached.stat().st_size != shard.bytes:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            part = cached.with_name(f"{cached.name}.{os.getpid()}.part")  # other processes may copy it too
+            with path.open("rb") as source, part.open("wb") as target:
+                shutil.copyfileobj(source, target, 2**24)
+            part.replace(cached)
+        return str(cached)
+
+    def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
+        return type(self), (self.config,)
+
+
+# --- Records ---------------------------------------------------------------------------------------------------------
+
+
+def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
+    """A sample with the encoded files of its images, as the bytes of one record."""
+    record = {
+        "id": sample.id,
+        "system": sample.system,
+        "independent": sample.independent_turns,
+        "turns": [(turn.role, turn.text) for turn in sample.turns],
+        "images": list(images),
+    }
+    return msgpack.Packer().pack(record)
+
+
+def decode_record(record: bytes) -> Sample:
+    """The sample of a record, its images as bytes. Raises ValueError, KeyError or TypeError if it is none."""
+    fields = msgpack.unpackb(record)
+    return Sample(
+        id=fields["id"],
+        turns=tuple(Turn(role, text) for role, text in fields["turns"]),
+        images=tuple(fields["images"]),
+        independent_turns=fields["independent"],
+        system=fields["system"],
+    )
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
+    """Writes records to a file that is not there before it is whole; returns its size in bytes."""
+    remote = is_remote(path)
+    folder = tempfile.mkdtemp(prefix="saisa_jax-") if remote else os.fspath(path.parent)
+    part = Path(folder) / f"{path.name}.part"
+    try:
+        # Groups of one record: reading one record then unpacks no others.
+        writer = ArrayRecordWriter(str(part), "group_size:1,zstd:1")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+        size = part.stat().st_size
+        if remote:
+            with part.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, 2**24)
+        else:
+            os.replace(part, path)
+        return size
+    finally:
+        part.unlink(missing_ok=True)
+        if remote:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a small file that is not there before it is whole."""
+    if is_remote(path):  # a bucket's objects appear whole
+        path.write_text(text)
+    else:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text)
+        part.replace(path)
+
+
+def is_remote(path: epath.Path) -> bool:
+    return "://" in os.fspath(path)

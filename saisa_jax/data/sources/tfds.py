@@ -1,0 +1,158 @@
+"""Data sets of TensorFlow Datasets that were prepared as ArrayRecord files, read without TensorFlow.
+
+`sources.turns` says what both sides say, with the features' names in braces: "{question} => {answer}". Images come as
+the encoded bytes that the data set holds, and are decoded as all others are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from saisa_jax.config import SourceConfig
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample
+from saisa_jax.data.sources import SOURCES
+from saisa_jax.data.sources.llava import make_sample
+
+
+@SOURCES.register("tfds")
+class TfdsSamples:
+    """Samples of one split; safe to share among threads. Pickled it is its configuration, and opens again."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        """Opens a prepared data set.
+
+        Raises:
+          DataError: no such data set or split here, it is not made of ArrayRecord files, or a feature that it lacks.
+        """
+        self.config = config
+        self._lock = threading.Lock()
+        builder = _open_builder(config)
+        self._features = builder.info.features
+        self.user, self.assistant = config.turns.split("=>")
+        names = _flatten(self._features)
+        for side in (self.user, self.assistant):
+            for name in _fields(side, config):
+                _check_feature(name, names, "turns", config)
+        if config.image_feature:
+            _check_feature(config.image_feature, list(self._features), "image_feature", config)
+        self._data = _open_data(builder, config)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises DataError with the sample's id if the example cannot be read or says nothing."""
+        index = range(len(self))[index]
+        sample_id = f"{self.config.name}/{self.config.split}:{index}"
+        try:
+            with self._lock:  # tfds sets its decoders up anew for every example
+                example = self._data[index]
+        except Exception as error:  # ArrayRecord and tfds raise almost anything on damaged files
+            raise DataError(f"cannot be read: {error}", sample_id) from error
+        images = ()
+        if self.config.image_feature:
+            images = tuple(bytes(item) for item in _entries(example[self.config.image_feature]))
+        said = [(USER, self._render(self.user, example)), (ASSISTANT, self._render(self.assistant, example))]
+        return make_sample(sample_id, said, images)
+
+    def _render(self, side: str, example: dict[str, Any]) -> str:
+        """One side's words, the features filled in."""
+        words = []
+        for literal, name, *_ in string.Formatter().parse(side.strip()):
+            words.append(literal)
+            if name is not None:
+                words.append(_as_text(example, self._features, name))
+        return "".join(words)
+
+    def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
+        return type(self), (self.config,)
+
+
+def _open_builder(config: SourceConfig) -> Any:
+    """A builder from the files alone: the code of a data set may need TensorFlow, and its files do not."""
+    from tensorflow_datasets.core import naming, read_only_builder  # a second to import; only this format needs it
+
+    try:
+        name, options = naming.parse_builder_name_kwargs(config.name)
+        if config.path:
+            options["data_dir"] = config.path
+        return read_only_builder.builder_from_files(str(name), **options)
+    except Exception as error:  # tfds has an error of its own for each way to be wrong
+        where = config.path or "tfds's own data_dir"
+        hint = f"tfds.builder({config.name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+        raise DataError(f"sources.name={config.name!r} is not prepared in {where}; {hint} prepares it") from error
+
+
+def _open_data(builder: Any, config: SourceConfig) -> Any:
+    import tensorflow_datasets as tfds
+
+    class Encoded(tfds.decode.SkipDecoding):
+        """Leaves images encoded, those of a list too."""
+
+        def decode_batch_example_np(self, serialized_example: Any) -> Any:
+            return serialized_example
+
+    decoders = {config.image_feature: Encoded()} if config.image_feature else None
+    try:
+        return builder.as_data_source(split=config.split, decoders=decoders)
+    except NotImplementedError as error:
+        raise DataError(
+            f"sources.name={config.name!r} is prepared as {builder.info.file_format}, which needs TensorFlow; prepare "
+            "it with file_format='array_record'"
+        ) from error
+    except Exception as error:
+        known = ", ".join(builder.info.splits)
+        raise DataError(f"sources.split={config.split!r} of {config.name!r}: {error} (splits: {known})") from error
+
+
+def _flatten(features: Any, prefix: str = "") -> list[str]:
+    """The names of all features; those within another one are written outer/inner."""
+    names: list[str] = []
+    for name in features:
+        inner = getattr(features[name], "feature", features[name])  # of a list, what it is a list of
+        nested = hasattr(inner, "keys")
+        names += _flatten(inner, f"{prefix}{name}/") if nested else [f"{prefix}{name}"]
+    return names
+
+
+def _fields(side: str, config: SourceConfig) -> list[str]:
+    try:
+        parts = list(string.Formatter().parse(side))
+    except ValueError as error:
+        raise DataError(f"sources.turns={config.turns!r}: {error}; a brace that is text is written twice") from error
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise DataError(f"sources.turns={config.turns!r}: braces hold a feature's name and nothing else")
+    return [name for _, name, *_ in parts if name is not None]
+
+
+def _check_feature(name: str, known: list[str], field: str, config: SourceConfig) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+        raise DataError(f"sources.{field}: {config.name!r} has no feature {name!r}; {hint}")
+
+
+def _as_text(example: Any, features: Any, name: str) -> str:
+    """A feature as text: bytes decoded, a class by its label, of a list the first entry, "" of an empty one."""
+    for part in name.split("/"):
+        example, features = example[part], getattr(features, "feature", features)[part]
+    entries = _entries(example)
+    value, feature = entries[0] if len(entries) else b"", getattr(features, "feature", features)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return feature.int2str(int(value)) if hasattr(feature, "int2str") else str(value)
+
+
+def _entries(value: Any) -> Sequence[Any]:
+    """The entries of a list, or the value itself as the only one; none if it is missing."""
+    if value is None or (isinstance(value, bytes) and not value):
+        return ()
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        return list(value)
+    return (value,)

@@ -1,0 +1,381 @@
+"""Conversations as tokens, with labels and the positions of text and images.
+
+How text becomes tokens. A conversation is written as a stream of pieces: text, control tokens (`</s>`,
+`<|im_start|>`, ...) and images. Each piece of text is tokenised by itself, exactly once:
+
+- The template's words and a user's words that touch are one piece. A control token, an image or the change from prompt
+  to answer ends a piece. So the labels are known from the pieces: an answer and its end token are supervised, nothing
+  else is, and no prefix is ever tokenised a second time to find where an answer begins.
+- Text is never searched for control tokens: a user who types `</s>` gets its characters, not the end of the turn.
+- One BOS stands at the front where the template wants it and the tokenizer has one.
+- A byte-level BPE (Llama 3, Qwen, SmolLM) gets the space between `ASSISTANT:` and the answer as part of the answer, so
+  that its first token is the one that stands in running text. A SentencePiece tokenizer (Llama 2, Mistral) puts its own
+  space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. After an
+  image SentencePiece puts its space whatever the piece starts with, a newline or a written space: so did the code that
+  LLaVA's and SAISA's published weights were trained with.
+- Words of either side lose white space at their ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from transformers import PreTrainedTokenizerFast
+
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, TooLongError, Turn
+from saisa_jax.data.text.templates import Template, find_template
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation, not padded: t text tokens and m images.
+
+    `targets[i]` is the text token after `tokens[i]`, predicted with weight `loss_weights[i]` (0 or 1); the last one has
+    none (0, weight 0). Positions count every image as the `num_patches` visual tokens that it becomes.
+    """
+
+    sample_id: str
+    tokens: Int32[np.ndarray, " t"]
+    targets: Int32[np.ndarray, " t"]
+    loss_weights: Float32[np.ndarray, " t"]
+    positions: Int32[np.ndarray, " t"]
+    image_positions: Int32[np.ndarray, " m"]  # of an image's first visual token
+    length: int  # expanded: text and visual tokens
+
+
+def encode(
+    turns: Sequence[Turn],
+    template: Template | str,
+    tokenizer: PreTrainedTokenizerFast,
+    num_patches: int,
+    *,
+    system_prompt: str | None = None,
+    num_images: int | None = None,
+    sample_id: str = "",
+) -> Encoded:
+    """A conversation as tokens with labels.
+
+    Images stand where the turns say `<image>`. If no turn says so, `num_images` of them stand at the start of the first
+    user turn, as in LLaVA: "<image>\\n" each, then the text.
+
+    Args:
+      turns: user and assistant in turn, the user first.
+      template: one of `templates.TEMPLATES`, or its name.
+      tokenizer: a fast tokenizer.
+      num_patches: P, visual tokens of an image.
+      system_prompt: instead of the template's own; "" for none.
+      num_images: images of the sample; None: as many as there are placeholders.
+      sample_id: for errors.
+
+    Raises:
+      DataError: unknown role, two turns of one role in a row, an empty answer, `<image>` in an answer, another number
+        of placeholders than of images, nothing supervised, or a template whose tokens the tokenizer lacks.
+    """
+    template = find_template(template)
+    turns = _checked_turns(turns, num_images, sample_id)
+    stream = _write(turns, template, tokenizer, num_patches, system_prompt, sample_id)
+    encoded = stream.encoded(sample_id)
+    if not encoded.loss_weights.any():
+        raise DataError(
+            f"no token is supervised: {len(turns)} turn(s) without an answer to learn from "
+            f"(template {template.name!r})",
+            sample_id,
+        )
+    return encoded
+
+
+def encode_prompt(
+    turns: Sequence[Turn],
+    template: Template | str,
+    tokenizer: PreTrainedTokenizerFast,
+    num_patches: int,
+    *,
+    system_prompt: str | None = None,
+    num_images: int | None = None,
+    sample_id: str = "",
+) -> Encoded:
+    """A conversation that ends with a user turn, as the tokens after which the assistant is to speak.
+
+    Args and errors as `encode`; no token is supervised.
+
+    Raises:
+      DataError: also if the last turn is not the user's, or if the prompt ends in an image.
+    """
+    template = find_template(template)
+    turns = _checked_turns(turns, num_images, sample_id)
+    if turns[-1].role != USER:
+        raise DataError("a prompt ends with a user turn, this one with the assistant's", sample_id)
+    stream = _write(turns, template, tokenizer, num_patches, system_prompt, sample_id)
+    encoded = stream.encoded(sample_id)
+    return replace(encoded, targets=np.zeros_like(encoded.targets), loss_weights=np.zeros_like(encoded.loss_weights))
+
+
+def end_token_id(template: Template | str, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that ends an answer, at which generation stops."""
+    return _text_encoder(tokenizer).end(find_template(template))
+
+
+def check_length(encoded: Encoded, text_length: int, max_length: int | None = None) -> None:
+    """Raises TooLongError if a conversation does not fit a row of `text_length` tokens, or `max_length` expanded."""
+    tokens = len(encoded.tokens)
+    if tokens > text_length:
+        raise TooLongError(
+            f"{tokens} text tokens do not fit a row of {text_length}; raise the stage's text_length", encoded.sample_id
+        )
+    if max_length is not None and encoded.length > max_length:
+        raise TooLongError(
+            f"{encoded.length} positions ({tokens} text tokens and {len(encoded.image_positions)} image(s)) exceed "
+            f"model.max_length={max_length}; raise it, or shorten the conversation",
+            encoded.sample_id,
+        )
+
+
+def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encoded, int]:
+    """A conversation cut at its end to `text_length` text tokens and `max_length` positions, and how many were cut.
+
+    An image is kept whole, and only with text after it: one that does not fit, or that nothing follows any more, is
+    left out, and all after it. Fewer `image_positions` tell how many of the sample's images are left.
+
+    Raises:
+      DataError: nothing of what is left is supervised.
+    """
+    tokens = len(encoded.tokens)
+    count = min(text_length, int(np.searchsorted(encoded.positions, max_length)))  # positions rise
+    if count >= tokens:  # text follows every image, so that all fit
+        return encoded, 0
+    targets, loss_weights = encoded.targets[:count].copy(), encoded.loss_weights[:count].copy()
+    targets[-1:], loss_weights[-1:] = 0, 0  # what it predicted is gone
+    if not loss_weights.any():
+        raise DataError(
+            f"nothing supervised is left of {tokens} text tokens and {len(encoded.image_positions)} image(s) when cut "
+            f"to text_length={text_length} and model.max_length={max_length}; raise the stage's text_length or "
+            "model.max_length, or set data.on_error=drop",
+            encoded.sample_id,
+        )
+    positions = encoded.positions[:count]
+    return replace(
+        encoded,
+        tokens=encoded.tokens[:count],
+        targets=targets,
+        loss_weights=loss_weights,
+        positions=positions,
+        image_positions=encoded.image_positions[encoded.image_positions < positions[-1]],
+        length=int(positions[-1]) + 1,
+    ), tokens - count
+
+
+# --- Turns -----------------------------------------------------------------------------------------------------------
+
+
+def _checked_turns(turns: Sequence[Turn], num_images: int | None, sample_id: str) -> list[Turn]:
+    """The turns without outer white space, with a placeholder for every image, or DataError."""
+    if not turns:
+        raise DataError("no turns", sample_id)
+    clean: list[Turn] = []
+    for number, turn in enumerate(turns):
+        if turn.role not in (USER, ASSISTANT):
+            raise DataError(f"turn {number} has the unknown role {turn.role!r}; known: {USER}, {ASSISTANT}", sample_id)
+        if turn.role != (USER, ASSISTANT)[number % 2]:
+            wrong = "the conversation starts with" if number == 0 else f"turns {number - 1} and {number} are both of"
+            raise DataError(f"{wrong} {turn.role!r}; user and assistant take turns, the user first", sample_id)
+        text = turn.text.strip()
+        if turn.role == ASSISTANT and not text:
+            raise DataError(f"turn {number} is an empty answer", sample_id)
+        if turn.role == ASSISTANT and IMAGE in text:
+            raise DataError(f"turn {number} has {IMAGE} in an answer; images belong to user turns", sample_id)
+        clean.append(Turn(turn.role, text))
+    placeholders = sum(turn.text.count(IMAGE) for turn in clean)
+    if num_images is None or placeholders == num_images:
+        return clean
+    if placeholders:
+        raise DataError(
+            f"{placeholders} {IMAGE} placeholder(s) for {num_images} image(s); write one for each, or none at all to "
+            "put the images first",
+            sample_id,
+        )
+    clean[0] = Turn(USER, (f"{IMAGE}\n" * num_images + clean[0].text).strip())
+    return clean
+
+
+# --- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stream:
+    """Tokens as they are written, one piece after the other."""
+
+    num_patches: int
+    tokens: list[int] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    image_positions: list[int] = field(default_factory=list)
+    next_position: int = 0
+    after_image: bool = False
+
+    def add(self, ids: Sequence[int], supervised: bool = False) -> None:
+        if not ids:
+            return
+        self.tokens += ids
+        self.supervised += [supervised] * len(ids)
+        if self.after_image:  # under SAISA no text token stands before it that has seen the image
+            self.supervised[-len(ids)] = False
+            self.after_image = False
+        self.positions += range(self.next_position, self.next_position + len(ids))
+        self.next_position += len(ids)
+
+    def add_image(self) -> None:
+        self.image_positions.append(self.next_position)
+        self.next_position += self.num_patches
+        self.after_image = True
+
+    def encoded(self, sample_id: str) -> Encoded:
+        return Encoded(
+            sample_id=sample_id,
+            tokens=np.array(self.tokens, np.int32),
+            targets=np.array([*self.tokens[1:], 0], np.int32),
+            loss_weights=np.array([*self.supervised[1:], False], np.float32),
+            positions=np.array(self.positions, np.int32),
+            image_positions=np.array(self.image_positions, np.int32),
+            length=self.next_position,
+        )
+
+
+def _write(
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: PreTrainedTokenizerFast,
+    num_patches: int,
+    system_prompt: str | None,
+    sample_id: str,
+) -> _Stream:
+    """The turns as a stream of tokens."""
+    encoder = _text_encoder(tokenizer)
+    end = encoder.end(template)
+    system = template.system if system_prompt is None else system_prompt
+    system = template.system_format.replace("{system}", system) if system else ""
+    before, after = template.user.split("{text}")
+    stream = _Stream(num_patches)
+    if template.bos and encoder.bos is not None:
+        stream.add([encoder.bos])
+    carried = ""  # text that the next piece begins with
+    for number, turn in enumerate(turns):
+        if turn.role == USER:
+            first = before.replace("{system}", system if number == 0 else "")
+            text = turn.text if template.user_words else IMAGE * turn.text.count(IMAGE)
+            pieces = [*_split_controls(carried + first, template), *_split_images(text)]
+            _add_pieces(stream, [*pieces, *_split_controls(after, template)], encoder, template)
+            if stream.after_image:
+                raise DataError(f"turn {number} ends in an image: add text after {IMAGE}", sample_id)
+        else:
+            stream.add(encoder.ids(template.answer.replace("{text}", turn.text)), supervised=True)
+            stream.add([end], supervised=True)
+            carried = template.after
+    return stream
+
+
+def _split_controls(text: str, template: Template) -> list[tuple[str, str]]:
+    """The template's own text as (kind, value) pieces, kind being text or control."""
+    if not template.controls:
+        return [("text", text)]
+    parts = re.split("(" + "|".join(map(re.escape, template.controls)) + ")", text)
+    return [("control" if part in template.controls else "text", part) for part in parts]
+
+
+def _split_images(text: str) -> list[tuple[str, str]]:
+    """A user's words as (kind, value) pieces, kind being text or image."""
+    pieces: list[tuple[str, str]] = []
+    for chunk in text.split(IMAGE):
+        pieces += [("text", chunk), ("image", "")]
+    return pieces[:-1]
+
+
+def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: _TextEncoder, template: Template) -> None:
+    """Adds unsupervised pieces; texts that touch are tokenised as one."""
+    text = ""
+    for kind, value in [*pieces, ("done", "")]:
+        if kind == "text":
+            text += value
+            continue
+        if text:
+            stream.add(encoder.ids(text, stream.after_image))
+            text = ""
+        if kind == "control":
+            stream.add([encoder.control(value, template)])
+        elif kind == "image":
+            stream.add_image()
+
+
+# --- Text to tokens --------------------------------------------------------------------------------------------------
+
+
+class _TextEncoder:
+    """A tokenizer's encoding of plain text: no control tokens found in it, none added, nothing cut.
+
+    It works on a copy of the tokenizer's backend. The transformers wrapper sets options on the shared one at each call,
+    which fails while another thread encodes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.bos, self.eos = (
+            None if token is None else self.backend.token_to_id(str(token))
+            for token in (tokenizer.bos_token, tokenizer.eos_token)
+        )
+        self.special = [str(token) for token in tokenizer.all_special_tokens]
+        # SentencePiece: "a" alone is the piece "▁a".
+        self.adds_space = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+        self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates come again and again
+        self.end = lru_cache(maxsize=64)(self._end)
+
+    def _ids(self, text: str, after_image: bool = False) -> tuple[int, ...]:
+        if self.adds_space and text.startswith(" ") and not after_image:
+            text = text[1:]
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def control(self, token: str, template: Template) -> int:
+        number = self.backend.token_to_id(token)
+        if number is None:
+            raise DataError(
+                f"template {template.name!r} needs the token {token!r}, which the tokenizer lacks; choose another "
+                "template (pretrain.template, finetune.template) or another data.tokenizer"
+            )
+        return number
+
+    def _end(self, template: Template) -> int:
+        """The token that ends an answer, after a check that the template suits the tokenizer."""
+        text = template.system_format + template.user + template.answer + template.after
+        for token in template.controls:
+            text = text.replace(token, "")
+        clash = [token for token in self.special if token in text]
+        if clash:
+            raise DataError(
+                f"template {template.name!r} writes {clash[0]!r} as text, but it is a control token of this tokenizer; "
+                "choose another template (pretrain.template, finetune.template) or another data.tokenizer"
+            )
+        if template.end is not None:
+            return self.control(template.end, template)
+        if self.eos is None:
+            raise DataError(f"template {template.name!r} ends with the tokenizer's EOS token, and it has none")
+        return self.eos
+
+
+def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> _TextEncoder:
+    return _cached_text_encoder(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _cached_text_encoder(tokenizer: PreTrainedTokenizerFast, size: int) -> _TextEncoder:
+    """One encoder for a tokenizer, made anew when tokens were added to it (`size`)."""
+    del size
+    return _TextEncoder(tokenizer)

@@ -1,0 +1,72 @@
+"""One sample as tokens, as a stage wants it: its template, its choice of turns, its length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from saisa_jax.config import Config
+from saisa_jax.data.sample import DataError, Sample, Turn
+from saisa_jax.data.text.conversation import Encoded, check_length, encode, truncate
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes samples for one stage. What counts tokens, what plans rows and what reads them all call this one.
+
+    Args:
+      config: the run's.
+      stage: pretrain or finetune.
+      tokenizer: the run's.
+    """
+
+    config: Config
+    stage: str
+    tokenizer: PreTrainedTokenizerFast
+
+    def whole(self, sample: Sample, rng: np.random.Generator | None = None) -> Encoded:
+        """The sample in full; with `rng`, independent turns in a random order, as many as `turns_per_sample`.
+
+        Raises:
+          DataError: as `conversation.encode`.
+        """
+        data, settings = self.config.data, self.config.stage(self.stage)
+        return encode(
+            _chosen_turns(sample, data.turns_per_sample, rng),
+            settings.template,
+            self.tokenizer,
+            self.config.model.vision.num_patches,
+            system_prompt=data.system_prompt if sample.system is None else sample.system,
+            num_images=len(sample.images),
+            sample_id=sample.id,
+        )
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> tuple[Encoded, int]:
+        """The sample as a row has room for it, and how many tokens were cut off its end.
+
+        Raises:
+          DataError: as `whole`; too long where `data.on_long` does not truncate; more images than a row has slots.
+        """
+        settings, max_length = self.config.stage(self.stage), self.config.model.max_length
+        encoded, cut = self.whole(sample, rng), 0
+        if self.config.data.on_long == "truncate":
+            encoded, cut = truncate(encoded, settings.text_length, max_length)
+        check_length(encoded, settings.text_length, max_length)
+        if len(encoded.image_positions) > settings.max_images:
+            raise DataError(
+                f"{len(encoded.image_positions)} images in a row of {settings.max_images} slots; raise "
+                f"{self.stage}.max_images",
+                sample.id,
+            )
+        return encoded, cut
+
+
+def _chosen_turns(sample: Sample, limit: int | None, rng: np.random.Generator | None) -> list[Turn]:
+    """The turns; if they are independent, in random order and at most `limit` questions with their answers."""
+    turns = list(sample.turns)
+    if not sample.independent_turns or rng is None:
+        return turns
+    order = rng.permutation(len(turns) // 2)[:limit]
+    return [turn for pair in order for turn in turns[2 * pair : 2 * pair + 2]]

@@ -1,0 +1,345 @@
+"""A finished model and everything that it needs to answer: parameters, configuration, tokenizer, template."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import Float
+from PIL import Image
+
+from saisa_jax import parallel
+from saisa_jax.batch import Batch
+from saisa_jax.checkpoints import load_model
+from saisa_jax.config import Config, ModelConfig, StageConfig
+from saisa_jax.data.images import ImageLoader
+from saisa_jax.data.rows.collate import Example, pack_rows
+from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
+from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
+from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
+from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
+from saisa_jax.inference.quantize import quantize as quantize_params
+from saisa_jax.inference.quantize import variables_of
+from saisa_jax.models.saisa import Saisa, abstract_params
+
+AnyImage = ImageSource | Image.Image | EncodedImage
+
+IMAGES_AT_ONCE = 16  # so many go through the vision encoder together
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One question as the model reads it."""
+
+    encoded: Encoded
+    images: tuple[EncodedImage, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguageModel:
+    """What `load` gives: ask it with `generate`.
+
+    Attributes:
+      params: the parameters, or quantised ones.
+      config: the configuration of the run that made them.
+      tokenizer: a Hugging Face tokenizer.
+      stage: the last stage of training, whose template the model knows.
+      metadata: what was written beside the parameters.
+      mesh: the devices that hold the parameters; None: one.
+      image_cache: images that were asked about before.
+    """
+
+    params: Any
+    config: Config
+    tokenizer: Any
+    stage: str
+    metadata: dict[str, Any]
+    mesh: Mesh | None = None
+    image_cache: ImageCache = dataclasses.field(default_factory=ImageCache)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.config.model_for(self.stage)
+
+    @property
+    def stage_config(self) -> StageConfig:
+        return self.config.stage(self.stage)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        if self.tokenizer is None:
+            raise DataError("this model was imported without a tokenizer: import it again with --tokenizer=DIR")
+        return Generator(
+            self.model_config, [end_token_id(self.stage_config.template, self.tokenizer)], multiple_of=self.row_ways
+        )
+
+    @functools.cached_property
+    def _loader(self) -> ImageLoader:
+        vision = self.model_config.vision
+        return ImageLoader(vision.image_size, vision.image_mode, vision.image_mean, cache_bytes=0)
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[AnyImage]] | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_error: str = "raise",
+    ) -> list[Any]:
+        """Answers, one for each question.
+
+        Questions of any mixture share a batch: none, one or several images each, of any length. Rows, text, images and
+        answers are padded to buckets, so that a like batch compiles nothing.
+
+        Args:
+          questions: `<image>` in one says where an image stands; otherwise its images stand before it.
+          images: for each question a list of its images: paths, bytes, PIL images, or what `encode_images` gave; None:
+            there are none.
+          max_new_tokens: of an answer.
+          temperature, top_p, seed: greedy by default.
+          on_error: "raise": nothing is answered if a question cannot be, and the error names all of these;
+            "return": the others are answered, and the error stands in the place of the answer.
+
+        Returns:
+          strings (and DataErrors, with on_error="return").
+
+        Raises:
+          DataError: a question that is empty, too long, or does not fit its images; an image that cannot be read.
+        """
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error={on_error!r} is neither raise nor return")
+        sampling = Sampling(temperature, top_p)
+        check_sampling(sampling)
+        requests = self._requests(questions, [[]] * len(questions) if images is None else images, max_new_tokens)
+        good = [request for request in requests if isinstance(request, Request)]
+        bad = [error for error in requests if isinstance(error, DataError)]
+        if bad and on_error == "raise":
+            raise (
+                bad[0]
+                if len(requests) == 1
+                else DataError(
+                    f"{len(bad)} of {len(requests)} questions cannot be answered: {'; '.join(map(str, bad))}"
+                )
+            )
+        answers = iter(self._answers(good, max_new_tokens, sampling, seed) if good else ())
+        return [next(answers) if isinstance(request, Request) else request for request in requests]
+
+    def encode_images(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
+        """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.
+
+        What the text reads of an image is computed once and kept (`image_cache`); `generate` finds images that it has
+        seen by itself as well, by content. Under LLaVA, whose visual tokens depend on the prompt, only the pixels are.
+
+        Raises:
+          DataError: an image that cannot be read.
+        """
+        return self._encode([self._pixels(image, f"image {n}") for n, image in enumerate(images)])
+
+    def attention(self, question: str, images: Sequence[AnyImage]) -> Float[np.ndarray, "L V"]:
+        """How much the answer's first token reads each visual token, by layer, averaged over heads.
+
+        It is the attention of the prompt's last token, from which the answer's first token is predicted.
+        """
+        pixels = [dataclasses.replace(self._pixels(image, ""), kv=None) for image in images]
+        request = self.request((Turn(USER, question),), pixels)
+        batch, last = self.batch([request]), len(request.encoded.tokens) - 1
+        with self.on_mesh():
+            weights = np.asarray(_attention(self.model_config, self.params, batch))  # [L, 1, N, T, V + T]
+        visual = weights.shape[-1] - weights.shape[-2]
+        return weights[:, 0, :, last, :visual].mean(axis=1)
+
+    # --- from questions to batches ------------------------------------------------------------------------------------
+
+    def request(
+        self, turns: Sequence[Turn], images: Sequence[EncodedImage], max_new_tokens: int = 0, name: str = ""
+    ) -> Request:
+        """A conversation, ending with the user's turn, as the model reads it. Errors as of `prompt`."""
+        return Request(self.prompt(turns, len(images), max_new_tokens, name), tuple(images))
+
+    def prompt(self, turns: Sequence[Turn], num_images: int, max_new_tokens: int = 0, name: str = "") -> Encoded:
+        """The text of a conversation that ends with the user's turn, and the places of its images.
+
+        Raises:
+          DataError: the last turn is empty, the images do not fit the turns, or prompt and answer exceed
+            `model.max_length`.
+        """
+        _ = self.generator  # or else there is nothing to tokenise with
+        if not turns[-1].text.replace(IMAGE, "").strip() and self.stage_config.template != "plain":
+            raise DataError("the question is empty: ask something", name)
+        encoded = encode_prompt(
+            turns,
+            self.stage_config.template,
+            self.tokenizer,
+            self.model_config.vision.num_patches,
+            num_images=num_images,
+            system_prompt=self.config.data.system_prompt,
+            sample_id=name,
+        )
+        check_length(encoded, len(encoded.tokens), self.model_config.max_length)
+        if encoded.length + max_new_tokens > self.model_config.max_length:
+            raise DataError(
+                f"a prompt of {encoded.length} positions leaves no room for {max_new_tokens} new tokens within "
+                f"model.max_length={self.model_config.max_length}; shorten it, or lower max_new_tokens",
+                name,
+            )
+        return encoded
+
+    def _requests(
+        self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]], max_new_tokens: int
+    ) -> list[Request | DataError]:
+        """One request for each question, or why there is none. All new images are encoded together."""
+        if not questions:
+            raise ValueError("no questions")
+        if isinstance(questions, str):
+            raise ValueError("questions is a string; give a list of questions, and a list of images for each")
+        if len(questions) != len(images):
+            raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
+        if any(isinstance(sources, str | bytes | Image.Image | EncodedImage) for sources in images):
+            raise ValueError("images holds a list for each question: [['table.jpg']], not ['table.jpg']")
+        requests: list[Request | DataError] = []
+        for number, (question, sources) in enumerate(zip(questions, images, strict=True)):
+            name = f"question {number}"
+            try:
+                prepared = [self._pixels(source, name) for source in sources]
+                requests.append(self.request((Turn(USER, question),), prepared, max_new_tokens, name))
+            except DataError as error:
+                requests.append(error)
+        different = {image.key: image for r in requests if isinstance(r, Request) for image in r.images}
+        encoded = dict(zip(different, self._encode(list(different.values())), strict=True))
+        return [
+            Request(r.encoded, tuple(encoded[image.key] for image in r.images)) if isinstance(r, Request) else r
+            for r in requests
+        ]
+
+    def _pixels(self, image: AnyImage, name: str) -> EncodedImage:
+        if "vision" not in variables_of(self.params)["params"]:
+            raise DataError("this model was imported without a vision encoder: ask it without images", name)
+        if isinstance(image, EncodedImage):
+            expected = (self.model_config.vision.image_size, self.model_config.vision.image_size, 3)
+            if image.pixels.shape != expected:
+                raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
+            return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
+        pixels = self._loader(image, name)
+        return EncodedImage(content_key(pixels), pixels, None)
+
+    def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
+        """The same images with keys and values, where the model has such: kept ones, or else new ones."""
+        if not self.generator.caches_images or self.config.data.blind:
+            return list(images)
+        done = {image.key: image for image in images if image.kv is not None}
+        for key in dict.fromkeys(image.key for image in images if image.kv is None):
+            found = self.image_cache.get(key)
+            if found is not None and found.model is self.params:
+                done[key] = found
+        missing = list({image.key: image for image in images if image.key not in done}.values())
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            some = missing[start : start + IMAGES_AT_ONCE]
+            with self.on_mesh():
+                new = self.generator.encode(self.params, np.stack([image.pixels for image in some]))
+            for image, kv in zip(some, new, strict=True):
+                done[image.key] = dataclasses.replace(image, kv=kv, model=self.params)
+                self.image_cache.put(done[image.key])
+        return [done[image.key] for image in images]
+
+    def batch(self, requests: Sequence[Request]) -> Batch:
+        """The requests, a row each, padded to buckets. The pixels of images that are encoded are not read again."""
+        blind = self.config.data.blind
+        fresh = any(image.kv is None for request in requests for image in request.images)
+        size = self.model_config.vision.image_size if fresh else 0
+        slots = max(len(request.encoded.image_positions) for request in requests)
+        return pack_rows(
+            [[Example(r.encoded, None if blind else [x.pixels[:size, :size] for x in r.images])] for r in requests],
+            count=bucket(len(requests), smallest=self.row_ways),
+            text_length=bucket(max(len(request.encoded.tokens) for request in requests)),
+            max_images=bucket(slots, smallest=1) if slots else 0,
+            image_size=size,
+        )
+
+    def image_slots(self, batch: Batch, requests: Sequence[Request]) -> ImageSlots | None:
+        """The requests' encoded images for the generator; None where it is to encode the batch's pixels.
+
+        The number of different images is padded to a bucket, with copies of the first.
+        """
+        different = {image.key: image.kv for request in requests for image in request.images if image.kv is not None}
+        if not different:
+            return None
+        numbers = {key: n for n, key in enumerate(different)}
+        slots = np.zeros(batch["image_positions"].shape, np.int32)
+        for row, request in enumerate(requests):
+            slots[row, : len(request.images)] = [numbers[image.key] for image in request.images]
+        kvs = list(different.values())
+        return ImageSlots(tuple(kvs + kvs[:1] * (bucket(len(kvs), smallest=1) - len(kvs))), slots)
+
+    def _answers(self, requests: Sequence[Request], max_new_tokens: int, sampling: Sampling, seed: int) -> list[str]:
+        batch = self.batch(requests)
+        with self.on_mesh():
+            tokens = self.generator(
+                self.params, batch, max_new_tokens, sampling, seed, self.image_slots(batch, requests)
+            )
+        return [self.text(row) for row in tokens[: len(requests)]]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Generated tokens as a person reads them."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    @property
+    def row_ways(self) -> int:
+        """Over so many devices the rows of a batch are split."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which programs run on this model's parameters."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return parallel.use(self.mesh, parallel.make_rules(self.model_config, self.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
+    model = dataclasses.replace(model, attention_impl="xla")  # which alone has the weights, whatever training used
+    return Saisa(model).apply(variables_of(params), batch, capture=("attention",))[1]["attention"]
+
+
+def load(
+    directory: str,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    quantize: str | None = None,
+    image_cache_bytes: int = DEFAULT_BYTES,
+) -> VisionLanguageModel:
+    """Loads a finished model (`WORKDIR/finetune/model`), whatever it was trained on.
+
+    Args:
+      directory: what a run, or `convert import`, left.
+      mesh: devices to spread the parameters over (`parallel.make_mesh`); None: the first device holds all.
+      dtype: cast the parameters to this one; None: as they are stored.
+      quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
+      image_cache_bytes: of keys and values of images that are kept for further questions about them.
+
+    Raises:
+      CheckpointError: no such directory, something else in it, or damaged files.
+      ConfigError: the model does not divide by the mesh.
+    """
+
+    def sharding(config: Config, metadata: dict[str, Any]) -> Any:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        model = config.model_for(metadata["stage"])
+        return parallel.shardings_of(abstract_params(model, boxed=True), mesh, parallel.make_rules(model, mesh))
+
+    params, config, tokenizer, metadata = load_model(directory, sharding=sharding, dtype=dtype)
+    if quantize:
+        params = quantize_params(params, quantize)
+    return VisionLanguageModel(
+        params, config, tokenizer, metadata["stage"], metadata, mesh, ImageCache(image_cache_bytes)
+    )

@@ -1,0 +1,82 @@
+"""Things that are chosen by name: encoders, projectors, sources, tasks, families of weights.
+
+    PROJECTORS: Registry[type[nn.Module]] = Registry("projector.kind", __name__)     the package's __init__.py
+
+    @PROJECTORS.register("mlp")                                                      a module of that package
+    class MLP(nn.Module): ...
+
+Every module of the package is imported when the first name is looked up, so a new entry is one new file in the folder.
+A program of one's own (a recipe, a notebook) registers by the same line without touching the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from saisa_jax.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+E = TypeVar("E")
+
+
+class UnknownNameError(UserError, ValueError):
+    """A name under which nothing is registered; the message lists what there is."""
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A mapping from names to what is registered under them.
+
+    Args:
+      flag: what a user sets to choose one, for messages.
+      package: the package whose modules register themselves.
+    """
+
+    def __init__(self, flag: str, package: str) -> None:
+        self.flag, self._package = flag, package
+        self._entries: dict[str, T] = {}
+        self._complete = False
+
+    def register(self, name: str) -> Callable[[E], E]:
+        """A decorator (or a call: `register(name)(entry)`) that makes `entry` known as `name`.
+
+        Raises:
+          ValueError: the name is taken by something else.
+        """
+
+        def add(entry: E) -> E:
+            if name in self._entries and self._entries[name] is not entry:
+                raise ValueError(f"{self.flag}={name!r} is registered twice: {self._entries[name]!r} and {entry!r}")
+            self._entries[name] = entry  # type: ignore[assignment]
+            return entry
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            self._import_all()
+        if name not in self._entries:
+            known = ", ".join(sorted(self._entries))
+            raise UnknownNameError(f"{self.flag}={name!r} is not one of {known}{did_you_mean(name, self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._import_all()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._import_all()
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        self._import_all()
+        return len(self._entries)
+
+    def _import_all(self) -> None:
+        if not self._complete:
+            self._complete = True
+            for module in pkgutil.iter_modules(sys.modules[self._package].__path__):
+                importlib.import_module(f"{self._package}.{module.name}")

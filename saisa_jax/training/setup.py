@@ -1,0 +1,70 @@
+"""What a stage of training is before any array exists: a run fills it with arrays, a plan compiles it without."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from saisa_jax import parallel
+from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.config import Config, ConfigError, ModelConfig, StageConfig
+from saisa_jax.models.saisa import abstract_params
+from saisa_jax.training.optimizer import make_optimizer, split
+from saisa_jax.training.state import TrainState, make_state, state_shardings
+
+
+class StageSetup(NamedTuple):
+    """A stage on a mesh."""
+
+    name: str
+    settings: StageConfig
+    model: ModelConfig  # while the stage trains it
+    mesh: Mesh
+    rules: parallel.Rules
+    optimizer: Any
+    shardings: TrainState
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        groups, optimizer = self.settings.groups, self.optimizer
+        state = jax.eval_shape(lambda params: make_state(params, groups, optimizer), abstract_params(self.model))
+        return jax.tree.map(_placed, state, self.shardings)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a global batch."""
+        s = self.settings
+        batch = empty_batch(s.batch_size, s.text_length, s.max_images, self.model.vision.image_size)
+        sharding = parallel.batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: _placed(x, sharding), batch)
+
+
+def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def setup_stage(config: Config, name: str, steps: int, devices: list[Any] | None = None) -> StageSetup:
+    """Mesh, rules, optimizer and shardings of stage `name`, which takes `steps` steps.
+
+    Args:
+      devices: what the mesh is made of; None: all there are.
+
+    Raises:
+      ConfigError: rows or dimensions that do not divide by the mesh, parameters that no group takes.
+    """
+    settings, model = config.stage(name), config.trained_model(name)
+    mesh = parallel.make_mesh(config.mesh, devices)
+    rules = parallel.make_rules(model, mesh)
+    parallel.check_attention(model, mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * settings.accumulation
+    if settings.batch_size % ways:
+        raise ConfigError(
+            f"{name}.batch_size={settings.batch_size} does not divide by mesh data x fsdp x "
+            f"{name}.accumulation={settings.accumulation} = {ways}: "
+            f"set --config.{name}.batch_size to {settings.batch_size // ways * ways + ways}"
+        )
+    trainable, _ = jax.eval_shape(lambda params: split(params, settings.groups), abstract_params(model))
+    optimizer = make_optimizer(settings.optimizer, settings.groups, trainable, steps)
+    shardings = state_shardings(model, settings.groups, optimizer, mesh, rules)
+    return StageSetup(name, settings, model, mesh, rules, optimizer, shardings)

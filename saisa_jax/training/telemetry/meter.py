@@ -1,0 +1,101 @@
+"""What a run gets done in a second, and with what."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from saisa_jax.chips import peak_flops
+from saisa_jax.config import StageConfig
+from saisa_jax.training.telemetry.goodput import Goodput
+
+PAUSES = ("save", "eval")  # the clock's; training waits meanwhile
+
+
+class Meter:
+    """Rates of the steps between two readings. The first step, which holds the compilation, is left out.
+
+    Rates are by the seconds of training: saves and evaluations do not count. The FLOPs of a step are those that its
+    forward and backward passes need (`flops.train_step`), recomputed ones left out, padding included.
+
+    Args:
+      clock: of the stage.
+      settings: of the stage; say how much room a step has.
+      steps: of the stage.
+      flops: of a step.
+      devices: that it runs on, of all processes.
+    """
+
+    def __init__(self, clock: Goodput, settings: StageConfig, steps: int, flops: float, devices: Sequence[Any]):
+        self._clock, self._flops, self._steps_in_all = clock, flops, steps
+        self._text_room = settings.batch_size * settings.text_length
+        self._peak = peak_flops(devices)
+        self._devices = [device for device in devices if device.process_index == jax.process_index()]
+        self._begun = False
+        self._all_steps, self._seconds_per_step = 0, 0.0
+        self._restart()
+
+    def add(self, samples: float, text_fill: float) -> None:
+        """Counts a step when its results are there, with what its batch held (`step.held_by`)."""
+        if not self._begun:
+            self._begun = True
+            self._restart()
+            return
+        self._steps += 1
+        self._samples += samples
+        self._text_tokens += text_fill * self._text_room
+
+    def read(self, step: int) -> dict[str, float]:
+        """What came of the steps since the last reading, up to `step`.
+
+        Returns:
+          seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu (0..1), or
+          tflops_per_second of all devices if nobody knows their peak; data_wait (0..1); seconds_left of the stage,
+          saves and evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
+          a device of this process has held so far, or process_memory_bytes.
+        """
+        return {**self._rates(step), **peak_memory(self._devices)}
+
+    def _rates(self, step: int) -> dict[str, float]:
+        steps, seconds = self._steps, self._training_seconds() - self._since
+        data = self._clock["data"] - self._data_before
+        samples, text_tokens = self._samples, self._text_tokens
+        self._restart()
+        if not steps:
+            return {}
+        seconds = max(seconds, 1e-9)
+        first = not self._all_steps
+        self._all_steps += steps
+        self._seconds_per_step += (1.0 if first else 0.3) * (seconds / steps - self._seconds_per_step)
+        pauses = sum(self._clock[kind] for kind in PAUSES) / self._all_steps
+        speed = self._flops * steps / seconds
+        return {
+            "seconds_per_step": seconds / steps,
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": text_tokens / seconds,
+            **({"mfu": speed / self._peak} if self._peak else {"tflops_per_second": speed / 1e12}),
+            "data_wait": data / seconds,
+            "seconds_left": (self._steps_in_all - step) * (self._seconds_per_step + pauses),
+        }
+
+    def _restart(self) -> None:
+        self._steps, self._samples, self._text_tokens = 0, 0.0, 0.0
+        self._since, self._data_before = self._training_seconds(), self._clock["data"]
+
+    def _training_seconds(self) -> float:
+        return time.monotonic() - sum(self._clock[kind] for kind in PAUSES)
+
+
+def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
+    """{"device_memory_bytes"} of the fullest device, or {"process_memory_bytes"} where devices do not tell (a CPU)."""
+    stats = [device.memory_stats() or {} for device in devices]
+    peak = max((held.get("peak_bytes_in_use", 0) for held in stats), default=0)
+    if peak:
+        return {"device_memory_bytes": float(peak)}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"process_memory_bytes": float(resident * (1 if sys.platform == "darwin" else 1024))}

@@ -1,0 +1,191 @@
+"""Requests of any mixture: batch == single, cached == uncached, buckets reused, bad ones named, others unharmed."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from saisa_jax import parallel
+from saisa_jax.checkpoints import save_model
+from saisa_jax.config import MeshConfig
+from saisa_jax.data.sample import DataError
+from saisa_jax.inference.image_cache import EncodedImage, ImageCache
+from saisa_jax.inference.model import Request, load
+from saisa_jax.models.kv_cache import ImageKV
+
+QUESTIONS = [
+    "what color is the shape?",
+    "is there a circle?",
+    "what is in <image> and what is in <image>? is it the same?",
+    "what shape is in the image?",
+]
+
+
+def images_for(pictures: list[str]) -> list[list[str]]:
+    return [[pictures[0]], [], [pictures[1], pictures[0]], [pictures[2]]]
+
+
+def test_a_mixed_batch_gives_what_each_question_gives_alone(model, pictures):
+    images = images_for(pictures)
+    together = model.generate(QUESTIONS, images, max_new_tokens=6)
+    alone = [model.generate([q], [i], max_new_tokens=6)[0] for q, i in zip(QUESTIONS, images, strict=True)]
+    assert together == alone
+    assert len(set(together)) > 1
+    handles = model.encode_images(pictures)
+    handled = [[handles[0]], [], [handles[1], handles[0]], [Image.open(pictures[2])]]
+    assert model.generate(QUESTIONS, handled, max_new_tokens=6) == together
+
+
+def test_a_handle_of_another_model_is_encoded_anew(tiny_model, pictures):
+    one, other = tiny_model("saisa"), tiny_model("naavit")
+    (handle,) = one.encode_images(pictures[:1])
+    asked = ([QUESTIONS[0]], [[handle]], 4)
+    assert other.generate(*asked) == other.generate([QUESTIONS[0]], [[pictures[0]]], 4)
+    assert one.encode_images([handle])[0] is handle
+    rounded = dataclasses.replace(one, params=jax.tree.map(lambda x: x.astype("bfloat16").astype(x.dtype), one.params))
+    assert rounded.encode_images(pictures[:1])[0].kv is not handle.kv  # although it shares the cache
+
+
+def test_encoded_images_give_the_logits_of_new_ones(model, pictures):
+    images = images_for(pictures)
+    requests = model._requests(QUESTIONS, images, 4)
+    slots = model.image_slots(model.batch(requests), requests)
+    anew = [Request(r.encoded, tuple(dataclasses.replace(i, kv=None) for i in r.images)) for r in requests]
+    batch = model.batch(anew)
+    assert batch["images"].size and (slots is None or not model.batch(requests)["images"].size)
+    fresh, cache, positions = model.generator.prefill(model.params, batch, 16)
+    if model.model_config.alignment == "llava":
+        assert slots is None and all(image.kv is None for image in model.encode_images(pictures))
+        return
+    cached, cache_of_cached, positions_of_cached = model.generator.prefill(model.params, batch, 16, slots)
+    np.testing.assert_array_equal(positions, positions_of_cached)
+    inside = slice(model.model_config.vocab_size)
+    np.testing.assert_allclose(cached[:, inside], fresh[:, inside], atol=1e-5)
+    used = np.asarray(cache.visual.segment_ids)[None, :, None, :, None] > 0
+    for one, other in zip(cache.visual[:2], cache_of_cached.visual[:2], strict=True):
+        np.testing.assert_allclose(one * used, other * used, atol=1e-5)
+
+
+def test_an_image_is_encoded_once_whatever_it_comes_from(model, pictures):
+    content = Path(pictures[0]).read_bytes()
+    model.generate([QUESTIONS[0]], [[pictures[0]]], max_new_tokens=2)
+    model.generate([QUESTIONS[3]], [[content]], max_new_tokens=2)
+    model.generate([QUESTIONS[3]], [[Image.open(pictures[0])]], max_new_tokens=2)
+    if model.model_config.alignment == "llava":  # its visual tokens depend on the prompt: there is nothing to keep
+        assert (model.image_cache.misses, model.image_cache.hits, model.image_cache.nbytes) == (0, 0, 0)
+        return
+    assert (model.image_cache.misses, model.image_cache.hits) == (1, 2)
+    c = model.model_config
+    one = 2 * c.num_layers * c.num_kv_heads * c.vision.num_patches * c.head_dim * 4
+    assert model.image_cache.nbytes == one
+
+
+def test_a_second_batch_of_a_like_size_compiles_nothing(model, pictures):
+    images = images_for(pictures)
+    model.generate(QUESTIONS, images, max_new_tokens=6)
+    with compilations() as seen:
+        model.generate(QUESTIONS[::-1], images[::-1], max_new_tokens=9)
+        model.generate(["is it red?", *QUESTIONS[:3]], [[pictures[2]], *images[:3]], max_new_tokens=3, temperature=1.0)
+    assert seen == []
+    with compilations() as seen:
+        model.generate(QUESTIONS * 5, images * 5, max_new_tokens=6)
+    assert seen  # the counter counts
+
+
+class compilations:
+    """The names of the programs that are compiled within the block."""
+
+    def __enter__(self) -> list[str]:
+        self.names: list[str] = []
+        self.active = True
+
+        def listen(event: str, duration: float, **kwargs) -> None:
+            if self.active and event == "/jax/core/compile/backend_compile_duration":
+                self.names.append(kwargs.get("fun_name", event))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        return self.names
+
+    def __exit__(self, *error) -> None:
+        self.active = False
+
+
+def test_bad_requests_are_all_named_and_harm_no_other(model, pictures, tmp_path):
+    broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
+    broken.write_bytes(Path(pictures[0]).read_bytes()[:60])
+    Image.new("1", (10_000, 10_000)).save(huge)
+    questions = [
+        QUESTIONS[0],
+        "what?",
+        "<image> <image> what?",
+        " ",
+        "is it red? " * 80,
+        "what?",
+        QUESTIONS[1],
+    ]
+    images = [[pictures[0]], [str(broken)], [pictures[0]], [], [], [str(huge)], []]
+    reasons = {
+        1: "cannot read",
+        2: "2 <image> placeholder",
+        3: "empty: ask something",
+        4: "model.max_length",
+        5: "10000 x 10000 pixels",
+    }
+    out = model.generate(questions, images, max_new_tokens=3, on_error="return")
+    for number, reason in reasons.items():
+        assert isinstance(out[number], DataError) and reason in str(out[number])
+        assert f"question {number}" in str(out[number])
+    good = model.generate([questions[0], questions[6]], [images[0], []], max_new_tokens=3)
+    assert [out[0], out[6]] == good
+    with pytest.raises(DataError, match="5 of 7 questions cannot be answered") as error:
+        model.generate(questions, images, max_new_tokens=3)
+    assert all(reason in str(error.value) for reason in reasons.values())
+    with pytest.raises(DataError, match=r"leaves no room for 100 new tokens.*model.max_length=128"):
+        model.generate([QUESTIONS[0]], [[]], max_new_tokens=100)
+    assert model.generate([QUESTIONS[1]], max_new_tokens=3) == good[1:]
+    assert len(repr(model.encode_images(pictures[:1]))) < 120
+    with pytest.raises(ValueError, match="questions is a string"):
+        model.generate(QUESTIONS[0], [[]])
+    with pytest.raises(ValueError, match="2 questions came with 1 lists"):
+        model.generate(["a", "b"], [[]])
+    with pytest.raises(ValueError, match="a list for each question"):
+        model.generate(["a"], [pictures[0]])
+    with pytest.raises(ValueError, match="on_error"):
+        model.generate(["a"], [[]], on_error="ignore")
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_bytes():
+    def image(key: str, size: int = 25) -> EncodedImage:
+        half = np.zeros((1, 1, 1, size, 1), np.float16)
+        return EncodedImage(key, np.zeros((2, 2, 3), np.uint8), ImageKV(half, half))
+
+    cache = ImageCache(max_bytes=250)
+    for key in "abc":
+        cache.put(image(key))  # 100 bytes each
+    assert (len(cache), cache.nbytes) == (2, 200)
+    assert cache.get("a") is None and cache.get("b") is not None
+    cache.put(image("d"))
+    assert cache.get("c") is None and cache.get("b") is not None
+    cache.put(image("b", 50))
+    assert (len(cache), cache.nbytes) == (1, 200)
+    cache.put(image("e", 100))
+    assert cache.get("e") is None and len(cache) == 1
+
+
+@pytest.mark.multi_device
+@pytest.mark.parametrize("alignment", ["saisa", "llava"])
+def test_load_spreads_a_model_over_a_mesh_and_casts_it(alignment, tiny_model, pictures, tmp_path):
+    whole = tiny_model(alignment)
+    save_model(tmp_path / "model", whole.params, whole.config, whole.tokenizer, {"stage": "finetune"})
+    mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = load(str(tmp_path / "model"), mesh=mesh)
+    kernel = spread.params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.size == kernel.size // 4
+    args = (QUESTIONS, images_for(pictures), 6)
+    assert spread.generate(*args) == whole.generate(*args)
+    half = load(str(tmp_path / "model"), dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(half.params)} == {1}
