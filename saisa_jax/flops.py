@@ -35,7 +35,8 @@ from rich.table import Table
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ConfigError, Groups, ModelConfig, VisionConfig
 from saisa_jax.models.encoders.convnext import EXPANSION, KERNEL
-from saisa_jax.models.saisa import Saisa, abstract_params, layer_runs
+from saisa_jax.models.saisa import Saisa, abstract_params
+from saisa_jax.models.streams import layer_groups
 
 PARTS = ("vision", "projectors", "q", "kv", "o", "attention", "mlp", "head")
 CONVENTIONS = ("end_to_end", "decoder", "paper")
@@ -104,7 +105,7 @@ def prefill(
     around = [*_vision(config, images), *_shared_projector(config, images), *_head(config, head_rows)]
     left_out = {"end_to_end": (), "decoder": ("vision", "head"), "paper": ("vision", "head", "projectors")}[convention]
     products = [product for product in around if product.part not in left_out]
-    for run in layer_runs(config, images > 0):
+    for run in layer_groups(config, images > 0):
         products += _layer(config, text, images if run.sees_image else 0) * (run.stop - run.start)
     return _sum(products)
 
@@ -184,7 +185,7 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
         return trains(re.escape(operand)) if "/" in operand else needs[operand]
 
     add([*_vision(config, images), *_shared_projector(config, images)])
-    for run in layer_runs(config, images > 0):
+    for run in layer_groups(config, images > 0):
         # A run of layers is one loop: its backward pass goes through all of it, wherever in it something trains.
         needs["text"] |= trains("layers/(?!visual_proj/).*") or (run.sees_image and needs["visual"])
         add(_layer(config, text, images if run.sees_image else 0), run.stop - run.start)

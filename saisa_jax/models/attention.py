@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from saisa_jax.models.attention_gpu import cudnn_attention
 from saisa_jax.models.attention_tpu import flash_attention
-from saisa_jax.models.mask import MASKED, KeyBlock, Mask, Places
+from saisa_jax.models.mask import MASKED, KeyBlock, Mask, PackedPositions
 
 KERNELS = {"flash": flash_attention, "cudnn": cudnn_attention}
 
@@ -83,7 +83,7 @@ def _joined(blocks: Sequence[KeyBlock]) -> KeyBlock:
     k, v, masks = zip(*blocks, strict=True)
     keys = [jnp.concatenate(parts, axis=1) for parts in zip(*(mask.keys for mask in masks), strict=True)]
     allowed = jnp.concatenate([mask.allowed for mask in masks], axis=2)
-    mask = Mask(masks[0].queries, Places(*keys), allowed, masks[0].window)
+    mask = Mask(masks[0].queries, PackedPositions(*keys), allowed, masks[0].window)
     return KeyBlock(jnp.concatenate(k, axis=2), jnp.concatenate(v, axis=2), mask)
 
 

@@ -52,15 +52,15 @@ def flash_attention(
         )
     length = q.shape[1]
     tiles = _Tiles(_tile(length), _tile(k.shape[2]), mask.window)
-    query_places = jnp.stack([mask.queries.positions, mask.queries.segment_ids], axis=1)
-    key_places = jnp.stack([mask.keys.positions, mask.keys.segment_ids], axis=2)
-    places = _Places(_pad(query_places, 2, tiles.queries), _pad(key_places, 1, tiles.keys))
+    query_ids = jnp.stack([mask.queries.positions, mask.queries.segment_ids], axis=1)
+    key_ids = jnp.stack([mask.keys.positions, mask.keys.segment_ids], axis=2)
+    ids = _PositionPairs(_pad(query_ids, 2, tiles.queries), _pad(key_ids, 1, tiles.keys))
     q, k, v = _pad(q.swapaxes(1, 2), 2, tiles.queries), _pad(k, 2, tiles.keys), _pad(v, 2, tiles.keys)
-    out: Any = _attention(q, k, v, places, tiles)
+    out: Any = _attention(q, k, v, ids, tiles)
     return out[:, :, :length].swapaxes(1, 2)
 
 
-class _Places(NamedTuple):
+class _PositionPairs(NamedTuple):
     """Positions and segments: of queries as two rows, of keys as two columns."""
 
     queries: Int[Array, "B 2 T"]
@@ -90,39 +90,39 @@ def _pad(x: Any, axis: int, multiple: int) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: Any, k: Any, v: Any, places: _Places, tiles: _Tiles) -> Any:
-    return _forward(q, k, v, places, tiles)[0]
+def _attention(q: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles) -> Any:
+    return _forward(q, k, v, ids, tiles)[0]
 
 
-def _forward(q: Any, k: Any, v: Any, places: _Places, tiles: _Tiles) -> tuple[Any, Any]:
-    sweep = _sweep_queries(q, k, places, tiles)
+def _forward(q: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles) -> tuple[Any, Any]:
+    sweep = _sweep_queries(q, k, ids, tiles)
     of = sweep.specs
     rows = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
     out, logsum = _call(
         functools.partial(_forward_kernel, window=tiles.window),
         sweep,
-        [(places.queries, of.query_places), (places.keys, of.key_places), (q, of.q), (k, of.k), (v, of.k)],
+        [(ids.queries, of.query_ids), (ids.keys, of.key_ids), (q, of.q), (k, of.k), (v, of.k)],
         [(jax.ShapeDtypeStruct(q.shape, q.dtype), of.q), (rows, of.row)],
         scratch=[(1, tiles.queries), (1, tiles.queries), (q.shape[-1], tiles.queries)],
         products=2,
     )
-    return out, (q, k, v, places, out, logsum)
+    return out, (q, k, v, ids, out, logsum)
 
 
 def _backward(tiles: _Tiles, saved: Any, gradient: Any) -> Any:
-    q, k, v, places, out, logsum = saved
+    q, k, v, ids, out, logsum = saved
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
     head_dim = q.shape[-1]
 
     def run(kernel: Any, sweep: _Sweep, outputs: Any, scratch: Any, products: int) -> Any:
         of = sweep.specs
         inputs = [
-            (places.queries, of.query_places), (places.keys, of.key_places), (q, of.q), (k, of.k), (v, of.k),
+            (ids.queries, of.query_ids), (ids.keys, of.key_ids), (q, of.q), (k, of.k), (v, of.k),
             (gradient, of.q), (logsum, of.row), (delta, of.row),
         ]  # fmt: skip
         return _call(functools.partial(kernel, window=tiles.window), sweep, inputs, outputs, scratch, products)
 
-    by_queries, by_keys = _sweep_queries(q, k, places, tiles), _sweep_keys(q, k, places, tiles)
+    by_queries, by_keys = _sweep_queries(q, k, ids, tiles), _sweep_keys(q, k, ids, tiles)
     d_q = [(jax.ShapeDtypeStruct(q.shape, q.dtype), by_queries.specs.q)]
     d_kv = [(jax.ShapeDtypeStruct(x.shape, x.dtype), by_keys.specs.k) for x in (k, v)]
     (dq,) = run(_queries_kernel, by_queries, d_q, [(head_dim, tiles.queries)], products=3)
@@ -136,7 +136,7 @@ _attention.defvjp(_forward, _backward)
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _forward_kernel(step, query_places, key_places, q, k, v, out, logsum, highest, total, weighted, *, window):
+def _forward_kernel(step, query_ids, key_ids, q, k, v, out, logsum, highest, total, weighted, *, window):
     @pl.when(step.first)
     def _():
         highest[...] = jnp.full_like(highest, MASKED / 2)  # above MASKED: exp() of an illegal pair is always 0
@@ -145,7 +145,7 @@ def _forward_kernel(step, query_places, key_places, q, k, v, out, logsum, highes
 
     @pl.when(step.needed)
     def _():
-        scores = _scores(query_places, key_places, q, k, window)
+        scores = _scores(query_ids, key_ids, q, k, window)
         peak = jnp.maximum(highest[...], jnp.max(scores, axis=0, keepdims=True))
         weights, kept = jnp.exp(scores - peak), jnp.exp(highest[...] - peak)
         highest[...] = peak
@@ -159,14 +159,14 @@ def _forward_kernel(step, query_places, key_places, q, k, v, out, logsum, highes
         logsum[0, 0] = highest[...] + jnp.log(safe)
 
 
-def _queries_kernel(step, query_places, key_places, q, k, v, gradient, logsum, delta, dq, total, *, window):
+def _queries_kernel(step, query_ids, key_ids, q, k, v, gradient, logsum, delta, dq, total, *, window):
     @pl.when(step.first)
     def _():
         total[...] = jnp.zeros_like(total)
 
     @pl.when(step.needed)
     def _():
-        weights = jnp.exp(_scores(query_places, key_places, q, k, window) - logsum[0, 0])
+        weights = jnp.exp(_scores(query_ids, key_ids, q, k, window) - logsum[0, 0])
         d_scores = weights * (_dot(v[0, 0], gradient[0, 0], (1, 1)) - delta[0, 0])
         total[...] += _dot(k[0, 0], d_scores.astype(k.dtype), (0, 0))
 
@@ -175,7 +175,7 @@ def _queries_kernel(step, query_places, key_places, q, k, v, gradient, logsum, d
         dq[0, 0] = total[...].T.astype(dq.dtype)
 
 
-def _keys_kernel(step, query_places, key_places, q, k, v, gradient, logsum, delta, dk, dv, k_total, v_total, *, window):
+def _keys_kernel(step, query_ids, key_ids, q, k, v, gradient, logsum, delta, dk, dv, k_total, v_total, *, window):
     @pl.when(step.first)
     def _():
         k_total[...] = jnp.zeros_like(k_total)
@@ -183,7 +183,7 @@ def _keys_kernel(step, query_places, key_places, q, k, v, gradient, logsum, delt
 
     @pl.when(step.needed)
     def _():
-        weights = jnp.exp(_scores(query_places, key_places, q, k, window) - logsum[0, 0])
+        weights = jnp.exp(_scores(query_ids, key_ids, q, k, window) - logsum[0, 0])
         d_scores = weights * (_dot(v[0, 0], gradient[0, 0], (1, 1)) - delta[0, 0])
         v_total[...] += _dot(weights.astype(gradient.dtype), gradient[0, 0], (1, 0))
         k_total[...] += _dot(d_scores.astype(q.dtype), q[0, 0], (1, 0))
@@ -194,9 +194,9 @@ def _keys_kernel(step, query_places, key_places, q, k, v, gradient, logsum, delt
         dv[0, 0] = v_total[...].astype(dv.dtype)
 
 
-def _scores(query_places: Any, key_places: Any, q: Any, k: Any, window: int | None) -> Any:
+def _scores(query_ids: Any, key_ids: Any, q: Any, k: Any, window: int | None) -> Any:
     """A tile of scores, keys x queries, MASKED where `legal` says so."""
-    queries, keys = query_places[0], key_places[0]
+    queries, keys = query_ids[0], key_ids[0]
     allowed = legal(queries[0:1], queries[1:2], keys[:, 0:1], keys[:, 1:2], window)
     return jnp.where(allowed, _dot(k[0, 0], q[0, 0], (1, 1)), MASKED)
 
@@ -223,9 +223,9 @@ class _Specs(NamedTuple):
 
     q: pl.BlockSpec
     row: pl.BlockSpec
-    query_places: pl.BlockSpec
+    query_ids: pl.BlockSpec
     k: pl.BlockSpec
-    key_places: pl.BlockSpec
+    key_ids: pl.BlockSpec
 
 
 class _Sweep(NamedTuple):
@@ -236,10 +236,10 @@ class _Sweep(NamedTuple):
     specs: _Specs
 
 
-def _sweep_queries(q: Any, k: Any, places: _Places, tiles: _Tiles) -> _Sweep:
+def _sweep_queries(q: Any, k: Any, ids: _PositionPairs, tiles: _Tiles) -> _Sweep:
     """All keys of a tile of queries, then the next tile of queries."""
     group = q.shape[1] // k.shape[1]
-    fetched = _fetched(_needed(places, tiles))
+    fetched = _fetched(_needed(ids, tiles))
 
     def where(b: Any, n: Any, i: Any, j: Any, fetched: Any) -> tuple[Any, ...]:
         return b, n, i, jax.lax.div(n, group), fetched[b, i, j]
@@ -247,10 +247,10 @@ def _sweep_queries(q: Any, k: Any, places: _Places, tiles: _Tiles) -> _Sweep:
     return _Sweep((*q.shape[:2], *fetched.shape[1:]), fetched, _specs(where, tiles, q.shape[-1]))
 
 
-def _sweep_keys(q: Any, k: Any, places: _Places, tiles: _Tiles) -> _Sweep:
+def _sweep_keys(q: Any, k: Any, ids: _PositionPairs, tiles: _Tiles) -> _Sweep:
     """All queries, of all the heads that share them, of a tile of keys, then the next tile of keys."""
     group = q.shape[1] // k.shape[1]
-    fetched = _fetched(_needed(places, tiles).swapaxes(1, 2))
+    fetched = _fetched(_needed(ids, tiles).swapaxes(1, 2))
     outer, inner = fetched.shape[1:]
 
     def where(b: Any, h: Any, j: Any, step: Any, fetched: Any) -> tuple[Any, ...]:
@@ -259,9 +259,9 @@ def _sweep_keys(q: Any, k: Any, places: _Places, tiles: _Tiles) -> _Sweep:
     return _Sweep((*k.shape[:2], outer, group * inner), fetched, _specs(where, tiles, q.shape[-1]))
 
 
-def _needed(places: _Places, tiles: _Tiles) -> Bool[Array, "B I J"]:
+def _needed(ids: _PositionPairs, tiles: _Tiles) -> Bool[Array, "B I J"]:
     """Which tiles hold a legal pair."""
-    queries, keys = places
+    queries, keys = ids
     allowed = may_attend(queries[:, 0], queries[:, 1], keys[:, :, 0], keys[:, :, 1], tiles.window)
     batch, t, s = allowed.shape
     return jnp.any(allowed.reshape(batch, t // tiles.queries, tiles.queries, s // tiles.keys, tiles.keys), axis=(2, 4))
@@ -288,9 +288,9 @@ def _specs(where: Callable[..., Any], tiles: _Tiles, head_dim: int) -> _Specs:
     return _Specs(
         q=spec((1, 1, tiles.queries, head_dim), lambda b, n, i, h, j: (b, n, i, 0)),
         row=spec((1, 1, 1, tiles.queries), lambda b, n, i, h, j: (b, n, 0, i)),
-        query_places=spec((1, 2, tiles.queries), lambda b, n, i, h, j: (b, 0, i)),
+        query_ids=spec((1, 2, tiles.queries), lambda b, n, i, h, j: (b, 0, i)),
         k=spec((1, 1, tiles.keys, head_dim), lambda b, n, i, h, j: (b, h, j, 0)),
-        key_places=spec((1, tiles.keys, 2), lambda b, n, i, h, j: (b, j, 0)),
+        key_ids=spec((1, tiles.keys, 2), lambda b, n, i, h, j: (b, j, 0)),
     )
 
 

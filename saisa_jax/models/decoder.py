@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attend
 from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, rotate_keys, rotate_queries
-from saisa_jax.models.mask import KeyBlock, Mask, Places, make_mask
+from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask
 from saisa_jax.models.projectors import PROJECTORS
 
 
@@ -88,7 +88,7 @@ class Block(nn.Module):
         return self.attn.keys_values(self.input_norm(tokens))
 
     def update_visual(self, visual: Float[Array, "B V D"]) -> Float[Array, "B V D"]:
-        """NAAViT's visual tokens ask nothing, but go through the MLP and carry their state on."""
+        """NAAViT's visual tokens are no queries, but go through the MLP and carry their state on."""
         visual = visual + self.mlp(self.post_attn_norm(visual))
         return constrain(visual, "activation_batch", "activation_visual", "activation_embed")
 
@@ -100,13 +100,13 @@ class Block(nn.Module):
         others: Sequence[KeyBlock] = (),
         impl: str = "xla",
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]], Any]:
-        """The stream that asks, through one layer.
+        """The query stream through one layer.
 
         Args:
           x: the residual stream.
           rope: rotation of its rows.
-          mask: what its rows may read of itself.
-          others: what else they may read: the image, the past; keys already rotated.
+          mask: what its rows may attend to of itself.
+          others: what else they may attend to: the image, the past; keys already rotated.
           impl: how they are read (`attention.py`).
 
         Returns:
@@ -128,5 +128,5 @@ def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
     """Inputs of the smallest legal shape, from which `Block.init` makes its parameters."""
     half = config.head_dim // 2
     zeros = jnp.zeros((1, 1, half))
-    place = Places(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-    return jnp.zeros((1, 1, config.embed_dim)), Rotation(zeros, zeros), make_mask(place, place)
+    where = PackedPositions(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    return jnp.zeros((1, 1, config.embed_dim)), Rotation(zeros, zeros), make_mask(where, where)

@@ -2,7 +2,7 @@
 
 Under SAISA and NAAViT the image part depends on the image alone: `ImageKV` is computed once for an image and serves
 every question about it (`inference/image_cache.py`); `VisualKV` is its copy at the positions of a row. Under LLaVA the
-visual tokens are part of the stream that asks: their keys depend on the text before them, stand at the front of the
+visual tokens are part of the query stream: their keys depend on the text before them, stand at the front of the
 text buffer, and serve no other prompt; `visual` is None.
 """
 
@@ -32,7 +32,7 @@ class VisualKV(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of the stream that asks; columns whose segment is 0 are empty."""
+    """Keys (rotated) and values of the query stream; columns whose segment is 0 are empty."""
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]

@@ -1,6 +1,6 @@
 """NAAViT, "No Attention Among Visual Tokens" (paper section 3.1): the mask.
 
-The whole of NAAViT is that visual tokens are read and never ask. What a query may read is one line:
+The whole of NAAViT is that visual tokens are keys and values and never queries. What a query may attend to is one line:
 
     may_attend(query, key) = (segment_q == segment_k) & (segment_k > 0) & (position_q >= position_k)
 
@@ -8,10 +8,10 @@ Worked example, "<s> <image> What ?" with two visual tokens: positions are <s> 0
 
                v0  v1 | <s> What  ?      Visual keys stand first, in a block of their own; their order does not matter,
         <s>     .   . |  1    .   .      since positions decide. Text before the image does not see it, text after it
-        What    1   1 |  1    1   .      sees all of it. There are no rows for v0 and v1: visual tokens ask nothing,
+        What    1   1 |  1    1   .      sees all of it. There are no rows for v0 and v1: they are no queries,
         ?       1   1 |  1    1   1      which is why a picture costs no Q, no O and (under SAISA) no MLP.
 
-Under LLaVA the visual tokens join the stream that asks, and the same line makes their rows causal.
+Under LLaVA the visual tokens join the queries, and the same line makes their rows causal.
 Axes: B batch, T queries, S keys, K key/value heads, H head_dim. What is done with the mask stands in `attention.py`.
 """
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 MASKED = -1e30  # The score of an illegal pair. Finite, so that a query without a legal key gives 0 and not NaN.
 
 
-class Places(NamedTuple):
+class PackedPositions(NamedTuple):
     """Where tokens stand: their positions in the interleaved sequence, and their segments (0 = padding)."""
 
     positions: Int[Array, "B S"]
@@ -36,27 +36,34 @@ class Places(NamedTuple):
 class Mask:
     """What T queries may read of S keys: the answer, and what it follows from.
 
-    `xla` and `cudnn` want the answer, made once for all layers. `flash` works it out tile by tile from the places; then
-    nothing reads `allowed`, and the compiler removes it.
+    `xla` and `cudnn` want the answer, made once for all layers. `flash` works it out tile by tile from positions and
+    segments; then nothing reads `allowed`, and the compiler removes it.
     """
 
-    queries: Places
-    keys: Places
+    queries: PackedPositions
+    keys: PackedPositions
     allowed: Any  # bool [B, T, S]; not annotated, since trees of shapes and of shardings are Masks as well
     window: int | None = struct.field(pytree_node=False)
 
 
 class KeyBlock(NamedTuple):
-    """Keys and values that a layer's queries read: the image, the past, or the queries' own stream."""
+    """Keys and values that a layer's queries attend to: the image, the past, or the queries' own stream."""
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
     mask: Mask
 
 
-def make_mask(queries: Places, keys: Places, window: int | None = None) -> Mask:
-    """The mask of every alignment. `window` (Mistral) also hides keys that lie `window` or more positions back."""
-    return Mask(queries, keys, may_attend(*queries, *keys, window), window)
+def make_mask(queries: Any, keys: Any, window: int | None = None) -> Mask:
+    """The mask of every alignment.
+
+    Args:
+      queries: anything with `positions` and `segment_ids` [B, T]: a stream, a cache.
+      keys: likewise [B, S].
+      window: (Mistral) also hides keys that lie `window` or more positions back.
+    """
+    q, k = (PackedPositions(x.positions, x.segment_ids) for x in (queries, keys))
+    return Mask(q, k, may_attend(*q, *k, window), window)
 
 
 def may_attend(

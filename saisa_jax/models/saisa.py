@@ -8,15 +8,15 @@
     x_t          = x_t + W_o attend(q, k, v, mask)
     x_t          = x_t + mlp(RMSNorm_post_l(x_t))                  the MLP: text only
 
-The mask is one line, in `naavit.py`. An alignment says what the visual tokens do besides being read:
+The mask is one line, in `mask.py`. An alignment says what the visual tokens do besides being keys and values:
 
-    alignment   V starts as            V asks         V through the MLP   V from layer to layer
+    alignment   V starts as            V as queries   V through the MLP   V from layer to layer
     llava       one projector          yes (causal)   yes                 residual stream
     naavit      one projector          no             yes                 residual stream
     saisa       a projector per layer  no             no                  nothing: projected anew for each layer
 
-So there are two streams, never one sequence with holes: the stream that asks (text; under LLaVA the visual tokens have
-joined it) and the visual stream that is read. Nothing here asks where the image is: positions and segments say it.
+So there are two streams, never one sequence with holes: the query stream (text; under LLaVA joined by the visual
+tokens) and the visual stream. Where an image stands is said by positions and segments alone.
 
 Axes: B batch, T text, V visual tokens of a row, M image slots, P visual tokens of an image, C vision width, D embed,
 N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the image, W vocabulary (padded).
@@ -24,9 +24,8 @@ N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the i
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -56,38 +55,12 @@ from saisa_jax.models.layers import (
     with_scales,
 )
 from saisa_jax.models.lora import in_dtype, with_adapters
-from saisa_jax.models.mask import KeyBlock, Places, make_mask
+from saisa_jax.models.mask import KeyBlock, make_mask
 from saisa_jax.models.projectors import PROJECTORS
+from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups
 
-CAPTURES = ("hidden", "attention", "features", "final_norm")
-
-
-class Rows(NamedTuple):
-    """A stream's tokens with their places: x [B, S, D], positions and segment_ids [B, S]."""
-
-    x: Any
-    positions: Any
-    segment_ids: Any
-
-
-class Run(NamedTuple):
-    """Layers start..stop that all see the image, or all do not; projectors first_projector.. belong to them."""
-
-    start: int
-    stop: int
-    sees_image: bool
-    first_projector: int
-
-
-def layer_runs(config: ModelConfig, has_image: bool = True) -> Iterator[Run]:
-    """The decoder as a short list of scans: maximal runs of layers of one kind (one run, if all see the image)."""
-    start = projector = 0
-    visible = set(config.visible_layers) if has_image else set()
-    for sees, layers in itertools.groupby(range(config.num_layers), key=visible.__contains__):
-        stop = start + len(list(layers))
-        yield Run(start, stop, sees, projector)
-        projector += stop - start if sees else 0
-        start = stop
+STACKED_CAPTURES = ("hidden", "attention")  # one entry a layer
+CAPTURES = (*STACKED_CAPTURES, "features", "final_norm")
 
 
 class Saisa(nn.Module):
@@ -152,6 +125,21 @@ class Saisa(nn.Module):
         self, batch: Batch, features: Float[Array, "B V C"] | None = None, capture: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """As `__call__`, but without the head: what the head reads."""
+        self._check_capture(capture)
+        features = self.encode_images(batch["images"]) if features is None else features
+        stream, visual = self._streams(batch, features)
+        source = None
+        if visual is not None:
+            source = StreamedVisual(visual, stream, self.config, self.projectors_of, self.visual_kv)
+        stacked = tuple(name for name in capture if name in STACKED_CAPTURES)
+        x, captured = self._run_layers(stream, source, capture=stacked, impl=self.config.attention_impl)
+        length = batch["tokens"].shape[1]
+        x = self.final_norm(x[:, -length:])  # under LLaVA visual tokens stand first
+        captured = self._name_captured(captured, length)
+        captured |= {name: value for name, value in (("features", features), ("final_norm", x)) if name in capture}
+        return x, captured
+
+    def _check_capture(self, capture: tuple[str, ...]) -> None:
         unknown = set(capture) - set(CAPTURES)
         if unknown:
             raise ValueError(f"capture={sorted(unknown)} is unknown; known: {', '.join(CAPTURES)}")
@@ -160,13 +148,6 @@ class Saisa(nn.Module):
                 f"model.attention_impl={self.config.attention_impl} never holds the attention that capture asks for; "
                 "set model.attention_impl=xla"
             )
-        features = self.encode_images(batch["images"]) if features is None else features
-        visual, asking = self._streams(batch, features)
-        x, captured = self._run_layers(asking, visual, capture=capture, impl=self.config.attention_impl)
-        x = self.final_norm(x[:, -batch["tokens"].shape[1] :])  # under LLaVA visual tokens stand first
-        aux: dict[str, Any] = self._name_captured(captured, batch["tokens"].shape[1]) if captured else {}
-        aux |= {name: value for name, value in (("features", features), ("final_norm", x)) if name in capture}
-        return x, aux
 
     def encode_images(self, images: Any) -> Float[Array, "B V C"]:
         """Raw features Z of uint8 images [B, M, height, width, 3]; V = M * P."""
@@ -197,9 +178,10 @@ class Saisa(nn.Module):
         """
         x = features if self.config.per_layer_projectors else self.visual_proj(features)
         outs = []
-        for run in layer_runs(self.config):
-            if run.sees_image:
-                x, kv = self._scan(lambda x, params: self._read_visual(params, x), x, self._take(run, True))
+        for group in layer_groups(self.config):
+            if group.sees_image:
+                layers = self._layers_of(group), self.projectors_of(group)
+                x, kv = self._scan(lambda x, layer: self.visual_kv(layer[0], layer[1], x), x, layers)
                 outs.append(kv)
         return ImageKV(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs))
 
@@ -223,18 +205,18 @@ class Saisa(nn.Module):
             if self.config.alignment != "llava" and features.shape[1] > 0:
                 image_kv = self.image_kv(features)
         if features is not None and self.config.alignment == "llava":
-            _, asking = self._streams(batch, features)
+            stream, _ = self._streams(batch, features)
         else:
-            asking = self._text(batch)
+            stream = self._embed(batch)
         visual = None if image_kv is None else self.place_images(image_kv, batch)
-        x, captured = self._run_layers(asking, visual, capture=("kv",))
+        x, captured = self._run_layers(stream, self._cached(visual, stream), capture=("kv",))
         k, v = captured["kv"]
-        cache = kv_cache.allocate(k, v, asking.positions, asking.segment_ids, visual, extra)
-        return self._last_logits(x, asking), cache
+        cache = kv_cache.allocate(k, v, stream.positions, stream.segment_ids, visual, extra)
+        return self._last_logits(x, stream), cache
 
     def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
         """Keys and values [Lv, B, K, V, H] where their rows want them: rotated, once, to the slots' positions."""
-        positions, segment_ids = _visual_places(batch, image_kv.k.shape[3])
+        positions, segment_ids = _visual_positions(batch, image_kv.k.shape[3])
         rope = rotation(positions, self.config)
         return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
 
@@ -249,10 +231,10 @@ class Saisa(nn.Module):
 
         Rows are padded on the right, to the same number of tokens (segment 0); padding leaves no column behind.
         """
-        asking = Rows(look_up(self.embed_tokens, tokens), positions, segment_ids)
-        x, captured = self._run_layers(asking, cache.visual, past=cache, capture=("kv",))
+        stream = Stream(look_up(self.embed_tokens, tokens), positions, segment_ids)
+        x, captured = self._run_layers(stream, self._cached(cache.visual, stream), past=cache, capture=("kv",))
         k, v = captured["kv"]
-        return self._last_logits(x, asking), kv_cache.append(cache, k, v, positions, segment_ids)
+        return self._last_logits(x, stream), kv_cache.append(cache, k, v, positions, segment_ids)
 
     def decode(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
@@ -261,54 +243,59 @@ class Saisa(nn.Module):
         segments = jnp.max(cache.segment_ids, axis=1, keepdims=True)  # a row of generation is one sample
         return self.extend(tokens[:, None], positions[:, None], segments, cache)
 
-    def _last_logits(self, x: Float[Array, "B S D"], rows: Rows) -> Float[Array, "B W"]:
+    def _cached(self, visual: VisualKV | None, stream: Stream) -> CachedVisual | None:
+        return None if visual is None else CachedVisual(visual, stream, self.config)
+
+    def _last_logits(self, x: Float[Array, "B S D"], stream: Stream) -> Float[Array, "B W"]:
         # The last token is the one of the highest position, on whichever side the padding is.
-        last = jnp.argmax(jnp.where(rows.segment_ids > 0, rows.positions, -1), axis=1)
+        last = jnp.argmax(jnp.where(stream.segment_ids > 0, stream.positions, -1), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return self.head(self.final_norm(x))[:, 0]
 
     # --- The streams -------------------------------------------------------------------------------------------------
 
-    def _text(self, batch: Batch) -> Rows:
+    def _embed(self, batch: Batch) -> Stream:
         segments = jnp.asarray(batch["segment_ids"])
         x = look_up(self.embed_tokens, jnp.asarray(batch["tokens"]))
         # Padding is removed before any product, so that nothing in it can reach a result or a gradient.
-        return Rows(jnp.where(segments[..., None] > 0, x, 0), jnp.asarray(batch["positions"]), segments)
+        return Stream(jnp.where(segments[..., None] > 0, x, 0), jnp.asarray(batch["positions"]), segments)
 
-    def _streams(self, batch: Batch, features: Any) -> tuple[Rows | None, Rows]:
-        """The visual stream (None: there is none) and the stream that asks."""
-        asking = self._text(batch)
+    def _streams(self, batch: Batch, features: Any) -> tuple[Stream, Stream | None]:
+        """The query stream, and the visual stream (None: there is none, or it has joined the queries)."""
+        text = self._embed(batch)
         if features.shape[1] == 0:
-            return None, asking
-        positions, segments = _visual_places(batch, features.shape[1])
+            return text, None
+        positions, segments = _visual_positions(batch, features.shape[1])
         features = jnp.where(segments[..., None] > 0, features, 0)
         features = constrain(features, "activation_batch", "activation_visual", "activation_embed")
-        visual = Rows(features if self.config.per_layer_projectors else self.visual_proj(features), positions, segments)
+        x = features if self.config.per_layer_projectors else self.visual_proj(features)
+        visual = Stream(x, positions, segments)
         if self.config.alignment != "llava":
-            return visual, asking
-        joined = (jnp.concatenate(pair, axis=1) for pair in zip(visual, asking, strict=True))
-        return None, Rows(*joined)
+            return text, visual
+        return Stream(*(jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True))), None
 
     # --- The layers --------------------------------------------------------------------------------------------------
 
-    def _bind(self, params: Params, method: str, *args: Any) -> Any:
+    def _layers_of(self, group: LayerGroup) -> Params:
+        """The parameters of a group of layers, without their projectors."""
+        layers = {name: value for name, value in self.layers.items() if name != "visual_proj"}
+        return take_layers(layers, group.start, group.stop)
+
+    def projectors_of(self, group: LayerGroup) -> Params:
+        """The projectors of a group that sees the image, as parameters of its blocks; none where one serves all."""
+        if not self.config.per_layer_projectors:
+            return {}
+        return {"visual_proj": take_layers(self.layers["visual_proj"], *group.projectors)}
+
+    def visual_kv(self, params: Params, projector: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
+        """One layer's keys (not rotated) and values of the visual stream, and the stream as the next layer finds it."""
+        kv = self._block(params | projector, "visual_kv", x)
+        return self._block(params, "update_visual", x) if self.config.alignment == "naavit" else x, kv
+
+    def _block(self, params: Params, method: str, *args: Any) -> Any:
         dtype = jnp.dtype(self.config.dtype)
         params = in_dtype(dequantized(params, dtype), dtype)
         return self.block.apply({"params": params}, *args, method=method)
-
-    def _take(self, run: Run, with_projectors: bool) -> Params:
-        """The parameters of a run of layers, with or without their projectors."""
-        layers = {name: value for name, value in self.layers.items() if name != "visual_proj"}
-        taken = take_layers(layers, run.start, run.stop)
-        if with_projectors and self.config.per_layer_projectors:
-            first, last = run.first_projector, run.first_projector + run.stop - run.start
-            taken["visual_proj"] = take_layers(self.layers["visual_proj"], first, last)
-        return taken
-
-    def _read_visual(self, params: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
-        """One layer's keys and values of the visual stream, and the stream as the next layer finds it."""
-        kv = self._bind(params, "visual_kv", x)
-        return self._bind(params, "update_visual", x) if self.config.alignment == "naavit" else x, kv
 
     def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
         c = self.config
@@ -316,63 +303,46 @@ class Saisa(nn.Module):
 
     def _run_layers(
         self,
-        asking: Rows,
-        visual: Rows | VisualKV | None,
+        stream: Stream,
+        visual: StreamedVisual | CachedVisual | None,
         past: KVCache | None = None,
         capture: tuple[str, ...] = (),
         impl: str = "xla",
     ) -> tuple[Any, dict[str, Any]]:
-        """The stream that asks, through all layers.
+        """The query stream through all layers.
 
-        `visual` is the visual stream itself (training: every layer reads it as it goes), or its keys and values
-        (generation: computed before), or None.
+        Args:
+          stream: the queries.
+          visual: keys and values of the image, layer by layer; None: there is no image.
+          past: keys and values of the tokens before.
+          capture: what to stack over the layers: hidden, attention, kv (the stream's own keys, rotated, and values).
+          impl: of attention.
         """
         c = self.config
-        rope = rotation(asking.positions, c)
-        places = _places(asking)
-        own_mask = make_mask(places, places, c.sliding_window)
-        if past is not None:
-            past_mask = make_mask(places, _places(past), c.sliding_window)
-        if visual is not None:
-            visual_mask = make_mask(places, _places(visual), c.sliding_window)
-            visual_rope = rotation(visual.positions, c)
-        streaming, tokens = isinstance(visual, Rows), visual.x if isinstance(visual, Rows) else None
+        rope, mask = rotation(stream.positions, c), make_mask(stream, stream, c.sliding_window)
+        past_mask = None if past is None else make_mask(stream, past, c.sliding_window)
 
-        # What no layer changes is no part of the carry, which the backward pass keeps a copy of for every layer.
-        tokens = visual.x if isinstance(visual, Rows) else None
-        carried = tokens if c.alignment == "naavit" else None
-
-        def layer(carry: Any, inputs: Any) -> Any:
-            x, stream = carry
-            params, image, past_kv = inputs
+        def layer(sees_image: bool, carry: Any, inputs: Any) -> Any:
+            (x, visual_state), (params, visual_inputs, past_kv) = carry, inputs
             others = []
-            if image is not None:  # this run of layers sees the image
-                if streaming:
-                    after, (k, v) = self._read_visual(params, tokens if stream is None else stream)
-                    stream = None if stream is None else after
-                    k = rotate_keys(k, visual_rope)
-                else:
-                    k, v = image
-                others.append(KeyBlock(k, v, visual_mask))
-            if past_kv is not None:
+            if visual is not None and sees_image:
+                visual_state, image = visual.read(params, visual_state, visual_inputs)
+                others.append(image)
+            if past_mask is not None:
                 others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
-            x, kv, weights = self._bind(params, "__call__", x, rope, own_mask, others, impl)
-            available = {"hidden": (x, stream), "attention": weights, "kv": kv}
-            return (x, stream), {name: available[name] for name in capture if name in available}
+            x, kv, attention = self._block(params, "__call__", x, rope, mask, others, impl)
+            if "attention" in capture and visual is not None and not sees_image:  # columns for what it does not see
+                attention = jnp.pad(attention, [(0, 0)] * 3 + [(visual.length, 0)])
+            available = {"hidden": (x, visual_state), "attention": attention, "kv": kv}
+            return (x, visual_state), {name: available[name] for name in capture}
 
-        carry = (asking.x, carried)
-        first, outs = carry, []
-        for run in layer_runs(c, visual is not None):
-            projectors = slice(run.first_projector, run.first_projector + run.stop - run.start)
-            image: Any = None
-            if run.sees_image:
-                # While streaming, `()` only says that this run sees the image.
-                image = (visual.k[projectors], visual.v[projectors]) if isinstance(visual, VisualKV) else ()
-            past_kv = None if past is None else take_layers((past.k, past.v), run.start, run.stop)
-            params = self._take(run, with_projectors=run.sees_image and streaming)
-            carry, out = self._scan(layer, carry, (params, image, past_kv))
-            if "attention" in out and visual is not None and not run.sees_image:
-                out["attention"] = jnp.pad(out["attention"], [(0, 0)] * 4 + [(visual.positions.shape[1], 0)])
+        carry = first = (stream.x, None if visual is None else visual.state)
+        outs = []
+        for group in layer_groups(c, visual is not None):
+            of_image = visual.inputs(group) if visual is not None and group.sees_image else None
+            of_past = None if past is None else take_layers((past.k, past.v), group.start, group.stop)
+            body = functools.partial(layer, group.sees_image)
+            carry, out = self._scan(body, carry, (self._layers_of(group), of_image, of_past))
             outs.append(out)
         captured = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
         if "hidden" in captured:
@@ -394,11 +364,7 @@ class Saisa(nn.Module):
         return aux
 
 
-def _places(rows: Rows | VisualKV | KVCache) -> Places:
-    return Places(rows.positions, rows.segment_ids)
-
-
-def _visual_places(batch: Batch, visual_tokens: int) -> tuple[Int[Array, "B V"], Int[Array, "B V"]]:
+def _visual_positions(batch: Batch, visual_tokens: int) -> tuple[Int[Array, "B V"], Int[Array, "B V"]]:
     """Positions and segments of a row's visual tokens, from those of its image slots."""
     starts, segments = jnp.asarray(batch["image_positions"]), jnp.asarray(batch["image_segment_ids"])
     per_image = visual_tokens // starts.shape[1]

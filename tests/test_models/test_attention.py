@@ -16,7 +16,7 @@ from saisa_jax import parallel
 from saisa_jax.config import ConfigError, MeshConfig
 from saisa_jax.models import attention_tpu
 from saisa_jax.models.attention import attend
-from saisa_jax.models.mask import KeyBlock, Places, make_mask
+from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask
 from saisa_jax.models.saisa import Saisa, abstract_params
 from saisa_jax.testing.batches import make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
@@ -34,7 +34,7 @@ ROWS = (
 )
 
 
-def places(rows=ROWS, text: int = TEXT, visual: int = VISUAL) -> tuple[Places, Places]:
+def places(rows=ROWS, text: int = TEXT, visual: int = VISUAL) -> tuple[PackedPositions, PackedPositions]:
     """Where the tokens of the rows stand: of text, of images."""
     arrays = np.zeros((4, len(rows), text + visual), np.int32)
     text_places, visual_places = arrays[:2, :, :text], arrays[2:, :, :visual]
@@ -49,7 +49,7 @@ def places(rows=ROWS, text: int = TEXT, visual: int = VISUAL) -> tuple[Places, P
                 target[1, row, where] = segment
                 used[kind] += length
                 position += length
-    return Places(*jnp.array(text_places)), Places(*jnp.array(visual_places))
+    return PackedPositions(*jnp.array(text_places)), PackedPositions(*jnp.array(visual_places))
 
 
 def random_blocks(dtype=jnp.float32, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, window=None, rows=ROWS):
@@ -105,9 +105,9 @@ def test_blocks_are_one_softmax_and_a_query_without_a_key_gives_zero():
     rng = np.random.default_rng(1)
     q = rng.normal(size=(2, 5, 4, 8)).astype(np.float32)
     k, v = (rng.normal(size=(2, 2, 9, 8)).astype(np.float32) for _ in range(2))
-    text = Places(jnp.arange(5) + jnp.zeros((2, 1), jnp.int32), jnp.array([[1, 1, 0, 2, 2], [1, 1, 1, 1, 1]]))
-    both = Places(jnp.array(rng.integers(0, 6, (2, 9))), jnp.array(rng.integers(0, 3, (2, 9))))
-    cut = lambda x, s: Places(*(part[:, s] for part in x))  # noqa: E731
+    text = PackedPositions(jnp.arange(5) + jnp.zeros((2, 1), jnp.int32), jnp.array([[1, 1, 0, 2, 2], [1, 1, 1, 1, 1]]))
+    both = PackedPositions(jnp.array(rng.integers(0, 6, (2, 9))), jnp.array(rng.integers(0, 3, (2, 9))))
+    cut = lambda x, s: PackedPositions(*(part[:, s] for part in x))  # noqa: E731
     blocks = [KeyBlock(jnp.array(k[:, :, s]), jnp.array(v[:, :, s]), make_mask(text, cut(both, s))) for s in
               (slice(0, 4), slice(4, 9))]  # fmt: skip
     mask = np.array(make_mask(text, both).allowed)

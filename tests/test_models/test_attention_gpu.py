@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saisa_jax.models.attention import attend
-from saisa_jax.models.mask import KeyBlock, Places, make_mask
+from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask
 
 BATCH, TEXT, VISUAL, HEADS, KV_HEADS, HEAD_DIM = 3, 61, 128, 4, 2, 64
 
@@ -23,8 +23,8 @@ def inputs():
     positions = np.arange(TEXT) + np.where(np.arange(TEXT) > 9, VISUAL, 0)
     segments = np.tile(np.array([[1], [1], [0]]), (1, TEXT))
     segments[0, 40:] = 2
-    text = Places(jnp.tile(positions, (BATCH, 1)), jnp.asarray(segments))
-    visual = Places(
+    text = PackedPositions(jnp.tile(positions, (BATCH, 1)), jnp.asarray(segments))
+    visual = PackedPositions(
         jnp.tile(jnp.arange(10, 10 + VISUAL), (BATCH, 1)), jnp.tile(jnp.array([[1], [0], [0]]), (1, VISUAL))
     )
     keys = lambda length: (normal(KV_HEADS, length, HEAD_DIM) for _ in range(2))  # noqa: E731

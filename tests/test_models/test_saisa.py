@@ -10,7 +10,8 @@ import pytest
 
 from saisa_jax.config import ModelConfig, ProjectorConfig
 from saisa_jax.models.layers import take_layers
-from saisa_jax.models.saisa import Saisa, abstract_params, init_params, layer_runs, share_to_per_layer
+from saisa_jax.models.saisa import Saisa, abstract_params, init_params, share_to_per_layer
+from saisa_jax.models.streams import layer_groups
 from saisa_jax.testing.batches import IMAGE, make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
 
@@ -140,14 +141,14 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     """The layers one by one in Python: one sequence [V; T] with the whole mask, then what the alignment drops."""
     from saisa_jax.models.decoder import Block
     from saisa_jax.models.layers import rotate_keys, rotation
-    from saisa_jax.models.mask import KeyBlock, Places, make_mask
+    from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask
 
     model, block = Saisa(config), Block(config)
     bound = model.bind({"params": params})
-    visual, asking = bound._streams(batch, bound.encode_images(batch["images"]))
-    x, places = asking.x, Places(asking.positions, asking.segment_ids)
+    asking, visual = bound._streams(batch, bound.encode_images(batch["images"]))
+    x, places = asking.x, PackedPositions(asking.positions, asking.segment_ids)
     stream = None if visual is None else visual.x
-    for run in layer_runs(config):
+    for run in layer_groups(config):
         for i in range(run.start, run.stop):
             layers = {k: v for k, v in params["layers"].items() if k != "visual_proj"}
             own = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
@@ -160,7 +161,7 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
                 if config.alignment == "naavit":
                     stream = block.apply({"params": own}, stream, method="update_visual")
                 k = rotate_keys(k, rotation(visual.positions, config))
-                others = [KeyBlock(k, v, make_mask(places, Places(visual.positions, visual.segment_ids)))]
+                others = [KeyBlock(k, v, make_mask(places, PackedPositions(visual.positions, visual.segment_ids)))]
             rope = rotation(asking.positions, config)
             x, _, _ = block.apply({"params": own}, x, rope, make_mask(places, places), others)
     x = bound.final_norm(x[:, -batch["tokens"].shape[1] :])
@@ -255,11 +256,11 @@ def test_stage_2_starts_every_layer_from_a_copy_of_the_shared_projector():
 
 def test_runs_cover_the_layers_and_their_projectors():
     config = dataclasses.replace(tiny_config().model, num_layers=6, visual_layers=(0, 3, 4))
-    runs = list(layer_runs(config))
+    runs = list(layer_groups(config))
     assert [(r.start, r.stop, r.sees_image, r.first_projector) for r in runs] == [
         (0, 1, True, 0), (1, 3, False, 1), (3, 5, True, 1), (5, 6, False, 3),
     ]  # fmt: skip
-    assert len(list(layer_runs(tiny_config().model))) == 1
+    assert len(list(layer_groups(tiny_config().model))) == 1
     stack = {"a": np.arange(6)}
     assert take_layers(stack, 0, 6)["a"] is stack["a"] and take_layers(stack, 1, 3)["a"].tolist() == [1, 2]
 

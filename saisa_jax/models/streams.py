@@ -1,0 +1,111 @@
+"""The two streams of tokens, and where a layer's keys and values of the image come from.
+
+The decoder runs as a few scans, one for each group of layers of one kind (`layer_groups`). Of each layer, the query
+stream asks a visual source for the image's keys and values: `StreamedVisual` makes them as the layers run (training,
+scoring), `CachedVisual` has them from before (generation).
+
+Axes: B batch, V visual tokens, S tokens of a stream, D embed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from saisa_jax.config import ModelConfig
+from saisa_jax.models.kv_cache import VisualKV
+from saisa_jax.models.layers import Params, rotate_keys, rotation, take_layers
+from saisa_jax.models.mask import KeyBlock, make_mask
+
+
+class Stream(NamedTuple):
+    """Tokens of each row with where they stand: x [B, S, D], positions and segment_ids [B, S]."""
+
+    x: Any
+    positions: Any
+    segment_ids: Any
+
+
+class LayerGroup(NamedTuple):
+    """Layers start..stop that all see the image, or all do not; projectors first_projector.. belong to them."""
+
+    start: int
+    stop: int
+    sees_image: bool
+    first_projector: int
+
+    @property
+    def projectors(self) -> tuple[int, int]:
+        """Where the projectors of the group, and its keys and values of the image, start and stop in their stacks."""
+        return self.first_projector, self.first_projector + self.stop - self.start
+
+
+def layer_groups(config: ModelConfig, has_image: bool = True) -> Iterator[LayerGroup]:
+    """Maximal groups of layers of one kind: a single group if all layers see the image."""
+    start = projector = 0
+    visible = set(config.visible_layers) if has_image else set()
+    for sees, layers in itertools.groupby(range(config.num_layers), key=visible.__contains__):
+        stop = start + len(list(layers))
+        yield LayerGroup(start, stop, sees, projector)
+        projector += stop - start if sees else 0
+        start = stop
+
+
+class StreamedVisual:
+    """Keys and values of the image, made as the layers run: V_l is projected anew (SAISA), or carried on (NAAViT).
+
+    Args:
+      visual: the visual stream: raw features where each layer has its own projector, else tokens.
+      queries: the stream that attends to it.
+      config: the model.
+      projectors_of: the projectors of a group of layers, as parameters of its blocks.
+      visual_kv: (a layer's parameters, its projector, the visual stream) -> (the stream after the layer, (k, v)).
+    """
+
+    def __init__(
+        self,
+        visual: Stream,
+        queries: Stream,
+        config: ModelConfig,
+        projectors_of: Callable[[LayerGroup], Params],
+        visual_kv: Callable[[Params, Params, Any], tuple[Any, tuple[Any, Any]]],
+    ) -> None:
+        self.inputs = projectors_of  # what each layer of a group needs
+        self.length = visual.positions.shape[1]  # V
+        # What no layer changes is no part of the scan's carry, of which the backward pass keeps a copy for every layer.
+        self.state = visual.x if config.alignment == "naavit" else None
+        self._features = visual.x
+        self._visual_kv = visual_kv
+        self._rope = rotation(visual.positions, config)
+        self._mask = make_mask(queries, visual, config.sliding_window)
+
+    def read(self, params: Params, state: Any, projector: Params) -> tuple[Any, KeyBlock]:
+        """One layer: the state for the next one, and its keys (rotated) and values."""
+        after, (k, v) = self._visual_kv(params, projector, self._features if state is None else state)
+        return None if state is None else after, KeyBlock(rotate_keys(k, self._rope), v, self._mask)
+
+
+class CachedVisual:
+    """Keys and values of the image that were made before.
+
+    Args:
+      visual: of all layers that see the image, rotated to the positions of their rows.
+      queries: the stream that attends to them.
+      config: the model.
+    """
+
+    state = None
+
+    def __init__(self, visual: VisualKV, queries: Stream, config: ModelConfig) -> None:
+        self.length = visual.positions.shape[1]  # V
+        self._kv = visual.k, visual.v
+        self._mask = make_mask(queries, visual, config.sliding_window)
+
+    def inputs(self, group: LayerGroup) -> tuple[Any, Any]:
+        """What each layer of a group needs: its keys and values."""
+        return take_layers(self._kv, *group.projectors)
+
+    def read(self, params: Params, state: None, kv: tuple[Any, Any]) -> tuple[None, KeyBlock]:
+        """One layer: nothing for the next one, and its keys and values."""
+        return None, KeyBlock(kv[0], kv[1], self._mask)
