@@ -5,13 +5,18 @@
     @PROJECTORS.register("mlp")                                                      a module of that package
     class MLP(nn.Module): ...
 
-Every module of the package is imported when the first name is looked up, so a new entry is one new file in the folder.
-A program of one's own (a recipe, a notebook) registers by the same line without touching the package.
+Every module of the package is imported when a name is looked up first, so a new entry is one new file in the folder.
+A recipe or a notebook registers by the same line without touching the package, and so does an installed distribution,
+whose modules are named as entry points of that package:
+
+    [project.entry-points."saisa_jax.models.projectors"]
+    gated = "my_package.gated"
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -80,3 +85,5 @@ class Registry(Mapping[str, T], Generic[T]):
             self._complete = True
             for module in pkgutil.iter_modules(sys.modules[self._package].__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
+            for extension in importlib.metadata.entry_points(group=self._package):
+                extension.load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,10 @@ from saisa_jax.config import VisionConfig
 from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.encoders.convnext import ConvNext, depthwise
 from saisa_jax.models.encoders.vit import VisionEncoder
+from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.registry import UnknownNameError
+from saisa_jax.testing.batches import IMAGE, make_batch
+from saisa_jax.testing.configs import tiny_config
 
 
 def test_an_encoder_is_found_by_its_kind() -> None:
@@ -98,3 +102,43 @@ def test_earlier_stages_of_a_convnext() -> None:
     assert jax.tree.structure(kept) == jax.tree.structure(ConvNext(earlier).init(jax.random.key(0), images)["params"])
     features, _ = ConvNext(earlier).apply({"params": kept}, images)
     np.testing.assert_allclose(features, maps[1].reshape(2, 100, 16), rtol=0, atol=1e-6)
+
+
+POOLED = '''
+import flax.linen as nn
+import jax.numpy as jnp
+
+from saisa_jax.models.encoders import ENCODERS
+from saisa_jax.models.encoders.vit import cut_patches, normalized
+from saisa_jax.models.layers import dense
+
+
+@ENCODERS.register("pooled")
+class PooledPixels(nn.Module):
+    """A product over the mean colour of each patch."""
+
+    config: object
+    dtype: object = jnp.float32
+    param_dtype: object = jnp.float32
+    scan_layers: bool = True
+    remat_policy: str = "none"
+
+    @nn.compact
+    def __call__(self, images, capture=False):
+        patches = cut_patches(normalized(images, self.config), self.config.patch_size)
+        colors = patches.mean(axis=(3, 4)).reshape(len(images), -1, 3)
+        return dense(self.config.embed_dim, (None, "vision_embed"), name="colors")(colors), None
+'''
+
+
+def test_an_encoder_of_ones_own_is_one_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ENCODERS, "_entries", dict(ENCODERS))
+    (tmp_path / "pooled.py").write_text(POOLED)
+    runpy.run_path(str(tmp_path / "pooled.py"))
+    config = dataclasses.replace(tiny_config().model, vision=dataclasses.replace(VIT, kind="pooled"))
+    params = init_params(config, jax.random.key(0))
+    assert params["vision"]["colors"]["kernel"].shape == (3, VIT.embed_dim)
+    batch = make_batch(config, [[IMAGE, 5, 6]])
+    seen, _ = Saisa(config).apply({"params": params}, batch)
+    other, _ = Saisa(config).apply({"params": params}, dict(batch, images=255 - batch["images"]))
+    assert np.abs(seen - other)[..., : config.vocab_size].max() > 1e-4
