@@ -113,7 +113,7 @@ class Lease:
             if seen is None:
                 return
             if seen != found:
-                raise self._refused(seen)
+                raise self._refused(seen if _parsed(seen) else found)  # half written: the same holder's
         logging.warning("%s is dead: its lease of %s is taken over", _holder(found), self._directory)
 
     def _refused(self, seen: str | None) -> RunLockedError:

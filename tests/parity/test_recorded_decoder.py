@@ -13,7 +13,7 @@ import pytest
 from saisa_jax.batch import Batch
 from saisa_jax.convert.exporter import to_tensors
 from saisa_jax.models.mask import may_attend
-from saisa_jax.models.projectors.mlp import Projector
+from saisa_jax.models.projectors.mlp import MLPProjector
 
 if TYPE_CHECKING:
     from tests.parity.conftest import Fixture
@@ -70,7 +70,7 @@ def test_mask(saisa_tiny: Fixture, prompt: str) -> None:
 
 
 def test_projectors(recorded: Fixture) -> None:
-    projector = Projector(recorded.config)
+    projector = MLPProjector(recorded.config)
     if recorded.name == "llava_tiny":
         for picture in "ab":
             features = jnp.asarray(recorded.expected[f"image_{picture}.vision_features"])

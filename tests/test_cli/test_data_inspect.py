@@ -14,6 +14,7 @@ from saisa_jax.cli import data_inspect as inspect
 from saisa_jax.config import ConfigError
 from saisa_jax.data.sample import Turn
 from saisa_jax.data.text.conversation import encode
+from saisa_jax.testing import tokenizers
 
 P = 4
 TINY = "--config=saisa_jax/testing/configs.py"
@@ -24,6 +25,16 @@ SAMPLES = {
     "a/3": (Turn("user", "<image>\nwhat shape?"), Turn("assistant", "a circle")),
 }
 IDS = tuple(SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return tokenizers.byte_level()
+
+
+@pytest.fixture(scope="module")
+def sentence_piece():
+    return tokenizers.sentence_piece()
 
 
 def packed(tokenizer, template: str = "vicuna_v1") -> HostBatch:

@@ -22,6 +22,7 @@ from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.runs import timeless_rows
 from saisa_jax.training import loop
 from saisa_jax.training.optimizer import flatten
+from saisa_jax.training.setup import setup_stage
 
 
 def quiet(config: Config) -> Config:
@@ -45,7 +46,7 @@ def live(monkeypatch) -> Callable[..., int]:
             return to_device(*args)
 
         monkeypatch.setattr(loop.parallel, "to_device", to_device_and_stop)
-        monkeypatch.setattr(loop, "prepare", functools.partial(prepare, devices=jax.devices()[:devices]))
+        monkeypatch.setattr(loop, "setup_stage", functools.partial(setup_stage, devices=jax.devices()[:devices]))
         return loop.run(dataclasses.replace(config, mesh=MeshConfig(*mesh)), epath.Path(workdir))
 
     return live
