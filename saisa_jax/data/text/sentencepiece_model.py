@@ -26,7 +26,7 @@ def read_sentencepiece(path: str | os.PathLike[str]) -> Tokenizer | None:
     """
     from sentencepiece import sentencepiece_model_pb2  # needs protobuf; only these files do
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         with open(path, "rb") as file:
             proto.ParseFromString(file.read())
