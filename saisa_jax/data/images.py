@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.Image:
-    """An image as RGB, upright as its EXIF orientation says.
+    """An image as RGB, turned upright by its EXIF orientation.
 
     Palettes, grey and CMYK become RGB; an alpha channel is dropped, not blended, as LLaVA does; of 16-bit grey the high
     byte is kept; of an animation the first frame.
@@ -56,7 +56,7 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
 
 
 def read_image(source: ImageSource, sample_id: str = "") -> bytes:
-    """The encoded file of an image, as it lies on the disk.
+    """The encoded file of an image, as it is on the disk.
 
     Raises:
       DataError: there is none, or it cannot be read.
@@ -79,9 +79,9 @@ def prepare_image(
     Args:
       image: RGB.
       size: pixels of a side.
-      mode: `pad` puts the image in the middle of a square of the mean colour and resizes that; `square` resizes the
+      mode: `pad` puts the image in the middle of a square of the mean color and resizes that; `square` resizes the
         shorter side and cuts out the centre; `resize` changes the aspect. All resize bicubically.
-      mean: the vision encoder's mean, of R, G and B in 0..1; int(255 * mean) is the colour of the padding.
+      mean: the vision encoder's mean, of R, G and B in 0..1; int(255 * mean) is the color of the padding.
       sample_id: for errors.
 
     Raises:
@@ -105,7 +105,7 @@ def prepare_image(
 class ImageLoader:
     """Reads and prepares images, and keeps the last ones in memory; safe to share among threads.
 
-    Small sets of images are decoded once; of large ones as many are kept as fit, which costs little and helps little.
+    Small sets of images are decoded once; of large ones as many are kept as fit.
     """
 
     def __init__(self, size: int, mode: str, mean: Sequence[float], cache_bytes: int = 256 * 2**20) -> None:
@@ -122,7 +122,7 @@ class ImageLoader:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def __call__(self, source: ImageSource | Image.Image, sample_id: str = "") -> UInt8[np.ndarray, "size size 3"]:
-        """The prepared image, read-only. Only images that have a place are kept. Errors as `load_image`."""
+        """The prepared image, read-only. Only images with a path are kept. Errors as `load_image`."""
         key = _name(source) if isinstance(source, str | os.PathLike | StoredImage) else None
         if key is not None:
             with self._lock:
@@ -142,7 +142,7 @@ class ImageLoader:
 def augment(image: UInt8[np.ndarray, "size size 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
     """The image, perhaps mirrored left to right, and moved by up to 1/16 of its size.
 
-    What the move uncovers takes the background's colour, the median of the border.
+    The uncovered border takes the background's color, the median of the border.
     """
     mirror = bool(rng.integers(2))
     reach = image.shape[0] // 16
@@ -193,7 +193,7 @@ def _check_pixels(pixels: int, seen: str, sample_id: str) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the picture is good, only what the camera wrote beside it cannot be read
+    except Exception:  # the image itself is good; only its EXIF data cannot be read
         return image
 
 

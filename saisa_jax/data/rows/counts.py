@@ -1,4 +1,4 @@
-"""How long samples are: the text tokens and images of each, which rows are planned by."""
+"""The text tokens and images of each sample, from which rows are planned."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
 
 
 def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Changes with whatever changes the counts of the same samples: tokenizer, template, system prompt."""
+    """A hash of everything that the counts of the same samples depend on: tokenizer, template, system prompt."""
     template = find_template(config.stage(stage).template)
     parts = (tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _with_progress(total: int, stage: str) -> Iterator[int]:
-    """0..total - 1, with a line now and then."""
+    """0..total - 1, with a progress line now and then."""
     told = time.monotonic()
     for number in range(total):
         if time.monotonic() - told > _SECONDS_BETWEEN_LINES:

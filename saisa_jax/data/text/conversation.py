@@ -9,11 +9,11 @@ How text becomes tokens. A conversation is written as a stream of pieces: text, 
 - Text is never searched for control tokens: a user who types `</s>` gets its characters, not the end of the turn.
 - One BOS stands at the front where the template wants it and the tokenizer has one.
 - A byte-level BPE (Llama 3, Qwen, SmolLM) gets the space between `ASSISTANT:` and the answer as part of the answer, so
-  that its first token is the one that stands in running text. A SentencePiece tokenizer (Llama 2, Mistral) puts its own
+  that its first token is the one of running text. A SentencePiece tokenizer (Llama 2, Mistral) puts its own
   space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. After an
   image SentencePiece puts its space whatever the piece starts with, a newline or a written space: so did the code that
   LLaVA's and SAISA's published weights were trained with.
-- Words of either side lose white space at their ends.
+- White space at the ends of a turn is stripped.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def encode_prompt(
     num_images: int | None = None,
     sample_id: str = "",
 ) -> Encoded:
-    """A conversation that ends with a user turn, as the tokens after which the assistant is to speak.
+    """A conversation that ends with a user turn, as the tokens before the assistant's answer.
 
     Args and errors as `encode`; no token is supervised.
 
@@ -145,7 +145,7 @@ def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encod
     left out, and all after it. Fewer `image_positions` tell how many of the sample's images are left.
 
     Raises:
-      DataError: nothing of what is left is supervised.
+      DataError: nothing that is left is supervised.
     """
     tokens = len(encoded.tokens)
     count = min(text_length, int(np.searchsorted(encoded.positions, max_length)))  # positions rise
@@ -210,7 +210,7 @@ def _checked_turns(turns: Sequence[Turn], num_images: int | None, sample_id: str
 
 @dataclass
 class _Stream:
-    """Tokens as they are written, one piece after the other."""
+    """Tokens as they are appended, piece by piece."""
 
     num_patches: int
     tokens: list[int] = field(default_factory=list)
@@ -225,7 +225,7 @@ class _Stream:
             return
         self.tokens += ids
         self.supervised += [supervised] * len(ids)
-        if self.after_image:  # under SAISA no text token stands before it that has seen the image
+        if self.after_image:  # under SAISA no text token before it has attended to the image
             self.supervised[-len(ids)] = False
             self.after_image = False
         self.positions += range(self.next_position, self.next_position + len(ids))
@@ -335,7 +335,7 @@ class _TextEncoder:
         self.special = [str(token) for token in tokenizer.all_special_tokens]
         # SentencePiece: "a" alone is the piece "▁a".
         self.adds_space = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
-        self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates come again and again
+        self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates repeat
         self.end = lru_cache(maxsize=64)(self._end)
 
     def _ids(self, text: str, after_image: bool = False) -> tuple[int, ...]:
@@ -376,6 +376,6 @@ def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> _TextEncoder:
 
 @lru_cache(maxsize=4)
 def _cached_text_encoder(tokenizer: PreTrainedTokenizerFast, size: int) -> _TextEncoder:
-    """One encoder for a tokenizer, made anew when tokens were added to it (`size`)."""
+    """One encoder for a tokenizer, remade when tokens were added to it (`size`)."""
     del size
     return _TextEncoder(tokenizer)
