@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -23,6 +24,8 @@ from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 # RGB; as 16 bits without compression they are the bytes.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**29
+MAX_WARNINGS = 20  # of images that become one colour
+_warnings = itertools.count()  # absl's own `log_first_n` was seen to count all its callers together
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
@@ -207,12 +210,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     converted = image.convert("RGB")
     clipped = image.mode.startswith("I") and np.median(np.asarray(image)) > 255
-    if (clipped or _one_value(converted)) and not _one_value(image):
-        logging.log_first_n(
-            logging.WARNING,
+    if (clipped or _one_value(converted)) and not _one_value(image) and next(_warnings) < MAX_WARNINGS:
+        logging.warning(
             "%s becomes one colour, or nearly, when it is read as RGB, though it holds several values (mode %s): "
             "transparency is dropped, and grey above 255 is clipped, as in LLaVA; save it as 8-bit RGB",
-            20,
             name,
             image.mode,
         )

@@ -24,6 +24,7 @@ from saisa_jax.data.text.templates import find_template
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
 
 _SECONDS_BETWEEN_LINES = 10
+_MAX_WARNINGS = 20  # of samples that are left out
 
 
 def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
@@ -39,6 +40,7 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
     encoder = Encoder(config, stage, tokenizer)
     tokens, images = np.zeros(len(samples), np.int32), np.zeros(len(samples), np.int32)
     empty: list[DataError] = []
+    left_out = 0
     for number in _with_progress(len(samples), stage):
         try:
             encoded = encoder.whole(samples[number])
@@ -48,7 +50,8 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
         except DataError as error:
             if config.data.on_error == "raise":
                 raise
-            logging.log_first_n(logging.WARNING, "left out: %s", 20, error)
+            if (left_out := left_out + 1) <= _MAX_WARNINGS:
+                logging.warning("left out: %s", error)
             continue
         tokens[number], images[number] = len(encoded.tokens), len(encoded.image_positions)
     if empty:
