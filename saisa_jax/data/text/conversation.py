@@ -14,7 +14,7 @@ How text becomes tokens. A conversation is written as a stream of pieces: text, 
   image SentencePiece puts its space whatever the piece starts with, a newline or a written space: so did the code that
   LLaVA's and SAISA's published weights were trained with. After a control token it puts none where the tokenizer says
   `legacy=False`, as Vicuna 1.5's does: the second `USER` of a conversation is another token than the first.
-- White space at the ends of a turn is stripped.
+- Words of either side lose white space at their ends.
 """
 
 from __future__ import annotations
