@@ -48,7 +48,7 @@ def make(llm: str, vision: str | VisionConfig, alignment: str = "saisa", **overr
 
     Args:
       llm: a name in LLMS.
-      vision: a name in VISIONS, or an encoder of one's own (`dataclasses.replace(VISIONS[name], image_size=224)`).
+      vision: a name in VISIONS, or a custom encoder (`dataclasses.replace(VISIONS[name], image_size=224)`).
       alignment: saisa | naavit | llava. SAISA gets a projector for each layer, the others have one.
       **overrides: further fields of ModelConfig; they win over the preset's.
 

@@ -34,7 +34,7 @@ class Siglip(Clip):
         "siglip-so400m-384": VisionConfig(
             family="siglip",
             **switches,
-            image_size=384,  # of which 27 x 27 patches of 14 see 378
+            image_size=384,  # 27 x 27 patches of 14 pixels cover 378 of them
             patch_size=14,
             embed_dim=1152,
             num_layers=27,
