@@ -89,6 +89,8 @@ def _import(args: argparse.Namespace) -> None:
     kept = [key for piece in plan.pieces for key in piece.match.ignored]
     print(f"tensors that the model never reads, kept in the sidecar: {len(kept)}")
     print(f"template {config.stage(plan.stage).template}; alignment {config.model.alignment}; stage {plan.stage}")
+    if "vision" in plan.parts:
+        print(f"images are made square by model.vision.image_mode={config.model.vision.image_mode}")
     _print_peak(document["leaves"])
 
 

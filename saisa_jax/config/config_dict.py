@@ -81,12 +81,13 @@ def from_saved(raw: Mapping[str, Any]) -> Config:
 
 
 def upgrade_saved(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the fields that it was written without, where a default would say something else."""
+    """A saved configuration with the fields of `model` that an earlier version wrote it without."""
     model = raw.get("model")
     vision = model.get("vision") if isinstance(model, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(vision, Mapping) or "family" in vision:
+    if not isinstance(model, Mapping) or not isinstance(vision, Mapping):
         return dict(raw)
-    return {**raw, "model": {**model, "vision": {**vision, "family": _family_by_switches(vision)}}}
+    vision = {"family": _family_by_switches(vision), **vision}
+    return {**raw, "model": {"end_token_ids": (), **model, "vision": vision}}
 
 
 def _family_by_switches(vision: Mapping[str, Any]) -> str:

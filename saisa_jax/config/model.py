@@ -226,6 +226,7 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2
     sliding_window: int | None = None  # Mistral; None: full causal attention
     visual_layers: tuple[int, ...] | None = None  # SAISA: which layers attend to the image; None: all
+    end_token_ids: tuple[int, ...] = ()  # tokens that end an answer besides the template's, as an import's files say
     dtype: str = "bfloat16"  # of activations
     param_dtype: str = "float32"
     remat_policy: str = "none"
@@ -251,6 +252,10 @@ class ModelConfig:
             f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}",
         )
         check(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for rotary embeddings")
+        check(
+            all(0 <= token < self.vocab_size for token in self.end_token_ids),
+            f"model.end_token_ids={self.end_token_ids} must be below model.vocab_size={self.vocab_size}",
+        )
         if self.sliding_window is not None:
             positive("model.sliding_window", self.sliding_window)
         if self.alignment != "saisa":

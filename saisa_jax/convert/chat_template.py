@@ -1,8 +1,9 @@
-"""How an imported model wants to be spoken to: its tokenizer, template and system prompt."""
+"""How an imported model wants to be spoken to: its template, system prompt and end tokens."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from saisa_jax.convert.rows import ConvertError
@@ -37,6 +38,24 @@ def find_chat_template(
     if system_prompt is None and name in HEADERS and HEADERS[name] in chat:
         system_prompt = _own_system(tokenizer, TEMPLATES[name])
     return name, system_prompt
+
+
+def find_end_tokens(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer: Any, vocab_size: int
+) -> tuple[int, ...]:
+    """Every token that ends an answer of this model, whoever says so; sorted.
+
+    Chat models have several: the one of a turn in generation_config.json, that of a document in the tokenizer.
+
+    Args:
+      config: of config.json; a multimodal one says it in its text_config.
+      generation_config: of generation_config.json; empty: there is none.
+      tokenizer: None: the model has none.
+    """
+    said = [source.get("eos_token_id") for source in (generation_config, config, config.get("text_config") or {})]
+    said.append(getattr(tokenizer, "eos_token_id", None))
+    tokens = {token for ids in said for token in (ids if isinstance(ids, list) else [ids])}
+    return tuple(sorted(token for token in tokens if isinstance(token, int) and 0 <= token < vocab_size))
 
 
 def _guess(tokenizer: Any, chat: str) -> str:

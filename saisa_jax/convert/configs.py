@@ -15,7 +15,7 @@ from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionCo
 from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.family import DecoderFamily
 from saisa_jax.convert.files.open import open_checkpoint
-from saisa_jax.convert.hf_json import CONFIG, PREPROCESSOR_CONFIG, read_json, read_json_if_there
+from saisa_jax.convert.hf_json import CONFIG, read_json, read_preprocessor
 from saisa_jax.convert.layouts import decoder_family, encoder_family
 from saisa_jax.convert.match import layout_of
 from saisa_jax.convert.rows import ConvertError
@@ -86,7 +86,7 @@ def vision_config_from_hf(
     select_layer = family.select_layer if select_layer is None else select_layer
     if not isinstance(select_layer, int):
         raise ConvertError(f"{source}: features of several layers ({select_layer!r}) are not supported, only of one")
-    preprocessor = read_json_if_there(source / PREPROCESSOR_CONFIG)
+    preprocessor = read_preprocessor(source)
     try:
         family.check_fields(fields)
         return VisionConfig(
@@ -99,6 +99,16 @@ def vision_config_from_hf(
         )
     except (ConfigError, TypeError) as error:
         raise ConvertError(f"{source}: {error}") from error
+
+
+def image_mode_from_hf(preprocessor: Mapping[str, Any]) -> str | None:
+    """How an image is made square (`model.vision.image_mode`); None: it does not say."""
+    if preprocessor.get("do_pad"):
+        return "pad"
+    if preprocessor.get("do_center_crop", str(preprocessor.get("image_processor_type")).startswith("CLIP")):
+        return "square"
+    size = preprocessor.get("size")
+    return "resize" if isinstance(size, Mapping) and {"height", "width"} <= set(size) else None
 
 
 def _unknown(raw: Mapping[str, Any], source: Path, known: Mapping[str, Any]) -> ConvertError:
@@ -148,7 +158,8 @@ def config_from_hf(
 def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     if "vision_config" not in raw or "text_config" not in raw:
         raise ConvertError(f"{directory / CONFIG} has no text_config and vision_config, as llava-hf has")
-    tower = vision_config_from_hf(raw["vision_config"], directory, raw.get("vision_feature_layer", -2))
+    mode = image_mode_from_hf(read_preprocessor(directory))
+    tower = vision_config_from_hf(raw["vision_config"], directory, raw.get("vision_feature_layer", -2), mode)
     _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
     _expect(raw, "projector_hidden_act", "gelu", directory)
     text = dict(raw["text_config"])
@@ -162,7 +173,9 @@ def _original(
     """The layouts saisa and llava."""
     _expect(raw, "mm_projector_type", "mlp2x_gelu", directory)
     folder = vision_directory(directory, vision)
-    mode = "pad" if raw.get("image_aspect_ratio") == "pad" else "square"  # LLaVA's default is CLIP's centre crop
+    mode = "pad"
+    if raw.get("image_aspect_ratio") != "pad":  # then as the tower's own processor does; CLIP's is a centre crop
+        mode = image_mode_from_hf(read_preprocessor(folder) | {"do_pad": False}) or "square"
     select = raw.get("mm_vision_select_layer", select_layer)
     tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
     if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
@@ -222,8 +235,12 @@ def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
     return {"architectures": [family.architecture], "model_type": family.model_type, **fields}
 
 
-def preprocessor_to_hf(config: VisionConfig) -> dict[str, Any]:
-    """The preprocessor_config.json of the encoder: how pictures become pixels."""
+def preprocessor_to_hf(config: VisionConfig, *, in_llava: bool = False) -> dict[str, Any]:
+    """The preprocessor_config.json: how pictures become pixels.
+
+    Args:
+      in_llava: of llava-hf, whose processor can pad; an encoder's own cannot, and crops where we pad.
+    """
     size = config.image_size
     square = config.image_mode != "resize"
     raw: dict[str, Any] = {
@@ -231,6 +248,7 @@ def preprocessor_to_hf(config: VisionConfig) -> dict[str, Any]:
         "do_resize": True,
         "size": {"shortest_edge": size} if square else {"height": size, "width": size},
         "resample": 3,  # bicubic
+        "do_center_crop": square,  # said in both cases: the default of CLIP's class is to crop
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -238,8 +256,10 @@ def preprocessor_to_hf(config: VisionConfig) -> dict[str, Any]:
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
     }
+    if in_llava and config.image_mode == "pad":
+        raw |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     if square:
-        raw |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+        raw["crop_size"] = {"height": size, "width": size}
     return raw
 
 

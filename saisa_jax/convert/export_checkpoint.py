@@ -26,7 +26,7 @@ from saisa_jax.convert.layouts import TOWER_APART, layout_for
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.target import check_room, check_target, written_whole
 from saisa_jax.convert.write import SHARD_BYTES, ParamsSource, write_shards
-from saisa_jax.data.text.conversation import IMAGE
+from saisa_jax.data.text.conversation import IMAGE, end_token_id
 from saisa_jax.models.saisa import share_to_per_layer
 
 TOWER = "vision_tower"  # the folder of the tower, beside a checkpoint in the layout saisa or llava
@@ -48,6 +48,7 @@ class _Model:
     params: dict[str, Any]
     config: ModelConfig
     tokenizer: Any
+    end_tokens: tuple[int, ...]  # at which our generation stops
     leaves: Mapping[str, Any]
     sources: dict[str, tuple[Source, Path]]
 
@@ -122,7 +123,11 @@ def _load(checkpoint: str | Path, layout: str) -> _Model:
         # Stage 1's projector, which serves every layer.
         model = dataclasses.replace(model, projector=dataclasses.replace(model.projector, sharing="per_layer"))
         params = share_to_per_layer(params, model)
-    return _Model(params, model, tokenizer, document["leaves"], sources)
+    ends = model.end_token_ids
+    if tokenizer is not None:
+        template_end = end_token_id(config.stage(document["metadata"]["stage"]).template, tokenizer)
+        ends = tuple(dict.fromkeys((tokenizer.eos_token_id, template_end, *ends)))
+    return _Model(params, model, tokenizer, ends, document["leaves"], sources)
 
 
 def _pieces(model: _Model, layout: str, dtype: str | None) -> Iterator[_Piece]:
@@ -205,14 +210,16 @@ def _written(model: _Model, layout: str, tower: str, torch_dtype: str) -> dict[s
     vision = _vision(model, layout)
     files: dict[str, dict[str, Any]] = {}
     if layout in ("hf-vision", "llava-hf"):
-        files[PREPROCESSOR_CONFIG] = preprocessor_to_hf(vision)
+        files[PREPROCESSOR_CONFIG] = preprocessor_to_hf(vision, in_llava=layout == "llava-hf")
     if layout == "hf-vision":
         return files | {CONFIG: vision_to_hf(vision) | {"torch_dtype": torch_dtype}}
     config, ids, image_token = dataclasses.replace(model.config, vision=vision), {}, None
     if model.tokenizer is not None:
         ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         image_token = _image_token(model) if layout == "llava-hf" else None
-        files[GENERATION_CONFIG] = ids
+    if model.end_tokens:
+        several = list(model.end_tokens) if len(model.end_tokens) > 1 else model.end_tokens[0]
+        files[GENERATION_CONFIG] = ids | {"eos_token_id": several}
     raw = (
         decoder_to_hf(config)
         if layout == "hf-llm"

@@ -12,6 +12,7 @@ from saisa_jax.convert.rows import ConvertError
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
+PROCESSOR_CONFIG = "processor_config.json"  # of a multimodal processor; since transformers 5 with all of its parts
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -34,6 +35,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_there(path: Path) -> dict[str, Any]:
     """The same; {}: there is no such file."""
     return read_json(path) if path.is_file() else {}
+
+
+def read_preprocessor(directory: Path) -> dict[str, Any]:
+    """How a directory's pictures become pixels; {}: it does not say."""
+    nested = read_json_if_there(directory / PROCESSOR_CONFIG).get("image_processor")
+    return read_json_if_there(directory / PREPROCESSOR_CONFIG) or dict(nested or {})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

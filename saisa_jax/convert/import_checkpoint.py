@@ -25,11 +25,12 @@ from saisa_jax.config import (
     VisionConfig,
 )
 from saisa_jax.convert import sidecar
-from saisa_jax.convert.chat_template import find_chat_template
+from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
 from saisa_jax.convert.configs import config_from_hf
 from saisa_jax.convert.files.hub import resolve
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
+from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
 from saisa_jax.convert.match import layout_of
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
@@ -219,10 +220,12 @@ def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) 
     if tokenizer is not None:
         multimodal = "projector" in plan.parts
         template, system_prompt = find_chat_template(tokenizer, multimodal, options.template, options.system_prompt)
-    sharing = plan.model.projector.sharing
+    source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
+    generation_config = read_json_if_there(source.where / GENERATION_CONFIG)
+    ends = find_end_tokens(source.config(), generation_config, tokenizer, plan.model.vocab_size)
     return Config(
         name=to.name,
-        model=plan.model,
+        model=dataclasses.replace(plan.model, end_token_ids=ends),
         data=DataConfig(system_prompt=system_prompt, tokenizer=str(to.resolve() / "tokenizer")),
         finetune=StageConfig(template=template, sharing=sharing),
     )

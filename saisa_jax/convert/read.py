@@ -41,19 +41,32 @@ def read_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, array) for each row of the parts, reading tensor by tensor; nothing but the one array is held.
 
+    After the last, raises ConvertError if there were tensors that hold inf or NaN; all are listed.
+
     Args:
       spelt: what `match` found and checked.
       dtype: of the arrays; None: that of the files.
     """
+    broken: list[str] = []
     for row in layout.only(parts):
-        yield row.path, _read_row(tensors, row, spelt, dtype)
+        yield row.path, _read_row(tensors, row, spelt, dtype, broken)
+    if broken:
+        raise ConvertError(
+            f"{tensors.where} holds inf or NaN, with which no model can answer or be trained, in {len(broken)} "
+            "tensors:\n  " + "\n  ".join(broken)
+        )
 
 
-def _read_row(tensors: TensorSource, row: TensorRow, spelt: dict[str, str], dtype: Any) -> np.ndarray:
+def _read_row(
+    tensors: TensorSource, row: TensorRow, spelt: dict[str, str], dtype: Any, broken: list[str]
+) -> np.ndarray:
     first = DTYPES[tensors.dtype_name(spelt[row.keys[0]])]
     array = np.zeros(row.shape, dtype if dtype is not None else first)
     for i, key in enumerate(row.keys):  # straight into its place: at most one tensor of theirs is held beside it
-        row.fill(array if row.layers is None else array[i], tensors.read(spelt[key]))
+        tensor = tensors.read(spelt[key])
+        if not np.isfinite(tensor).all():
+            broken.append(spelt[key])
+        row.fill(array if row.layers is None else array[i], tensor)
     return array
 
 

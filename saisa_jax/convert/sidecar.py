@@ -82,7 +82,7 @@ def _described(config: ModelConfig, layout: str) -> ModelConfig | VisionConfig:
     """What a config.json of the layout speaks of; how a model is run on a device is never in it."""
     if layout == "hf-vision":
         return config.vision
-    names = ["dtype", "param_dtype", "remat_policy", "scan_layers", "attention_impl", "lora"]
+    names = ["dtype", "param_dtype", "remat_policy", "scan_layers", "attention_impl", "lora", "end_token_ids"]
     if layout == "hf-llm":
         names += ["vision", "visual_layers", "projector", "alignment"]
     return dataclasses.replace(config, **{name: getattr(ModelConfig(), name) for name in names})

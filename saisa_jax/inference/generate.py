@@ -82,14 +82,14 @@ class Generator:
 
     Args:
       config: the model.
-      eos_ids: tokens that end an answer.
+      eos_ids: tokens that end an answer, besides those of the model (`end_token_ids`).
       multiple_of: the least number of images that go through `encode`: the devices over which they are split.
     """
 
     def __init__(self, config: ModelConfig, eos_ids: Sequence[int], multiple_of: int = 1):
         self.config = config
         self.multiple_of = multiple_of
-        self.eos_ids = tuple(eos_ids)
+        self.eos_ids = tuple(dict.fromkeys((*eos_ids, *config.end_token_ids)))
         self._model = Saisa(config)
         self._encode = jax.jit(self._run_encode)
         self._split = jax.jit(

@@ -51,6 +51,15 @@ def quantise(directory: Path) -> None:
     save_file({key: value.view(np.int16) for key, value in held.items()}, shard)
 
 
+def poison(directory: Path) -> None:
+    for shard, value in zip(sorted(directory.glob("*.safetensors"))[:2], (np.inf, np.nan), strict=True):
+        held = load_file(shard)
+        name = min(held)
+        changed = np.array(held[name])
+        changed.reshape(-1)[-1] = value
+        save_file({**held, name: changed}, shard)
+
+
 def forget(directory: Path) -> None:
     file = directory / "model.safetensors.index.json"
     raw = json.loads(file.read_text())
@@ -62,6 +71,7 @@ def forget(directory: Path) -> None:
     ("spoil", "message"),
     [
         (truncate, "truncated"),
+        (poison, "holds inf or NaN, with which no model can answer or be trained, in 2 tensors:"),
         (quantise, "is I16, expected a float"),
         (forget, "model.norm.weight (in model-"),
         (edit("config.json", num_hidden_layers=3), "missing     model.layers.2."),

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.convert.chat_template import find_chat_template
+from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
 from saisa_jax.convert.rows import ConvertError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -59,3 +59,19 @@ def test_the_users_choice_comes_first() -> None:
 def test_no_template_fits() -> None:
     with pytest.raises(ConvertError, match=r"say --template=NAME"):
         find_chat_template(tokenizer("a"), False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "expected"),
+    [
+        ({}, {"eos_token_id": [6, 5]}, (1, 5, 6)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, (1, 5, 7)),
+        ({"text_config": {"eos_token_id": [7, 8]}}, {}, (1, 7, 8)),
+        ({"eos_token_id": 900, "text_config": None}, {"eos_token_id": None}, (1,)),  # no token of this vocabulary
+    ],
+)
+def test_every_end_token_whoever_says_so(config, generation_config, expected) -> None:
+    made = tokenizer("</s>")
+    made.eos_token = "</s>"
+    assert find_end_tokens(config, generation_config, made, vocab_size=100) == expected
+    assert 1 not in find_end_tokens(config, generation_config, None, vocab_size=100)

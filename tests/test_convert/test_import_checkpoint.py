@@ -17,14 +17,17 @@ import pytest
 from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
+from transformers import AutoImageProcessor
 
 import saisa_jax
 from saisa_jax import parallel
 from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
+from saisa_jax.convert.configs import config_from_hf, preprocessor_to_hf
 from saisa_jax.convert.files.safetensors import read_header
 from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
+from saisa_jax.data.images import prepare_image
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
@@ -182,6 +185,39 @@ def test_export_of_a_model_that_was_not_imported(layout: str, tmp_path: Path) ->
     if layout != "hf-llm":
         assert same == config.model
         assert back.model.vision.num_used_layers == config.model.vision.num_used_layers
+
+
+def test_an_answer_ends_at_every_token_that_the_files_name(tmp_path: Path) -> None:
+    raw = write_checkpoint(tmp_path / "llm", "hf-llm")
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(raw | {"eos_token_id": 3}))
+    (tmp_path / "llm" / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    convert("import", "--from", tmp_path / "llm", "--to", tmp_path / "after")
+    model = saisa_jax.load(str(tmp_path / "after"))
+    ends = {3, 5, 9, model.tokenizer.eos_token_id}
+    assert set(model.model_config.end_token_ids) == set(model.generator.eos_ids) == ends
+
+    params, config, tokenizer, metadata = load_model(tmp_path / "after")
+    save_model(tmp_path / "plain", params, config, tokenizer, metadata)
+    convert("export", "--from", tmp_path / "plain", "--layout", "hf-llm", "--to", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(written) == ends
+
+
+@pytest.mark.parametrize("mode", ["pad", "square", "resize"])
+def test_pictures_become_pixels_as_the_files_say(mode: str, tmp_path: Path) -> None:
+    """transformers' own processor gives the pixels that we compute with, from what we write and from what we read."""
+    vision = dataclasses.replace(tiny_model("llava-hf").vision, image_mode=mode)
+    model = dataclasses.replace(tiny_model("llava-hf"), vision=vision)
+    raw = write_checkpoint(tmp_path / "in", "llava-hf", model)
+    (tmp_path / "in" / "preprocessor_config.json").write_text(json.dumps(preprocessor_to_hf(vision, in_llava=True)))
+    read = config_from_hf(tmp_path / "in", layout="llava-hf", raw=raw).vision
+    assert read.image_mode == mode
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8))
+    ours = prepare_image(image, read.image_size, read.image_mode, read.image_mean)
+    ours = (ours / np.float32(255) - np.float32(read.image_mean)) / np.float32(read.image_std)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "in", backend="pil")
+    theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.multi_device
