@@ -206,7 +206,7 @@ def _answers(
 ) -> Iterator[list[dict[str, Any]]]:
     """Predictions of a batch after the other, shortest prompts first: a batch is compiled for a bucket of lengths, so
     there are few kinds. A batch that was answered `before` as a whole is left out."""
-    prompts: dict[Any, Sequence[int] | DataError] = {}
+    prompts: dict[Any, Any] = {}  # token ids, or a DataError
     for item in items:
         if _key(item) not in prompts:
             prompts[_key(item)] = _prompt(model, item)

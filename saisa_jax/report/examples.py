@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Prediction = dict[str, Any]
 
 
-def is_right(row: Prediction) -> bool:
+def is_right(row: Mapping[str, Any]) -> bool:
     """Whether an answer is right, or by a soft score (VQA) more right than wrong."""
     return row["score"] >= 0.5
 
