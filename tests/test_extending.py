@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from saisa_jax.config import ATTENTION_IMPLS, ModelConfig, ProjectorConfig, SourceConfig
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.text.conversation import encode
@@ -97,9 +97,9 @@ def test_data_source(run: Run, tmp_path: Path) -> None:
     source = SourceConfig("words", path=str(tmp_path / "words.txt"))
     finetune = dataclasses.replace(config.finetune, sources=(source,), validation=())
     data = dataclasses.replace(config.data, turns_per_sample=None)
-    iterator = train_iterator(
+    iterator = StageData(
         dataclasses.replace(config, finetune=finetune, data=data), "finetune", load_tokenizer("easy_vqa")
-    )
+    ).batches()
     batch = next(iterator)
     iterator.close()
     assert {name.split("/")[0] for row in batch.sample_ids for name in row} == {"words"}
