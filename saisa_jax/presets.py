@@ -127,7 +127,7 @@ VISIONS: dict[str, VisionConfig] = {
     ),
     "siglip-so400m-384": VisionConfig(
         family="siglip",
-        image_size=384,  # of which 27 x 27 patches of 14 see 378
+        image_size=384,  # 27 x 27 patches of 14 pixels cover 378 of them
         patch_size=14,
         embed_dim=1152,
         num_layers=27,
@@ -191,7 +191,7 @@ def make(llm: str, vision: str | VisionConfig, alignment: str = "saisa", **overr
 
     Args:
       llm: a name in LLMS.
-      vision: a name in VISIONS, or an encoder of one's own (`dataclasses.replace(VISIONS[name], image_size=224)`).
+      vision: a name in VISIONS, or a custom encoder (`dataclasses.replace(VISIONS[name], image_size=224)`).
       alignment: saisa | naavit | llava. SAISA gets a projector for each layer, the others have one.
       **overrides: further fields of ModelConfig; they win over the preset's.
 
