@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from saisa_jax.config.checks import ConfigError, check
 from saisa_jax.config.run import Config
+from saisa_jax.config.training import STAGES
 
 T = TypeVar("T")
 
@@ -81,13 +82,24 @@ def from_saved(raw: Mapping[str, Any]) -> Config:
 
 
 def upgrade_saved(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the fields of `model` that an earlier version wrote it without."""
+    """A saved configuration with the fields of `model` that an earlier version wrote it without, and others renamed."""
+    raw = dict(raw)
+    evaluation = raw.get("evaluation")
+    if isinstance(evaluation, Mapping) and "task" in evaluation:  # it said easy_vqa, whatever a run was trained on
+        kept = {name: value for name, value in evaluation.items() if name != "task"}
+        raw["evaluation"] = {"tasks": (evaluation["task"],) if _reads(raw, evaluation["task"]) else (), **kept}
     model = raw.get("model")
     vision = model.get("vision") if isinstance(model, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(vision, Mapping):
-        return dict(raw)
-    vision = {"family": _family_by_switches(vision), **vision}
-    return {**raw, "model": {"end_token_ids": (), **model, "vision": vision}}
+    if isinstance(model, Mapping) and isinstance(vision, Mapping):
+        vision = {"family": _family_by_switches(vision), **vision}
+        raw["model"] = {"end_token_ids": (), **model, "vision": vision}
+    return raw
+
+
+def _reads(raw: Mapping[str, Any], source_format: str) -> bool:
+    """Whether a stage of a saved configuration is trained on a source of that format."""
+    stages = [raw[name] for name in STAGES if isinstance(raw.get(name), Mapping)]
+    return any(source.get("format") == source_format for stage in stages for source in stage.get("sources", ()))
 
 
 def _family_by_switches(vision: Mapping[str, Any]) -> str:
