@@ -91,11 +91,17 @@ format: $(VENV)/installed-dev  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+.PHONY: docs
+docs: $(VENV)/installed-dev  ## the documentation site, site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # --- housekeeping -----------------------------------------------------------------------------------------------------
 
 .PHONY: clean help
 clean:  ## remove environments and caches; runs/ stays
-	rm -rf .venv* .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv* .cache .pytest_cache .ruff_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -4,12 +4,11 @@ python eval.py --workdir=runs/demo
 python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
 """
 
-import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 from absl import app, flags, logging
+
+from saisa_jax.cli.process import quiet_libraries
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its last finished stage is evaluated.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A finished model, instead of --workdir.")
@@ -58,4 +57,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     app.run(main)

@@ -4,17 +4,15 @@ A run that was stopped goes on where it was when it is started again with the sa
 configuration, parameters, batch, bytes and FLOPs are printed, for the devices that there are or for --topology=v5e:4x4.
 """
 
-import os
 import signal
 import sys
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from saisa_jax.cli.flags import parse_flags
+from saisa_jax.cli.process import quiet_libraries
 from saisa_jax.config import Config, ConfigError, from_config_dict
 from saisa_jax.errors import UserError
 
@@ -56,5 +54,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=_parse_flags)

@@ -39,6 +39,7 @@ def get_config(variant: str = "saisa") -> ConfigDict:
     sharing = "per_layer" if alignment == "saisa" else "shared"
 
     vision = VisionConfig(
+        family="siglip",
         image_size=64,
         patch_size=8,
         embed_dim=128,

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from saisa_jax.cli.process import quiet_libraries
 from saisa_jax.errors import UserError
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
@@ -46,4 +47,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

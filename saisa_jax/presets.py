@@ -108,6 +108,7 @@ LLMS: dict[str, dict[str, Any]] = {
 
 VISIONS: dict[str, VisionConfig] = {
     "clip-vit-l-336": VisionConfig(
+        family="clip",
         image_size=336,
         patch_size=14,
         embed_dim=1024,
@@ -125,6 +126,7 @@ VISIONS: dict[str, VisionConfig] = {
         image_mode="pad",
     ),
     "siglip-so400m-384": VisionConfig(
+        family="siglip",
         image_size=384,  # of which 27 x 27 patches of 14 see 378
         patch_size=14,
         embed_dim=1152,
@@ -142,6 +144,7 @@ VISIONS: dict[str, VisionConfig] = {
         image_mode="resize",
     ),
     "dinov2-small": VisionConfig(
+        family="dinov2",
         image_size=518,  # the size of its table of positions, 37 x 37
         patch_size=14,
         embed_dim=384,
@@ -162,6 +165,7 @@ VISIONS: dict[str, VisionConfig] = {
     ),
     "convnext-xlarge-384": VisionConfig(
         kind="convnext",
+        family="convnext",
         image_size=384,
         patch_size=32,
         embed_dim=2048,

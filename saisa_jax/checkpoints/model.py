@@ -40,7 +40,7 @@ from saisa_jax.checkpoints.checksums import (
     unseal,
 )
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
-from saisa_jax.config import Config, ConfigError, from_config_dict, to_dict
+from saisa_jax.config import Config, ConfigError, from_saved, to_dict
 
 SIDECAR = "sidecar"
 # Writes further files into the directory of an unfinished model: (directory, account of the parameters).
@@ -309,7 +309,7 @@ def _read_config(where: epath.Path, files: Mapping[str, int]) -> Config:
     if zlib.crc32(content) != files["config.json"]:
         logging.warning("%s was changed after the model was saved", path)  # by hand, which is allowed
     try:
-        return from_config_dict(Config, json.loads(content))
+        return from_saved(json.loads(content))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except ValueError as error:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
-import logging as python_logging
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
@@ -59,7 +55,6 @@ def stored_tree(tree: Any) -> dict[str, Any]:
 
 def write_tree(path: epath.Path, tree: Any) -> None:
     """Writes arrays, and returns when they are there; Orbax holds copies of one large array at a time."""
-    _silence_abandoned_reads()  # and writes
     stored = stored_tree(tree)
     largest = max((leaf.nbytes for leaf in jax.tree.leaves(stored)), default=0)
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=math.ceil(largest / 1e9) or 1)
@@ -87,45 +82,13 @@ def complete(restored: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
 
 def read(what: str, act: Callable[[], T]) -> T:
     """What `act` reads; whatever goes wrong is a DamagedError."""
-    _silence_abandoned_reads()
     try:
         return act()
     except Exception as error:  # Orbax raises almost anything
         raise DamagedError(f"{what} cannot be read: {first_line(error)}") from error
 
 
-@functools.cache
-def _silence_abandoned_reads() -> None:
-    """When one of Orbax's reads fails, the others are dropped, and each of them prints pages; not any more."""
-    hook = sys.unraisablehook
-
-    def quiet(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        abandoned = "orbax" in code.co_filename if code else str(unraisable.exc_value) == "Event loop is closed"
-        if not abandoned:
-            hook(unraisable)
-
-    sys.unraisablehook = quiet
-
-
 def first_line(error: Exception) -> str:
     """An error in one line; TensorStore appends pages."""
     lines = str(error).partition(" See full TensorStore details")[0].strip().removesuffix(".").splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _quiet_absl(record: python_logging.LogRecord) -> bool:
-    """Lets Orbax's warnings and errors pass, not its dozens of lines about every save; tracebacks are ours to raise."""
-    if "orbax" in record.pathname:
-        record.exc_info = None
-        return record.levelno >= python_logging.WARNING
-    return True
-
-
-def _quiet_asyncio(record: python_logging.LogRecord) -> bool:
-    """Drops the pages about Orbax's other reads when one of them has failed; that one is raised."""
-    return not (record.exc_info and "exception was never retrieved" in record.getMessage())
-
-
-logging.get_absl_logger().addFilter(_quiet_absl)
-python_logging.getLogger("asyncio").addFilter(_quiet_asyncio)

@@ -6,7 +6,14 @@ result to `from_config_dict`. From there on nothing in the program reads a Confi
 """
 
 from saisa_jax.config.checks import DTYPES, ConfigError
-from saisa_jax.config.config_dict import from_config_dict, nearest_fields, to_config_dict, to_dict
+from saisa_jax.config.config_dict import (
+    from_config_dict,
+    from_saved,
+    nearest_fields,
+    to_config_dict,
+    to_dict,
+    upgrade_saved,
+)
 from saisa_jax.config.data import DataConfig, SourceConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
 from saisa_jax.config.model import (
@@ -86,7 +93,9 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "from_config_dict",
+    "from_saved",
     "nearest_fields",
     "to_config_dict",
     "to_dict",
+    "upgrade_saved",
 ]

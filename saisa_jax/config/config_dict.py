@@ -71,6 +71,31 @@ def from_config_dict(cls: type[T], config: Mapping[str, Any] | config_dict.Confi
         raise error if str(error).startswith(section) else ConfigError(f"{section}: {error}") from None
 
 
+def from_saved(raw: Mapping[str, Any]) -> Config:
+    """The configuration that a run or a finished model has saved, perhaps by an earlier version.
+
+    Raises:
+      ConfigError: as `from_config_dict`.
+    """
+    return from_config_dict(Config, upgrade_saved(raw))
+
+
+def upgrade_saved(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the fields that it was written without, where a default would say something else."""
+    model = raw.get("model")
+    vision = model.get("vision") if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(vision, Mapping) or "family" in vision:
+        return dict(raw)
+    return {**raw, "model": {**model, "vision": {**vision, "family": _family_by_switches(vision)}}}
+
+
+def _family_by_switches(vision: Mapping[str, Any]) -> str:
+    """`model.vision.family` before there was one: it was told from what the encoder switches on."""
+    if vision.get("kind", "vit") != "vit":
+        return vision["kind"]
+    return "dinov2" if vision.get("layer_scale") else "clip" if vision.get("pre_norm", True) else "siglip"
+
+
 def nearest_fields(path: str) -> list[str]:
     """Fields of `Config` that a wrong dotted path may have meant: those of the same last name, else like-named ones."""
     fields: list[str] = []

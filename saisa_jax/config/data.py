@@ -18,6 +18,8 @@ class SourceConfig:
     # llava, chat: a .json or .jsonl file; arrayrecord: a directory that `data prepare` wrote; tfds: the data_dir.
     path: str = ""
     images: str = ""  # llava, chat: the folder, .zip or .tar that the samples' image names lead into
+    # llava, chat: take an image's name that is an absolute path as it is; otherwise such a name is an error.
+    allow_absolute: bool = False
     name: str = ""  # tfds: the data set, "vqa_rad" or "vqa_rad/config:1.0.0"
     split: str = "train"  # easy_vqa: train | validation | test; tfds: any split, "train[:90%]"
     # tfds: from features to turns, "{question} => {answer}"; a caption is " => {caption}". What follows is what both

@@ -29,7 +29,9 @@ VOCAB_MULTIPLE = 128  # The vocabulary is padded to this in the parameters; padd
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, told apart by what they switch on) or a ConvNeXt.
+    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, by what they switch on) or a ConvNeXt.
+
+    `kind` says how it computes, `family` whose weights and files these are.
 
     The layers of a ConvNeXt are its stages: `depths` and `widths` say how many blocks each has and how wide they are,
     `embed_dim` and `patch_size` are width and stride of what is put out. It has no heads, no class token and no
@@ -37,6 +39,7 @@ class VisionConfig:
     """
 
     kind: str = "vit"  # a module of `models/encoders/`
+    family: str = "clip"  # a module of `convert/families/`: whose tensors and config.json an export writes
     image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
     position_size: int | None = None  # of the images that the positions were learnt on: resampled; None: image_size
     patch_size: int = 14

@@ -69,6 +69,8 @@ def export_checkpoint(
     """
     to = check_target(to)
     model = _load(checkpoint, layout)
+    if layout in ("saisa", "llava") and "vision" in model.params:  # also of a tower that stays where it is
+        ParamsSource(model.params, model.config, "hf-vision", parts=("vision",))
     unfinished = to.resolve().parent / f".{to.name}.unfinished"
     if unfinished.exists():
         shutil.rmtree(unfinished)
@@ -140,7 +142,7 @@ def _tower(model: _Model, layout: str) -> str | None:
     source, kept_in = model.source(layout) or (None, None)
     if source is None or kept_in is None or not source.describes(model.config):
         return TOWER
-    if "vision" in model.sources and model.sources["vision"][0].changed_parts(model.leaves):
+    if any("vision" in held.changed_parts(model.leaves) for held, _ in model.sources.values()):
         return TOWER  # it was trained: the one that the source's config names is another
     name = read_json(kept_in / "files" / CONFIG).get("mm_vision_tower", "")
     return name if name not in ("", ".", "..") and Path(name).name == name and "vision" in model.sources else None
@@ -150,8 +152,10 @@ def _vision(model: _Model, layout: str) -> VisionConfig:
     """The encoder as it is written: without the layers that are not used, unless the sidecar has kept them."""
     vision = model.config.vision
     source, _ = model.source("hf-vision" if layout in ("saisa", "llava") else layout) or (None, None)
-    if source and any(part == "vision" for part in source.kept.values()):
-        return vision
+    if source and "vision" in source.kept.values():
+        imported = source.imported_model().vision
+        if imported.select_layer == vision.select_layer:
+            return vision
     used = vision.num_used_layers
     stages = {"depths": vision.depths[:used], "widths": vision.widths[:used]}  # both are empty of a ViT
     return dataclasses.replace(vision, num_layers=used, select_layer=-1, **stages)

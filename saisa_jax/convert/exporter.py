@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from saisa_jax.config import ModelConfig
 from saisa_jax.convert.files.safetensors import DTYPES, FLOATS, NAMES, nbytes, write_file
 from saisa_jax.convert.files.tensors import INDEX, SINGLE, TensorSource
-from saisa_jax.convert.tables import PARTS, ConvertError, Row, table
+from saisa_jax.convert.tables import PARTS, ConvertError, Row, check_says, part_of_path, table
 
 SHARD_BYTES = 5_000_000_000
 
@@ -27,7 +27,8 @@ class ParamsSource:
       dtype: of the tensors: one for all; or by key, the others as the parameters are; None: as the parameters are.
 
     Raises:
-      ConvertError: parameters that the rows want and the tree lacks, or that have another shape; all are listed.
+      ConvertError: a model that the layout cannot describe; parameters that the layout has no place for, or that the
+        rows want and the tree lacks, or that have another shape; all are listed.
     """
 
     def __init__(
@@ -41,8 +42,11 @@ class ParamsSource:
     ):
         self.where = Path("the parameters")
         flat: dict[str, Any] = flatten_dict(params, sep="/")
-        rows = table(config, layout).only(parts)
-        _check(flat, rows)
+        check_says(config, layout)
+        every = table(config, layout).rows
+        rows = [row for row in every if row.part in parts]
+        held = {row.part for row in every}
+        _check({path: leaf for path, leaf in flat.items() if part_of_path(path) in held.intersection(parts)}, rows)
         self._leaf = {row.path: flat[row.path] for row in rows}
         self._row = {key: (row, i) for row in rows for i, key in enumerate(row.keys)}
         self._dtype = dtype
@@ -80,8 +84,12 @@ def _check(flat: Mapping[str, Any], rows: Sequence[Row]) -> None:
         for row in rows
         if row.path in flat and tuple(flat[row.path].shape) != row.shape
     ]
+    known = {row.path for row in rows}
+    problems += [f"no place   {path} {list(leaf.shape)}" for path, leaf in flat.items() if path not in known]
     if problems:
-        raise ConvertError("these parameters are not those of the config:\n  " + "\n  ".join(problems))
+        raise ConvertError(
+            "these parameters are not those that the layout holds for this config:\n  " + "\n  ".join(problems)
+        )
 
 
 def to_tensors(

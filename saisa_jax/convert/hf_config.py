@@ -83,6 +83,7 @@ ENCODERS = {
     "dinov2": _DINOV2,
     "convnext": _CONVNEXT,
 }
+FAMILY_OF = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "dinov2": "dinov2", "convnext": "convnext"}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # What a directory without a preprocessor_config.json is taken to want.
@@ -220,6 +221,7 @@ def vision_config_from_hf(
     try:
         return VisionConfig(
             **(_convnext(fields, preprocessor, select_layer) if family == "convnext" else _vit(fields, family)),
+            family=FAMILY_OF[family],
             activation=ACTIVATIONS[fields["hidden_act"]],
             select_layer=select_layer,
             image_mean=tuple(preprocessor.get("image_mean", mean)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saisa_jax.config import ModelConfig, VisionConfig
-from saisa_jax.convert.hf_config import ACTIVATIONS
+from saisa_jax.convert.hf_config import ACTIVATIONS, FAMILY_OF
 from saisa_jax.convert.tables import ConvertError
 
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -29,10 +29,8 @@ def decoder_family(config: ModelConfig) -> str:
 
 
 def encoder_family(config: VisionConfig) -> str:
-    """The model_type of an encoder, told from what its config switches on."""
-    if config.kind == "convnext":
-        return "convnext"
-    return "dinov2" if config.layer_scale else "clip_vision_model" if config.pre_norm else "siglip_vision_model"
+    """The model_type of an encoder."""
+    return next(theirs for theirs, ours in FAMILY_OF.items() if ours == config.family)
 
 
 def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -140,11 +138,6 @@ def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_toke
       ConvertError: a model that the layout cannot describe.
     """
     text, vision = decoder_to_hf(config), config.vision
-    if vision.positions_per_side != vision.patches_per_side:
-        raise ConvertError(
-            f"the layout {layout!r} has no place for positions that are resampled (model.vision.position_size="
-            f"{vision.position_size}, image_size={vision.image_size}): use hf-llm and hf-vision"
-        )
     if layout == "llava-hf":
         if vision.kind == "convnext":
             raise ConvertError("the layout llava-hf knows no ConvNeXt: transformers' LLaVA wants a row of patches")
@@ -165,8 +158,6 @@ def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_toke
             "projector_hidden_act": "gelu",
             "tie_word_embeddings": config.tie_embeddings,
         }
-    if config.projector_dim != config.embed_dim:
-        raise ConvertError(f"mlp2x_gelu projectors are {config.embed_dim} wide inside, not {config.projector_dim}")
     family = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}[decoder_family(config)]
     return text | {
         "architectures": [_MULTIMODAL[family]],
@@ -175,7 +166,7 @@ def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_toke
         "mm_hidden_size": vision.embed_dim,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": vision.select_layer,
-        "mm_vision_select_feature": "patch",
+        "mm_vision_select_feature": "patch" if vision.class_token else "cls_patch",  # cls_patch: all tokens
         "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,

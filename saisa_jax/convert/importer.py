@@ -109,11 +109,12 @@ def config_from_hf(
         tower = vision_config_from_hf(read_json(Path(vision) / "config.json"), Path(vision), select_layer)
         return decoder_config_from_hf(text, directory, vision=tower)
     _expect(raw, "mm_projector_type", "mlp2x_gelu", directory)
-    _expect(raw, "mm_vision_select_feature", "patch", directory)
     folder = vision_directory(directory, vision)
     mode = "pad" if raw.get("image_aspect_ratio") == "pad" else "square"  # LLaVA's default is CLIP's centre crop
     select = raw.get("mm_vision_select_layer", select_layer)
     tower = vision_config_from_hf(read_json(folder / "config.json"), folder, select, image_mode=mode)
+    if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
+        _expect(raw, "mm_vision_select_feature", "patch", directory)
     width = raw.get("mm_hidden_size", tower.embed_dim)
     if width != tower.embed_dim:
         raise ConvertError(f"{directory}: mm_hidden_size={width}, but the tower in {folder} is {tower.embed_dim} wide")

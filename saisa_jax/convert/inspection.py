@@ -19,7 +19,7 @@ from saisa_jax.convert import hf_write, sidecar
 from saisa_jax.convert.files.tensors import CheckpointSource, open_source
 from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json
 from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in
-from saisa_jax.convert.tables import ConvertError, Table, table
+from saisa_jax.convert.tables import ConvertError, Table, part_of_path, table
 
 SHOWN = 12  # names of a list; --all shows every one
 
@@ -142,7 +142,7 @@ def _inspect_model(console: Console, path: Path, everything: bool) -> None:
     _print_config(console, model, "saisa", True)
     parts: dict[str, Counter[str]] = {}
     for name, leaf in leaves.items():
-        counter = parts.setdefault(sidecar.part_of_path(name), Counter())
+        counter = parts.setdefault(part_of_path(name), Counter())
         counter["tensors"] += 1
         counter["parameters"] += math.prod(leaf["shape"])
         counter["bytes"] += math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize

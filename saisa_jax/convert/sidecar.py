@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from saisa_jax.checkpoints import checksums, sidecar_files
-from saisa_jax.config import ModelConfig, to_dict
+from saisa_jax.config import ModelConfig, VisionConfig, from_config_dict, to_dict, upgrade_saved
 from saisa_jax.convert.files.safetensors import DTYPES, write_file
 from saisa_jax.convert.files.tensors import TensorDirectory, TensorSource
 from saisa_jax.convert.importer import Match
-from saisa_jax.convert.tables import Table
+from saisa_jax.convert.tables import Table, part_of_path
 
 TENSORS = "tensors.safetensors"
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
@@ -69,15 +69,22 @@ class Source:
         return [key for key, part in self.kept.items() if part in changed and not key.endswith(CONSTANTS)]
 
     def describes(self, config: ModelConfig) -> bool:
-        """Whether the source's config.json still describes the model (how it is run on a device does not count)."""
-        habits = ("dtype", "param_dtype", "remat_policy", "scan_layers", "attention_impl", "visual_layers")
-        now = json.loads(json.dumps(to_dict(config)))
-        return all(self.model[name] == value for name, value in now.items() if name not in habits)
+        """Whether the source's config.json still describes what of the model goes back into its layout."""
+        return _described(self.imported_model(), self.layout) == _described(config, self.layout)
+
+    def imported_model(self) -> ModelConfig:
+        """The model's configuration when it was imported."""
+        return from_config_dict(ModelConfig, upgrade_saved({"model": self.model})["model"])
 
 
-def part_of_path(path: str) -> str:
-    """decoder, projector or vision."""
-    return "vision" if path.startswith("vision/") else "projector" if "visual_proj/" in path else "decoder"
+def _described(config: ModelConfig, layout: str) -> ModelConfig | VisionConfig:
+    """What a config.json of the layout speaks of; how a model is run on a device is never in it."""
+    if layout == "hf-vision":
+        return config.vision
+    names = ["dtype", "param_dtype", "remat_policy", "scan_layers", "attention_impl", "lora"]
+    if layout == "hf-llm":
+        names += ["vision", "visual_layers", "projector", "alignment"]
+    return dataclasses.replace(config, **{name: getattr(ModelConfig(), name) for name in names})
 
 
 def describe_source(tensors: TensorSource, layout: Table, parts: Sequence[str], match: Match) -> Source:

@@ -10,8 +10,7 @@ Layouts:
     llava      the original LLaVA code: the same with one `model.mm_projector.{0,2}`
     llava-hf   `LlavaForConditionalGeneration`, as transformers 4 and 5 write it
     hf-llm     a decoder alone: Llama, Mistral, Qwen2
-    hf-vision  an encoder alone: CLIP, SigLIP (told from CLIP by what its config switches on), DINOv2 (layer scale),
-               ConvNeXt
+    hf-vision  an encoder alone: CLIP, SigLIP, DINOv2, ConvNeXt (`model.vision.family`)
 
 The first three may carry the vision tower or leave it to a directory of its own.
 """
@@ -120,6 +119,73 @@ class Table:
     def only(self, parts: Sequence[str]) -> tuple[Row, ...]:
         """The rows of the parts named."""
         return tuple(row for row in self.rows if row.part in parts)
+
+
+# What the encoders of a family switch on and off: one that differs is none of them, whatever its tensors are called.
+FAMILIES = {
+    "clip": {"kind": "vit", "class_token": True, "pre_norm": True, "patch_bias": False, "layer_scale": False},
+    "siglip": {"kind": "vit", "class_token": False, "pre_norm": False, "patch_bias": True, "layer_scale": False},
+    "dinov2": {"kind": "vit", "class_token": True, "pre_norm": False, "patch_bias": True, "layer_scale": True},
+    "convnext": {"kind": "convnext"},
+}
+
+
+def part_of_path(path: str) -> str:
+    """The part that a parameter of ours belongs to: decoder, projector or vision."""
+    return "vision" if path.startswith("vision/") else "projector" if "visual_proj/" in path else "decoder"
+
+
+def check_says(config: ModelConfig, layout: str) -> None:
+    """Checks that a layout says all there is to say of a model, so that its readers compute the same.
+
+    Raises:
+      ConvertError: every reason why it does not.
+    """
+    reasons = [] if layout == "hf-vision" else _decoder_reasons(config)
+    if layout in ("saisa", "llava", "llava-hf"):
+        reasons += _alignment_reasons(config, layout) + _projector_reasons(config) + _encoder_reasons(config.vision)
+    if reasons:
+        raise ConvertError(f"the layout {layout!r} cannot say what this model is:\n  " + "\n  ".join(reasons))
+
+
+def _decoder_reasons(config: ModelConfig) -> list[str]:
+    if config.qkv_bias and config.sliding_window:
+        return ["model.qkv_bias is Qwen2's, whose classes have no model.sliding_window in every layer"]
+    return []
+
+
+def _alignment_reasons(config: ModelConfig, layout: str) -> list[str]:
+    wanted = "saisa" if layout == "saisa" else "llava"
+    if config.alignment != wanted:
+        return [f"model.alignment={config.alignment!r}: its readers compute {wanted!r}, which is another model"]
+    if config.visual_layers is not None:
+        return [
+            f"model.visual_layers={list(config.visual_layers)}: its readers let every layer see the image, and make up "
+            "the projectors that are missing"
+        ]
+    return []
+
+
+def _projector_reasons(config: ModelConfig) -> list[str]:
+    if config.projector.kind != "mlp":
+        return [f"model.projector.kind={config.projector.kind!r}: its projectors are 'mlp' (mlp2x_gelu)"]
+    if config.projector_dim != config.embed_dim:
+        return [f"mlp2x_gelu projectors are {config.embed_dim} wide inside, not {config.projector_dim}"]
+    return []
+
+
+def _encoder_reasons(vision: VisionConfig) -> list[str]:
+    reasons = []
+    if vision.post_norm:
+        reasons.append("model.vision.post_norm=True: its readers take the encoder's features before the last norm")
+    if vision.num_used_layers == 0:
+        reasons.append(f"model.vision.select_layer={vision.select_layer}: features of an encoder without any layer")
+    if vision.positions_per_side != vision.patches_per_side:
+        reasons.append(
+            f"there is no place for positions that are resampled (model.vision.position_size={vision.position_size}, "
+            f"image_size={vision.image_size}): use hf-llm and hf-vision"
+        )
+    return reasons
 
 
 def table(config: ModelConfig, layout: str) -> Table:
@@ -244,13 +310,14 @@ def _tied(config: ModelConfig, body: str, head: str) -> tuple[tuple[str, str], .
 
 def _vision_table(config: VisionConfig, tower: str = "") -> Table:
     """CLIP's and SigLIP's names, DINOv2's or ConvNeXt's, below the prefix `tower` (which ends in a dot or is empty)."""
+    _check_family(config)
     unused = range(config.num_used_layers, config.num_layers)
-    if config.kind == "convnext":
+    if config.family == "convnext":
         rows = tuple(_convnext_rows(config, tower))
         root, aliases = tower, () if tower else ((r"convnext\.", ""),)
         unread = [r"layernorm\.(weight|bias)", r"classifier\.(weight|bias)"]
         unread += [rf"encoder\.stages\.{i}\..*" for i in unused]
-    elif config.layer_scale:
+    elif config.family == "dinov2":
         rows = tuple(_dinov2_rows(config, tower))
         root, aliases = tower, () if tower else ((r"dinov2\.", ""),)
         unread = [r"embeddings\.mask_token"] + [rf"encoder\.layer\.{i}\..*" for i in unused]
@@ -267,6 +334,18 @@ def _vision_table(config: VisionConfig, tower: str = "") -> Table:
     if root == "vision_model.":  # the two-tower models
         ignored += [r"text_model\..*", r"logit_(scale|bias)", r"(visual|text)_projection\.weight"]
     return Table("hf-vision", rows, aliases, tuple(ignored))
+
+
+def _check_family(config: VisionConfig) -> None:
+    if config.family not in FAMILIES:
+        raise ConvertError(f"model.vision.family={config.family!r} is not known here; known: {', '.join(FAMILIES)}")
+    seen = {name: getattr(config, name) for name in FAMILIES[config.family]}
+    other = [f"{name}={value!r}" for name, value in seen.items() if value != FAMILIES[config.family][name]]
+    if other:
+        raise ConvertError(
+            f"model.vision.family={config.family!r} is not what this encoder is: {', '.join(other)}; no file of that "
+            "family can say so"
+        )
 
 
 def _kernel(path: str, key: str, inputs: int, outputs: int, size: int, layers: Shape | None = None) -> Row:
@@ -300,17 +379,11 @@ def _clip_rows(config: VisionConfig, root: str) -> Iterator[Row]:
 
 
 def _dinov2_rows(config: VisionConfig, root: str) -> Iterator[Row]:
-    if not config.class_token or config.pre_norm:
-        raise ConvertError(
-            "model.vision.layer_scale=True means DINOv2, which has a class token and no norm before its layers; "
-            f"seen: class_token={config.class_token}, pre_norm={config.pre_norm}"
-        )
     C, heads, part = config.embed_dim, config.num_heads, "vision"
     layers, places = tuple(range(config.num_used_layers)), config.positions_per_side**2 + 1
     embeddings, block = f"{root}embeddings.", f"{root}encoder.layer.{{i}}."
     yield _kernel("vision/patch_embed", f"{embeddings}patch_embeddings.projection", 3, C, config.patch_size)
-    if config.patch_bias:
-        yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embeddings.projection.bias", (C,), None)
+    yield _plain(part, "vision/patch_embed/bias", f"{embeddings}patch_embeddings.projection.bias", (C,), None)
     yield _plain(part, "vision/class_embedding", f"{embeddings}cls_token", (1, 1, C), None, ours=(C,))
     position = f"{embeddings}position_embeddings"
     yield _plain(part, "vision/position_embedding", position, (1, places, C), None, ours=(places, C))

@@ -7,10 +7,12 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -27,8 +29,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.Image:
     """An image as RGB, upright as its EXIF orientation says.
 
-    Palettes, grey and CMYK become RGB; an alpha channel is dropped, not blended, as LLaVA does; of 16-bit grey the high
-    byte is kept; of an animation the first frame.
+    It becomes RGB as PIL's `convert("RGB")` makes it, and so as LLaVA reads it: an alpha channel is dropped, not
+    blended; grey of 16 and 32 bits is clipped at 255; of an animation the first frame is kept. A picture that becomes
+    one colour by it, or nearly, is told of in the log.
 
     Args:
       source: a path, the bytes of a file, a place in an archive, or a PIL image.
@@ -44,11 +47,11 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
         image = source if isinstance(source, Image.Image) else _open(source, sample_id)
         _check_pixels(image.width * image.height, f"{name} has {image.width} x {image.height} pixels", sample_id)
         image.load()
-        return _rgb(_upright(image))
+        return _rgb(_upright(image), name)
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"there is no image {name}", sample_id) from error
+        raise _missing(name, sample_id) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large to decode: {error}", sample_id) from error
     except Exception as error:  # PIL's readers raise almost anything on broken files
@@ -66,7 +69,7 @@ def read_image(source: ImageSource, sample_id: str = "") -> bytes:
     try:
         return source.read() if isinstance(source, StoredImage) else Path(source).read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"there is no image {_name(source)}", sample_id) from error
+        raise _missing(_name(source), sample_id) from error
     except (DataError, OSError, ValueError) as error:
         raise DataError(f"cannot read {_name(source)}: {error}", sample_id) from error
 
@@ -197,15 +200,52 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("RGB", "L"):
+        return image.convert("RGB")
+    if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
-    return image.convert("RGB")
+    converted = image.convert("RGB")
+    clipped = image.mode.startswith("I") and np.median(np.asarray(image)) > 255
+    if (clipped or _one_value(converted)) and not _one_value(image):
+        logging.log_first_n(
+            logging.WARNING,
+            "%s becomes one colour, or nearly, when it is read as RGB, though it holds several values (mode %s): "
+            "transparency is dropped, and grey above 255 is clipped, as in LLaVA; save it as 8-bit RGB",
+            20,
+            name,
+            image.mode,
+        )
+    return converted
+
+
+def _one_value(image: Image.Image) -> bool:
+    """Whether each channel holds one value."""
+    extremes: Any = image.getextrema()
+    channels = extremes if isinstance(extremes[0], tuple) else (extremes,)
+    return all(low == high for low, high in channels)
+
+
+def _missing(name: str, sample_id: str) -> DataError:
+    near = similar_file(name)
+    hint = f"; {near!r} is there: is that what is meant?" if near else ""
+    return DataError(f"there is no image {name}{hint}", sample_id)
+
+
+def similar_file(path: str | os.PathLike[str]) -> str:
+    """The name of a file beside a missing one that differs in its ending or in capitals alone; "" if there is none."""
+    place = Path(path)
+    try:
+        return _names_by_stem(str(place.parent), place.parent.stat().st_mtime_ns).get(place.stem.lower(), "")
+    except (OSError, ValueError):
+        return ""
+
+
+@lru_cache(maxsize=8)
+def _names_by_stem(folder: str, modified: int) -> dict[str, str]:
+    """A folder's files by name without ending, in small letters; listed once while it stays as it is."""
+    del modified
+    return {Path(entry.name).stem.lower(): entry.name for entry in os.scandir(folder)}
 
 
 def _padded(image: Image.Image, mean: Sequence[float], sample_id: str) -> Image.Image:

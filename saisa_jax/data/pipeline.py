@@ -29,7 +29,7 @@ from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
 from saisa_jax.data.rows.order import Concatenated, Order
 from saisa_jax.data.rows.reader import ENDLESS, Reader, Row, Rows
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.sources import open_source
+from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.text.encoder import Encoder
 
 
@@ -51,6 +51,7 @@ def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, c
         raise DataError(f"{stage}.sources is empty: name what to train on; configs/demo.py and the README show how")
     chosen = [source for source in settings.sources if source.weight > 0]
     opened = [open_source(source) for source in chosen]
+    warn_of_text_alone(opened, chosen)
     counts = None
     if config.data.packing or config.data.group_by_length:
         whole = counts_of_sources(opened, chosen, config, stage, tokenizer, cache)

@@ -40,7 +40,7 @@ from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.sources import open_source
+from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
 from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -312,7 +312,9 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
             f"{name} have different weights, which training applies: prepare them one by one with "
             "--source=0, --source=1, ... and give each set its weight"
         )
-    samples = Concatenated([open_source(source) for source in listed])
+    opened = [open_source(source) for source in listed]
+    warn_of_text_alone(opened, listed)
+    samples = Concatenated(opened)
     shards = args.shards or -(-len(samples) // SAMPLES_PER_SHARD)
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")

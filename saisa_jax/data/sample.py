@@ -37,6 +37,10 @@ class DataError(UserError, ValueError):
         self.sample_id, self.reason = sample_id, message
 
 
+class EmptyAnswerError(DataError):
+    """A sample with an answer of no words. Published sets hold some (LLaVA's 665k), so that they never stop a run."""
+
+
 class TooLongError(DataError):
     """A sample of more tokens or positions than a row or the model has room for."""
 
@@ -47,6 +51,7 @@ class Turn:
 
     role: str  # user | assistant
     text: str
+    loss: bool = True  # False: an answer that later turns may read, and that is not learned
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class Chat:
         Args:
           question: may say `<image>` where the images added since the last one stand; else they stand before it.
           max_new_tokens: the most tokens of the answer; None: as many as `model.max_length` leaves, at most 256.
-          sampling, seed: greedy by default.
+          sampling: greedy by default.
+          seed: of the sampling.
 
         Raises:
           DataError: an empty question, or a conversation that is too long; nothing is changed then.

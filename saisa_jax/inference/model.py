@@ -106,7 +106,9 @@ class VisionLanguageModel:
           images: for each question a list of its images: paths, bytes, PIL images, or what `encode_images` gave; None:
             there are none.
           max_new_tokens: of an answer.
-          temperature, top_p, seed: greedy by default.
+          temperature: 0 is greedy.
+          top_p: sample among the most likely tokens that hold this much of the probability.
+          seed: of the sampling.
           on_error: "raise": nothing is answered if a question cannot be, and the error names all of these;
             "return": the others are answered, and the error stands in the place of the answer.
 

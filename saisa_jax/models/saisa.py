@@ -25,7 +25,7 @@ N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the i
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -67,6 +67,7 @@ class Saisa(nn.Module):
     """The whole model: vision encoder, projectors, decoder, head."""
 
     config: ModelConfig
+    block_class: ClassVar[type[Block]] = Block  # a subclass may bring another layer: docs/extending.md
 
     def setup(self) -> None:
         c = self.config
@@ -79,7 +80,7 @@ class Saisa(nn.Module):
             embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
         )
         self.vision = ENCODERS[c.vision.kind](c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
-        self.block = with_adapters(Block(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
+        self.block = with_adapters(self.block_class(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
         self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
         if not c.per_layer_projectors:
             self.visual_proj = PROJECTORS[c.projector.kind](c)

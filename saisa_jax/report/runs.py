@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from saisa_jax.config import Config, ConfigError, ModelConfig, from_config_dict
+from saisa_jax.config import Config, ConfigError, ModelConfig, from_saved
 from saisa_jax.errors import UserError
 
 NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA"}
@@ -122,7 +122,7 @@ def read_run(directory: str) -> Run:
         raise ReportError(f"{directory} is no run: it has no config.json. {make} makes one")
     raw = _json(where / "config.json")
     try:
-        config = from_config_dict(Config, raw)
+        config = from_saved(raw)
     except ConfigError as error:
         raise ReportError(f"{where / 'config.json'} is not of this version: {error}. {make} makes a new one") from error
     stages = tuple(_stage(where, name) for name in config.stages if (where / name / "metrics.jsonl").exists())

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from saisa_jax import parallel
 from saisa_jax.checkpoints import load_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
-from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig, to_dict
+from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig, to_dict, upgrade_saved
 from saisa_jax.data.pipeline import steps_in_stage
 from saisa_jax.data.text.conversation import end_token_id
 from saisa_jax.models.lora import is_adapter
@@ -143,7 +143,7 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    stored, now = (_recipe(raw) for raw in (json.loads(path.read_text()), to_dict(config)))
+    stored, now = (_recipe(raw) for raw in (upgrade_saved(json.loads(path.read_text())), to_dict(config)))
     differing = [
         f"{key}={stored.get(key)}, now {now.get(key)}"
         for key in sorted(stored.keys() | now.keys())

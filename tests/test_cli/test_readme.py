@@ -1,4 +1,4 @@
-"""Every command of the README and the Makefile, run on the tiny configuration."""
+"""Every command of the README, the documentation and the Makefile, run on the tiny configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -16,19 +18,43 @@ import saisa_jax
 from saisa_jax.testing.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("index", "quickstart", "train", "data", "weights", "evaluate"))]
 TINY = "saisa_jax/testing/configs.py"
+# What a page may say besides Python and `python ...`: it is not run here.
+NOT_RUN = ("make ", "pip install ", "python3 -m venv ")
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+class Step(NamedTuple):
+    """One thing that a page tells its reader to do."""
+
+    page: str
+    language: str  # "bash": one command, without its comment; "python": a whole snippet
+    text: str
+
+
+def steps(page: str) -> list[Step]:
+    """A page's commands and snippets, in their order."""
+    found: list[Step] = []
+    for language, block in re.findall(
+        r"^```(bash|python)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    ):
+        if language == "python":
+            found.append(Step(page, language, block))
+        else:
+            lines = (line.split(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+            found += [Step(page, language, line) for line in lines if line and not line.startswith("#")]
+    return found
+
+
+def once(pages: Sequence[str]) -> list[Step]:
+    """The steps of several pages without those that an earlier page has taken."""
+    taken = {step.text: step for page in reversed(pages) for step in reversed(steps(page))}
+    return [step for page in pages for step in steps(page) if taken[step.text] == step]
 
 
 def commands(prefix: str) -> list[str]:
-    """The README's shell commands that begin with `prefix`, in order, without their comments."""
-    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(prefix)]
+    """The README's shell commands that begin with `prefix`, in order."""
+    return [step.text for step in steps("README.md") if step.language == "bash" and step.text.startswith(prefix)]
 
 
 def make_commands(target: str) -> list[str]:
@@ -70,7 +96,7 @@ def run(command: str, directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README calls `runs`, and its picture; a command finds there what those before it made."""
+    """What the pages call `runs`, and their picture; a step finds there what those before it made."""
     path = tmp_path_factory.mktemp("runs")
     Image.new("RGB", (48, 32), "red").save(path / "picture.png")
     for name, layout in (("saisa", "saisa"), ("llm", "hf-llm"), ("encoder", "hf-vision")):
@@ -78,33 +104,29 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_snippet_that_makes_data(directory: Path) -> None:
-    """Before the commands that read them."""
-    _, snippet = blocks("python")
-    exec(on_tiny(snippet, directory), {})
-
-
-@pytest.mark.parametrize("command", commands("python "))
-def test_python_command(command: str, directory: Path) -> None:
-    out = run(command, directory)
-    if "data inspect" in command:
+@pytest.mark.parametrize("step", once(PAGES), ids=lambda step: f"{step.page}: {step.text[:60]}")
+def test_page(step: Step, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the pages' order: a step finds what those before it made."""
+    if step.language == "python":
+        exec(on_tiny(step.text, directory), {})
+        if "saisa_jax.load" in step.text:
+            assert capsys.readouterr().out.startswith("[")
+        return
+    if step.text.startswith(NOT_RUN):
+        return
+    out = run(step.text, directory)
+    if "data inspect" in step.text:
         assert "what color is the shape?" in out and (directory / "mine" / "inspect.png").stat().st_size > 1000
-    if "data prepare" in command:
+    if "data prepare" in step.text:
         assert "64 samples with 64 images" in out
-    if "flops" in command:
+    if "flops" in step.text:
         assert "8.50" in out and "2.86" in out
-    if "report" in command:
+    if "report" in step.text:
         assert (directory / "demo" / "report" / "index.html").stat().st_size > 1000
 
 
-def test_the_snippet_that_asks(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    snippet, _ = blocks("python")
-    exec(on_tiny(snippet, directory), {})
-    assert capsys.readouterr().out.startswith("[")
-
-
 def test_make_demo_is_the_readmes_way_by_hand() -> None:
-    assert make_commands("demo") == [line for line in commands("python ") if "=runs/demo" in line][:3]
+    assert make_commands("demo") == commands("python ")[:3]
 
 
 @pytest.mark.slow

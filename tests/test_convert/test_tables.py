@@ -14,10 +14,15 @@ from saisa_jax.models.saisa import abstract_params
 from saisa_jax.presets import LLMS, VISIONS, make
 
 CLIP = VisionConfig(image_size=28, patch_size=14, embed_dim=8, num_layers=3, num_heads=2, mlp_dim=12)
-SIGLIP = dataclasses.replace(CLIP, class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh")
-DINOV2 = dataclasses.replace(CLIP, pre_norm=False, patch_bias=True, layer_scale=True, post_norm=True, select_layer=-1)
+SIGLIP = dataclasses.replace(
+    CLIP, family="siglip", class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh"
+)
+DINOV2 = dataclasses.replace(
+    CLIP, family="dinov2", pre_norm=False, patch_bias=True, layer_scale=True, post_norm=True, select_layer=-1
+)
 CONVNEXT = VisionConfig(
     kind="convnext",
+    family="convnext",
     image_size=32,
     patch_size=8,
     embed_dim=12,

@@ -83,7 +83,7 @@ def test_unknown_mode() -> None:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     value = 255 if mode == "1" else 204  # a level of the web palette
     if mode.startswith("I"):
-        image = Image.fromarray(np.full((5, 7), value * 257, np.uint16 if mode == "I;16" else np.int32))
+        image = Image.fromarray(np.full((5, 7), value, np.uint16 if mode == "I;16" else np.int32))
     else:
         image = Image.new("RGB", (7, 5), (value,) * 3).convert(mode)
     assert image.mode == mode
@@ -96,9 +96,62 @@ def test_palette_with_transparency_and_16_bit_files() -> None:
     palette = Image.new("P", (3, 3), 1)
     palette.putpalette([9, 9, 9, 30, 60, 90])
     assert load_image(_encoded(palette, transparency=0)).getpixel((0, 0)) == (30, 60, 90)
-    deep = Image.fromarray(np.full((3, 3), 0x1234, np.uint16))
-    assert load_image(_encoded(deep)).getpixel((0, 0)) == (0x12,) * 3
+    deep = Image.fromarray(np.full((3, 3), 0x34, np.uint16))
+    assert load_image(_encoded(deep)).getpixel((0, 0)) == (0x34,) * 3
     assert load_image(_encoded(Image.new("CMYK", (3, 3), (0, 0, 0, 0)), "JPEG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+RAMP = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(_encoded(Image.fromarray(RAMP.astype(np.uint16))), id="16 bits that hold 8"),
+        pytest.param(_encoded(Image.fromarray((RAMP * 16).astype(np.uint16))), id="16 bits that hold 12"),
+        pytest.param(_encoded(Image.fromarray((RAMP * 257).astype(np.uint16))), id="16 bits"),
+        pytest.param(_encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), id="32 bits that hold 8"),
+        pytest.param(_encoded(Image.fromarray(RAMP.astype(np.uint16)), "TIFF"), id="a TIFF of 16 bits"),
+    ],
+)
+def test_deep_grey_is_what_llava_reads(image: bytes) -> None:
+    theirs = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))  # as LLaVA's dataset does
+    ours = np.asarray(load_image(image))
+    np.testing.assert_array_equal(ours, theirs)
+    assert len(np.unique(ours)) > 1  # and not one colour
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (Image.fromarray((1000 + RAMP).astype(np.uint16)), True),  # all above 255
+        (Image.fromarray((RAMP * 257).astype(np.uint16)), True),  # all but one value
+        (Image.merge("LA", [Image.new("L", (16, 16)), Image.fromarray(RAMP.astype(np.uint8))]), True),
+        (Image.merge("RGBA", [*[Image.new("L", (16, 16))] * 3, Image.fromarray(RAMP.astype(np.uint8))]), True),
+        (Image.fromarray(np.full((16, 16), 1000, np.uint16)), False),  # one value in the file as well
+        (Image.fromarray(RAMP.astype(np.uint16)), False),
+        (Image.new("RGBA", (16, 16), (9, 9, 9, 9)), False),
+    ],
+)
+def test_a_picture_that_becomes_one_colour_is_told_of(image, told: bool, tmp_path, caplog) -> None:
+    path = tmp_path / "its name.png"
+    image.save(path)
+    with caplog.at_level("WARNING", "absl"):
+        load_image(str(path))
+    assert ("its name.png becomes one colour" in caplog.text) == told
+
+
+def test_a_missing_image_names_a_file_like_it(tmp_path) -> None:
+    for name in ("pic.gif", "Other.JPG"):
+        (tmp_path / name).write_bytes(b"")
+    for missing, there in (("pic.jpg", "pic.gif"), ("other.jpg", "Other.JPG")):
+        for read in (load_image, images_module.read_image):
+            with pytest.raises(DataError, match=rf"sample 's': there is no image .*{missing}; '{there}' is there"):
+                read(str(tmp_path / missing), "s")
+    with pytest.raises(DataError, match=r"there is no image [^;]*$"):
+        load_image(str(tmp_path / "none.jpg"))
+    with pytest.raises(DataError, match=r"there is no image [^;]*$"):
+        load_image(str(tmp_path / "no folder" / "none.jpg"))
 
 
 def test_exif_orientation_is_applied() -> None:

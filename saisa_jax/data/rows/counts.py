@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.config import Config, SourceConfig
-from saisa_jax.data.sample import DataError, Samples
+from saisa_jax.data.sample import DataError, EmptyAnswerError, Samples
 from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.templates import find_template
 
@@ -30,22 +30,30 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
     """Text tokens and images of every sample, in full length; no image is opened.
 
     Returns:
-      int32 (tokens, images). A sample that cannot be used has 0 tokens, where `data.on_error` is drop.
+      int32 (tokens, images). A sample that cannot be used has 0 tokens, where `data.on_error` is drop, and so has one
+      with an empty answer, wherever.
 
     Raises:
       DataError: a sample that cannot be used, where `data.on_error` is raise.
     """
     encoder = Encoder(config, stage, tokenizer)
     tokens, images = np.zeros(len(samples), np.int32), np.zeros(len(samples), np.int32)
+    empty: list[DataError] = []
     for number in _with_progress(len(samples), stage):
         try:
             encoded = encoder.whole(samples[number])
+        except EmptyAnswerError as error:
+            empty.append(error)
+            continue
         except DataError as error:
             if config.data.on_error == "raise":
                 raise
             logging.log_first_n(logging.WARNING, "left out: %s", 20, error)
             continue
         tokens[number], images[number] = len(encoded.tokens), len(encoded.image_positions)
+    if empty:
+        first = "; ".join(map(str, empty[:10]))
+        logging.warning("%s: %s sample(s) with an empty answer are left out: %s", stage, f"{len(empty):,}", first)
     return tokens, images
 
 

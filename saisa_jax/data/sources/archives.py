@@ -24,6 +24,7 @@ import numpy as np
 from saisa_jax.data.sample import DataError
 
 MAX_FILE = 2**30  # bytes; no image is larger
+ENDINGS = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG")  # tried for a missing image
 ZIP_MAGIC = b"PK\x03\x04"
 ZIP_HEADER = 30  # bytes of a member's own header in front of its name
 
@@ -54,30 +55,24 @@ def checked_name(name: str, sample_id: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     drive = len(name) > 1 and name[1] == ":"
     if not parts or name.startswith("/") or drive or "\\" in name or ".." in parts or "\0" in name:
+        flag = "; sources.allow_absolute=True takes absolute names as they are" if name.startswith("/") else ""
         raise DataError(
             f"image {name[:200]!r} is not a path within sources.images; expected folder/name.jpg with forward slashes, "
-            "not absolute, and without '..'",
+            f"not absolute, and without '..'{flag}",
             sample_id,
         )
     return "/".join(parts)
 
 
 class ImageFolder:
-    """A directory of images."""
+    """A directory of images. Links in it may lead anywhere: whoever laid out the folder made them."""
 
     def __init__(self, root: Path) -> None:
         self.root = os.path.realpath(root)
 
     def find(self, name: str, sample_id: str) -> str:
-        """The path of an image; DataError if the name leads out of the folder."""
-        path = os.path.join(self.root, checked_name(name, sample_id))
-        if not os.path.realpath(path).startswith(self.root.rstrip("/") + "/"):
-            raise DataError(
-                f"image {name!r} is a link that leaves sources.images={self.root!r}; set sources.images to a folder "
-                "that holds both, or copy the files",
-                sample_id,
-            )
-        return path
+        """The path of an image, which may not be there; DataError if the name itself leads out of the folder."""
+        return os.path.join(self.root, checked_name(name, sample_id))
 
 
 class Member(NamedTuple):
@@ -107,11 +102,19 @@ class Archive:
     def find(self, name: str, sample_id: str) -> ArchivedImage:
         """An image of the archive, of which nothing is read yet; DataError if there is none of that name."""
         clean = checked_name(name, sample_id)
-        key = _key(clean)
-        place = int(np.searchsorted(self._keys, np.uint64(key), side="right")) - 1  # of two alike the last
-        if place < 0 or self._keys[place] != key:
-            raise DataError(f"there is no image {clean!r} in {self.path} (it holds, say, {self.example!r})", sample_id)
+        place = self._place(clean)
+        if place is None:
+            stem = clean.rsplit(".", 1)[0]
+            near = next((stem + ending for ending in ENDINGS if self._place(stem + ending) is not None), None)
+            hint = f"{near!r} is there: is that what is meant?" if near else f"it holds, say, {self.example!r}"
+            raise DataError(f"there is no image {clean!r} in {self.path} ({hint})", sample_id)
         return ArchivedImage(self, clean, place)
+
+    def _place(self, name: str) -> int | None:
+        """Where a member stands in the index; of two of one name the last."""
+        key = _key(name)
+        place = int(np.searchsorted(self._keys, np.uint64(key), side="right")) - 1
+        return place if place >= 0 and self._keys[place] == key else None
 
     def read(self, place: int) -> bytes:
         """The file of that place in the index."""

@@ -1,14 +1,19 @@
 """The records of a .json array or a .jsonl file, at random, without holding them in memory.
 
-The file is read once, strictly, for where its records begin and end; a record is parsed again when it is asked for.
+The file is read once, strictly, for where its records begin and end; a record is parsed again when it is asked for. One
+that is packed as .gz or .zst is first unpacked to the cache (`cache.py`), once for as long as it stays what it is.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import importlib
 import json
 import mmap
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,6 +24,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from saisa_jax.data.sample import DataError
+from saisa_jax.data.sources.cache import cache_folder, write_copy
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BOM = "\ufeff".encode().decode("latin-1")
@@ -31,8 +37,8 @@ class JsonRecords:
         """Reads the file once.
 
         Raises:
-          DataError: it is not there, is neither .json nor .jsonl, is cut or malformed (the message names the line and
-            the byte), or is no array.
+          DataError: it is not there, is neither .json nor .jsonl (nor packed as .gz or .zst), is cut or malformed (the
+            message names the line and the byte), or is no array.
         """
         self.path = os.fspath(path)
         if "://" in self.path:
@@ -40,9 +46,10 @@ class JsonRecords:
                 f"sources.path={self.path!r} is not on a disk: copy it here, or train from what `data prepare` writes"
             )
         try:
-            stat = os.stat(self.path)
+            self._plain = _unpacked(self.path)
+            stat = os.stat(self._plain)
             self._version = (stat.st_mtime_ns, stat.st_size)
-            self.bounds = _find_records(self.path, *self._version)
+            self.bounds = _find_records(self._plain, *self._version, self.path)
         except OSError as error:
             raise DataError(f"sources.path={self.path!r} cannot be read: {error.strerror or error}") from error
         self._lock, self._file = threading.Lock(), -1
@@ -70,7 +77,7 @@ class JsonRecords:
             if self._file >= 0:
                 return
             try:
-                self._file = os.open(self.path, os.O_RDONLY)
+                self._file = os.open(self._plain, os.O_RDONLY)
             except OSError as error:
                 raise DataError(f"sources.path={self.path!r} cannot be read: {error.strerror or error}") from error
             stat = os.fstat(self._file)
@@ -89,16 +96,56 @@ class JsonRecords:
             os.close(self._file)
 
 
+def _suffixes(path: str) -> tuple[str, str]:
+    """(.json or .jsonl, .gz or .zst or nothing) of a file's name, or DataError."""
+    endings = [suffix.lower() for suffix in Path(path).suffixes]
+    packed = endings.pop() if endings and endings[-1] in (".gz", ".zst") else ""
+    if not endings or endings[-1] not in (".json", ".jsonl"):
+        raise DataError(
+            f"sources.path={path!r} is neither a .json array nor a .jsonl file of samples (either may be packed as .gz "
+            "or .zst)"
+        )
+    return endings[-1], packed
+
+
+def _unpacked(path: str) -> str:
+    """The file itself, or its unpacked copy in the cache, made now if it is not there."""
+    _, packed = _suffixes(path)
+    if not packed:
+        return path
+    stat = os.stat(path)
+    key = hashlib.sha256(f"{os.path.realpath(path)}\n{stat.st_mtime_ns}\n{stat.st_size}".encode()).hexdigest()[:16]
+    copy = cache_folder() / key / Path(path).stem
+    if not copy.exists():
+        try:
+            with gzip.open(path) if packed == ".gz" else _open_zst(path) as stream:
+                write_copy(stream, copy)
+        except DataError:
+            raise
+        except Exception as error:  # gzip, zlib and zstd have errors of their own
+            raise DataError(f"sources.path={path!r} cannot be unpacked to {copy}: {error}") from error
+    return str(copy)
+
+
+def _open_zst(path: str) -> Any:
+    try:
+        zstd = importlib.import_module("compression.zstd")  # Python's own, from 3.14 on
+    except ImportError as error:
+        raise DataError(
+            f"sources.path={path!r}: this Python ({sys.version_info.major}.{sys.version_info.minor}) cannot read .zst, "
+            "3.14 can; unpack it (zstd -d), or pack it as .gz"
+        ) from error
+    return zstd.open(path)
+
+
 @lru_cache(maxsize=8)
-def _find_records(path: str, modified: int, size: int) -> Int64[np.ndarray, "records 2"]:
+def _find_records(plain: str, modified: int, size: int, path: str) -> Int64[np.ndarray, "records 2"]:
     """Where records start and stop, in bytes; done once for as long as the file stays what it is."""
     del modified
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".json", ".jsonl"):
-        raise DataError(f"sources.path={path!r} is neither a .json array nor a .jsonl file of samples")
+    suffix, _ = _suffixes(path)
     if not size:
         raise DataError(f"{path} is empty")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(plain, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         # As Latin-1 a byte is a character: offsets of the one are those of the other, and JSON's own signs are ASCII.
         text = str(data, "latin-1")
     found = _array_bounds(text, path) if suffix == ".json" else _line_bounds(text, path)

@@ -3,33 +3,45 @@
     {"id": "1", "image": "a.jpg" or a list of them, "conversations": [{"from": "human", "value": "<image>\\nWhat?"},
                                                                       {"from": "gpt", "value": "A cat."}]}
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]},
-                  {"role": "assistant", "content": "A cat."}]}
+                  {"role": "assistant", "content": "A cat."}], "images": names}
 
-A sample without images is text alone. A record is checked when it is read, so that one bad sample can be left out.
+Both forms take their pictures from `image` and `images`, each a name, a data URL, an object (`pictures.py`) or a list
+of those; the system's words from `system`, `system_prompt` or a first turn; and learn no turn that says `weight: 0`,
+`train: false`, `loss: false` or `loss_mask: 0`. A sample without images is text alone. A record is checked when it is
+read, so that one bad sample can be left out.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, ImageSource, Sample, Turn
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, EmptyAnswerError, ImageSource, Sample, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.archives import open_images
 from saisa_jax.data.sources.json_records import JsonRecords
-from saisa_jax.data.text.conversation import IMAGE
+from saisa_jax.data.sources.pictures import OBJECT_KEYS, check_unread, find_picture
+from saisa_jax.data.text.conversation import IMAGE, image_first
 
 SYSTEM = "system"
 ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT, "system": SYSTEM}
-PART_TYPES = ("text", "image")
-_TRAILING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE)})+\s*$")
+TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "observation", "ipython")
+PART_TYPES = ("text", "image", "image_url")
+PICTURES = ("image", "images")
+SYSTEMS = ("system", "system_prompt")
+LOSS = ("weight", "train", "loss", "loss_mask")  # of a turn: 0 or false where it is context alone
 
-# (role, text) of each turn, and the names of the images.
-Dialogue = tuple[list[tuple[str, str]], list[str]]
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a record says."""
+
+    turns: list[Turn]  # the system's among them
+    pictures: list[tuple[str, Any]]  # in the order in which they stand: (field, what it says)
 
 
 @SOURCES.register("chat")
@@ -45,7 +57,7 @@ class JsonConversations:
         """
         self.records = JsonRecords(config.path)
         self.images = open_images(config.images or Path(config.path).parent)
-        self.form = config.format
+        self.form, self.allow_absolute = config.format, config.allow_absolute
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,57 +71,45 @@ class JsonConversations:
         given = record.get("id")
         sample_id = str(given) if isinstance(given, str | int) and str(given) else name
         sample_id = sample_id.encode("utf-8", "backslashreplace").decode()
-        turns, names = FORMS[self.form](record, sample_id)
-        return make_sample(sample_id, turns, tuple(self.images.find(name, sample_id) for name in names))
+        said = FORMS[self.form](record, sample_id)
+        pictures = [
+            find_picture(given, where, self.images, self.allow_absolute, sample_id) for where, given in said.pictures
+        ]
+        return make_sample(sample_id, said.turns, pictures)
 
 
-def make_sample(sample_id: str, said: Sequence[tuple[str, str]], images: Sequence[ImageSource]) -> Sample:
-    """A sample of what was said, in (role, text) pairs, after the checks that all forms share.
+def make_sample(sample_id: str, said: Sequence[Turn], images: Sequence[ImageSource]) -> Sample:
+    """A sample of what was said, after the checks that all forms share. The system's words, if any, come first.
 
-    The system's words, if any, come first. Text after which a user's turn ends in images gets them in front, as LLaVA
-    does to every turn: "What is this?\\n<image>" is "<image>\\nWhat is this?". An image in the middle stays there.
+    A turn's only image stands in front of it where it began or ended it, as `encode` puts it.
 
     Raises:
       DataError: a system turn that is not the first, two turns of one role in a row, no text at all, or another number
         of `<image>` than of images.
     """
     system = None
-    if said and said[0][0] == SYSTEM:
-        (_, system), said = said[0], said[1:]
+    if said and said[0].role == SYSTEM:
+        system, said = said[0].text, said[1:]
     # Shared conversations may begin in the middle; LLaVA leaves out what the assistant says before the user does.
-    if said and said[0][0] == ASSISTANT:
+    if said and said[0].role == ASSISTANT:
         said = said[1:]
-    for number, (role, _) in enumerate(said):
-        if role == SYSTEM:
+    for number, turn in enumerate(said):
+        if turn.role == SYSTEM:
             raise DataError("a system turn comes first, and there is one at most", sample_id)
-        if role != (USER, ASSISTANT)[number % 2]:
-            raise DataError(f"two turns of the {role} in a row; user and assistant take turns", sample_id)
-    if not any(text.replace(IMAGE, "").strip() for _, text in said):
-        raise DataError("no text: nothing is said in it", sample_id)
-    placeholders = sum(text.count(IMAGE) for _, text in said)
+        if turn.role != (USER, ASSISTANT)[number % 2]:
+            raise DataError(f"two turns of the {turn.role} in a row; user and assistant take turns", sample_id)
+    if not any(turn.text.replace(IMAGE, "").strip() for turn in said):
+        kind = EmptyAnswerError if any(turn.role == ASSISTANT for turn in said) else DataError
+        raise kind("no text: nothing is said in it", sample_id)
+    placeholders = sum(turn.text.count(IMAGE) for turn in said)
     if placeholders and placeholders != len(images):
         raise DataError(
             f"{placeholders} {IMAGE} in the text and {len(images)} image(s); write one for each, or none at all to put "
             "the images first",
             sample_id,
         )
-    turns: list[Turn] = []
-    placed: list[ImageSource] = []
-    for role, text in said:
-        text, moved = _images_first(text) if role == USER else (text, 0)
-        its = list(images[len(placed) : len(placed) + text.count(IMAGE)])
-        placed += its[len(its) - moved :] + its[: len(its) - moved]
-        turns.append(Turn(role, text))
-    return Sample(sample_id, tuple(turns), tuple(placed or images), system=system)
-
-
-def _images_first(text: str) -> tuple[str, int]:
-    """A user's text with the images at its end moved to its front, and how many those are."""
-    found = _TRAILING_IMAGES.search(text)
-    if found is None or found.start() == 0:
-        return text, 0
-    count = found.group().count(IMAGE)
-    return f"{IMAGE}\n" * count + text[: found.start()].strip(), count
+    turns = tuple(replace(turn, text=image_first(turn.text)) if turn.role == USER else turn for turn in said)
+    return Sample(sample_id, turns, tuple(images), system=system)
 
 
 # --- The forms -------------------------------------------------------------------------------------------------------
@@ -117,53 +117,121 @@ def _images_first(text: str) -> tuple[str, int]:
 
 def _llava(record: Mapping[str, Any], sample_id: str) -> Dialogue:
     """{"image": name or names, "conversations": [{"from", "value"}]}."""
-    given = record.get("image")
-    names = [] if given is None else given if isinstance(given, list) else [given]
-    turns = [
-        (_role(turn.get("from"), f"conversations[{number}].from", sample_id),
-         _text(turn.get("value"), f"conversations[{number}].value", sample_id))
-        for number, turn in enumerate(_turns(record, "conversations", sample_id))
-    ]  # fmt: skip
-    return turns, [_text(name, "image", sample_id) for name in names]
+    pictures = _listed(record, sample_id)
+    turns = _system(record, sample_id)
+    check_unread(record, (*PICTURES, *SYSTEMS, "conversations"), "", bool(pictures), sample_id)
+    for number, turn in enumerate(_turns(record, "conversations", sample_id)):
+        where = f"conversations[{number}]"
+        role = _role(turn.get("from"), f"{where}.from", sample_id)
+        text = _text(turn.get("value"), f"{where}.value", sample_id)
+        check_unread(turn, ("from", "value", *LOSS), f"{where}.", False, sample_id)
+        turns.append(Turn(role, text, _loss(turn, where, sample_id)))
+    return Dialogue(turns, pictures)
 
 
 def _chat(record: Mapping[str, Any], sample_id: str) -> Dialogue:
     """{"messages": [{"role", "content"}], "images": names}; an image part names its image, or takes the next one."""
-    listed = record.get("images")
-    if listed is not None and not isinstance(listed, list):
-        raise DataError(f"images should be a list of names, not {_kind(listed)}", sample_id)
-    rest = [_text(name, "images", sample_id) for name in listed or ()]
-    turns: list[tuple[str, str]] = []
-    names: list[str] = []
-    for number, message in enumerate(_turns(record, "messages", sample_id)):
-        role = _role(message.get("role"), f"messages[{number}].role", sample_id)
-        content, where = message.get("content"), f"messages[{number}].content"
-        if not isinstance(content, list):
-            text = _text(content, where, sample_id)
-            count = text.count(IMAGE)
-            names, rest = names + rest[:count], rest[count:]
-            turns.append((role, text))
-            continue
-        words: list[str] = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text":
-                words.append(_text(part.get("text"), f"{where}.text", sample_id))
-                if IMAGE in words[-1]:
-                    raise DataError(f"{where} has {IMAGE} within a text; here images are parts", sample_id)
-            elif kind == "image":
-                if part.get("image") is None and not rest:
-                    raise DataError(f"{where} has an image that neither it nor 'images' names", sample_id)
-                name = part["image"] if part.get("image") is not None else rest.pop(0)
-                names.append(_text(name, f"{where}.image", sample_id))
-                words.append(IMAGE)
-            else:
-                raise DataError(f"{where} has a part of type {kind!r}; known: {', '.join(PART_TYPES)}", sample_id)
-        turns.append((role, "\n".join(words)))
-    return turns, names + rest
+    listed = _listed(record, sample_id)
+    turns = _system(record, sample_id)
+    pictures: list[tuple[str, Any]] = []
+    rest = list(range(len(listed)))  # of `listed`: not shown yet
+    numbered = following = False
+
+    def show(index: int | None, where: str) -> None:
+        """Shows one of the listed pictures, the next one if none is said."""
+        nonlocal numbered, following
+        numbered, following = numbered or index is not None, following or index is None
+        if numbered and following:
+            raise DataError(f"{where}: some images say their index and others do not", sample_id)
+        if index is None and not rest:
+            raise DataError(f"{where} has an image that neither it nor 'images' names", sample_id)
+        place = rest[0] if index is None else index
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(listed):
+            raise DataError(f"{where}.index={place!r} is not one of {len(listed)} image(s), from 0", sample_id)
+        pictures.append(listed[place])
+        if place in rest:
+            rest.remove(place)
+
+    messages = _turns(record, "messages", sample_id)
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        role = _role(message.get("role"), f"{where}.role", sample_id)
+        content = message.get("content")
+        if isinstance(content, list):
+            words: list[str] = []
+            for part in content:
+                words.append(_part(part, f"{where}.content", pictures, show, sample_id))
+            text = "\n".join(words)
+        else:
+            text = _text(content, f"{where}.content", sample_id)
+            for _ in range(min(text.count(IMAGE), len(rest))):  # too few are told of together
+                show(None, f"{where}.content")
+        turns.append(Turn(role, text, _loss(message, where, sample_id)))
+    pictures += [listed[place] for place in rest]
+    check_unread(record, (*PICTURES, *SYSTEMS, "messages"), "", bool(pictures), sample_id)
+    for number, message in enumerate(messages):
+        check_unread(message, ("role", "content", *LOSS), f"messages[{number}].", False, sample_id)
+    return Dialogue(turns, pictures)
+
+
+def _part(
+    part: Any,
+    where: str,
+    pictures: list[tuple[str, Any]],
+    show: Callable[[int | None, str], None],
+    sample_id: str,
+) -> str:
+    """The text of one part of a message; its image is added to `pictures`."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        text = _text(part.get("text"), f"{where}.text", sample_id)
+        if IMAGE in text:
+            raise DataError(f"{where} has {IMAGE} within a text; here images are parts", sample_id)
+        check_unread(part, ("type", "text", "index"), f"{where}.", False, sample_id)
+        return text
+    if kind not in PART_TYPES:
+        raise DataError(f"{where} has a part of type {kind!r}; known: {', '.join(PART_TYPES)}", sample_id)
+    check_unread(part, ("type", "index", *OBJECT_KEYS), f"{where}.", False, sample_id)
+    given = {key: part[key] for key in OBJECT_KEYS if part.get(key) is not None}
+    if given:
+        pictures.append((where, given))
+    else:
+        show(part.get("index"), where)
+    return IMAGE
 
 
 FORMS: dict[str, Callable[[Mapping[str, Any], str], Dialogue]] = {"llava": _llava, "chat": _chat}
+
+
+def _listed(record: Mapping[str, Any], sample_id: str) -> list[tuple[str, Any]]:
+    """The record's pictures: (field, what it says) each."""
+    given = {key: record[key] for key in PICTURES if record.get(key) is not None and record[key] != []}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+    if len(lists) > 1 and lists["image"] != lists["images"]:
+        raise DataError("'image' and 'images' name different pictures; expected one of the two", sample_id)
+    for key, names in lists.items():
+        for name in names:
+            if not isinstance(name, str | dict):
+                raise DataError(f"{key} should be text, an object, or a list of those; it has {_kind(name)}", sample_id)
+        return [(key, _text(name, key, sample_id) if isinstance(name, str) else name) for name in names]
+    return []
+
+
+def _system(record: Mapping[str, Any], sample_id: str) -> list[Turn]:
+    """The system's words that stand beside the turns; nothing where there are none, or they are empty."""
+    given = {key: _text(record[key], key, sample_id) for key in SYSTEMS if record.get(key)}
+    if len(set(given.values())) > 1:
+        raise DataError("'system' and 'system_prompt' say different things; expected one of the two", sample_id)
+    return [Turn(SYSTEM, text) for text in given.values()][:1]
+
+
+def _loss(turn: Mapping[str, Any], where: str, sample_id: str) -> bool:
+    """Whether a turn is learned, if it is an answer."""
+    given = {key: turn[key] for key in LOSS if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):  # true and false are
+            raise DataError(f"{where}.{key} should be true or false, 1 or 0, and is {str(value)[:80]!r}", sample_id)
+    return all(given.values())
 
 
 def _turns(record: Mapping[str, Any], key: str, sample_id: str) -> list[dict[str, Any]]:
@@ -180,6 +248,8 @@ def _role(value: Any, where: str, sample_id: str) -> str:
         return ROLES[value]
     near = difflib.get_close_matches(str(value), ROLES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if str(value).lower() in TOOL_ROLES:
+        hint = " (calls of tools are not served: leave such samples out)"
     raise DataError(f"{where}={str(value)[:80]!r} is an unknown role{hint}; known: {', '.join(ROLES)}", sample_id)
 
 

@@ -5,8 +5,8 @@
     DIR/report.jsonl                          what was left out: {"id", "reason"} a line
 
 A directory without index.json is not finished. ArrayRecord knows local files alone (it waits for ever for a gs:// one),
-so that a shard in a bucket is copied to a local cache when its first record is read: to `$XDG_CACHE_HOME/saisa_jax`, or
-`~/.cache/saisa_jax`, which has to hold the whole set.
+so that a shard in a bucket is copied to the local cache (`cache.py`) when its first record is read; it has to hold the
+whole set.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from jaxtyping import Int32
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, Sample, Turn
 from saisa_jax.data.sources import SOURCES
+from saisa_jax.data.sources.cache import cache_folder, write_copy
 
 FORMAT = 1  # of records and index; raised when older programs could not read them
 INDEX = "index.json"
@@ -151,15 +152,11 @@ class ShardedSamples:
         path = self.directory / shard.name
         if not is_remote(path):
             return os.fspath(path)
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         version = hashlib.sha256(f"{self.directory}\n{self.contents.to_json()}".encode()).hexdigest()[:16]
-        cached = root / "saisa_jax" / version / shard.name
+        cached = cache_folder() / version / shard.name
         if not cached.exists() or cached.stat().st_size != shard.bytes:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            part = cached.with_name(f"{cached.name}.{os.getpid()}.part")  # other processes may copy it too
-            with path.open("rb") as source, part.open("wb") as target:
-                shutil.copyfileobj(source, target, 2**24)
-            part.replace(cached)
+            with path.open("rb") as source:
+                write_copy(source, cached)
         return str(cached)
 
     def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
@@ -175,7 +172,8 @@ def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
         "id": sample.id,
         "system": sample.system,
         "independent": sample.independent_turns,
-        "turns": [(turn.role, turn.text) for turn in sample.turns],
+        # An older program reads records of two fields a turn, and refuses those of three.
+        "turns": [(turn.role, turn.text) if turn.loss else (turn.role, turn.text, False) for turn in sample.turns],
         "images": list(images),
     }
     return msgpack.Packer().pack(record)
@@ -186,7 +184,7 @@ def decode_record(record: bytes) -> Sample:
     fields = msgpack.unpackb(record)
     return Sample(
         id=fields["id"],
-        turns=tuple(Turn(role, text) for role, text in fields["turns"]),
+        turns=tuple(Turn(*turn) for turn in fields["turns"]),
         images=tuple(fields["images"]),
         independent_turns=fields["independent"],
         system=fields["system"],

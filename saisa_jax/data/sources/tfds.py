@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.llava import make_sample
 
@@ -58,7 +58,7 @@ class TfdsSamples:
         images = ()
         if self.config.image_feature:
             images = tuple(bytes(item) for item in _entries(example[self.config.image_feature]))
-        said = [(USER, self._render(self.user, example)), (ASSISTANT, self._render(self.assistant, example))]
+        said = [Turn(USER, self._render(self.user, example)), Turn(ASSISTANT, self._render(self.assistant, example))]
         return make_sample(sample_id, said, images)
 
     def _render(self, side: str, example: dict[str, Any]) -> str:

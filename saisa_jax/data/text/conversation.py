@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, TooLongError, Turn
+from saisa_jax.data.sample import ASSISTANT, USER, DataError, EmptyAnswerError, TooLongError, Turn
 from saisa_jax.data.text.templates import Template, find_template
 
 IMAGE = "<image>"
@@ -64,7 +64,8 @@ def encode(
     """A conversation as tokens with labels.
 
     Images stand where the turns say `<image>`. If no turn says so, `num_images` of them stand at the start of the first
-    user turn, as in LLaVA: "<image>\\n" each, then the text.
+    user turn, as in LLaVA: "<image>\\n" each, then the text. A turn's only image, at its start or end, stands at its
+    front with a line break after it, as LLaVA puts it; several, and one within the text, stay where they are.
 
     Args:
       turns: user and assistant in turn, the user first.
@@ -188,10 +189,10 @@ def _checked_turns(turns: Sequence[Turn], num_images: int | None, sample_id: str
             raise DataError(f"{wrong} {turn.role!r}; user and assistant take turns, the user first", sample_id)
         text = turn.text.strip()
         if turn.role == ASSISTANT and not text:
-            raise DataError(f"turn {number} is an empty answer", sample_id)
+            raise EmptyAnswerError(f"turn {number} is an empty answer", sample_id)
         if turn.role == ASSISTANT and IMAGE in text:
             raise DataError(f"turn {number} has {IMAGE} in an answer; images belong to user turns", sample_id)
-        clean.append(Turn(turn.role, text))
+        clean.append(replace(turn, text=image_first(text) if turn.role == USER else text))
     placeholders = sum(turn.text.count(IMAGE) for turn in clean)
     if num_images is None or placeholders == num_images:
         return clean
@@ -203,6 +204,14 @@ def _checked_turns(turns: Sequence[Turn], num_images: int | None, sample_id: str
         )
     clean[0] = Turn(USER, (f"{IMAGE}\n" * num_images + clean[0].text).strip())
     return clean
+
+
+def image_first(text: str) -> str:
+    """A user's text with its only image, if that begins or ends it, in front and on a line of its own."""
+    stripped, words = text.strip(), text.replace(IMAGE, "").strip()
+    if text.count(IMAGE) != 1 or not words or not (stripped.startswith(IMAGE) or stripped.endswith(IMAGE)):
+        return text
+    return f"{IMAGE}\n{words}"
 
 
 # --- Pieces ----------------------------------------------------------------------------------------------------------
@@ -275,8 +284,8 @@ def _write(
             if stream.after_image:
                 raise DataError(f"turn {number} ends in an image: add text after {IMAGE}", sample_id)
         else:
-            stream.add(encoder.ids(template.answer.replace("{text}", turn.text)), supervised=True)
-            stream.add([end], supervised=True)
+            stream.add(encoder.ids(template.answer.replace("{text}", turn.text)), supervised=turn.loss)
+            stream.add([end], supervised=turn.loss)
             carried = template.after
     return stream
 

@@ -100,20 +100,22 @@ def test_a_name_that_leads_out_is_refused(place, name) -> None:
         open_images(place).find(name, "s/1")
 
 
-def test_a_link_that_leads_out_is_refused(tmp_path) -> None:
+def test_an_absolute_name_says_which_flag_takes_it(place) -> None:
+    with pytest.raises(DataError, match=r"sources.allow_absolute=True takes absolute names"):
+        open_images(place).find("/data/x.png", "s/1")
+
+
+def test_links_lead_where_their_maker_wants(tmp_path) -> None:
     root = _folder(tmp_path)
-    (tmp_path / "secret.png").write_bytes(_png(1))
-    (tmp_path / "images2").mkdir()
-    (root / "out.png").symlink_to(tmp_path / "secret.png")
-    (root / "outer").symlink_to(tmp_path)
-    (root / "beside").symlink_to(tmp_path / "images2")  # the root's name is the beginning of its own
-    (root / "in.png").symlink_to(root / "a" / "3.png")
+    (tmp_path / "elsewhere" / "coco").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "coco" / "x.png").write_bytes(_png(1))
+    (root / "out.png").symlink_to(tmp_path / "elsewhere" / "coco" / "x.png")
+    (root / "coco").symlink_to(tmp_path / "elsewhere" / "coco")  # how people lay out LLaVA's data
     (tmp_path / "link").symlink_to(root)
     for images in (open_images(root), open_images(tmp_path / "link")):
-        assert read_image(images.find("in.png", "s")) == FILES["a/3.png"]
-        for name in ("out.png", "outer/secret.png", "beside/x.png"):
-            with pytest.raises(DataError, match=rf"sample 's/1': image '{name}' is a link that leaves sources.images"):
-                images.find(name, "s/1")
+        assert read_image(images.find("a/3.png", "s")) == FILES["a/3.png"]
+        for name in ("out.png", "coco/x.png"):
+            assert read_image(images.find(name, "s")) == _png(1)
 
 
 def test_what_is_not_there(place, tmp_path) -> None:
@@ -123,6 +125,8 @@ def test_what_is_not_there(place, tmp_path) -> None:
     if place.is_file():
         with pytest.raises(DataError, match=r"\(it holds, say, '(\./)?a/0\.png'\)"):
             images.find("0.png", "s/1")
+    with pytest.raises(DataError, match=r"there is no image .*a/0\.jpg.*'(a/)?0\.png' is there"):
+        load_image(images.find("a/0.jpg", "s/1"), "s/1")
     with pytest.raises(DataError, match=r"sources.images='.*none' is neither a folder nor a .zip or .tar file here"):
         open_images(tmp_path / "none")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
 import pickle
+import sys
 import threading
 
 import pytest
@@ -32,6 +35,38 @@ def test_records_are_what_was_written(tmp_path, ascii_only, form) -> None:
     copy = pickle.loads(pickle.dumps(records))
     assert [copy[i] for i in reversed(range(len(copy)))] == RECORDS[::-1]
     assert records.name(3) == f"{path.name}:3"
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_a_packed_file_is_read_as_the_plain_one(tmp_path, monkeypatch, form) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = json.dumps(RECORDS) if form == "json" else "\n".join(json.dumps(record) for record in RECORDS)
+    path = tmp_path / f"a.{form}.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    records = JsonRecords(path)
+    assert list(records) == RECORDS == list(pickle.loads(pickle.dumps(records)))
+    assert records.name(3) == f"{path.name}:3"
+    path.write_bytes(gzip.compress(b'[{"id": 9}]' if form == "json" else b'{"id": 9}\n'))
+    assert list(JsonRecords(path)) == [{"id": 9}]  # what was unpacked before does not stand for it
+    path.write_bytes(gzip.compress(b"[1, 2"))
+    with pytest.raises(DataError, match=rf"a.{form}.gz, line 1, byte"):
+        JsonRecords(path)
+    path.write_bytes(gzip.compress(text.encode())[:-9])
+    with pytest.raises(DataError, match=r"cannot be unpacked to .*: Compressed file ended"):
+        JsonRecords(path)
+
+
+def test_zstandard_needs_a_python_that_has_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"")
+    if sys.version_info >= (3, 14):
+        zstd = importlib.import_module("compression.zstd")
+        path.write_bytes(zstd.compress(b'{"id": 1}\n'))
+        assert list(JsonRecords(path)) == [{"id": 1}]
+    else:
+        with pytest.raises(DataError, match=r"this Python .* cannot read .zst, 3.14 can; unpack it"):
+            JsonRecords(path)
 
 
 def test_pickled_it_is_small_and_threads_share_it(tmp_path) -> None:

@@ -98,7 +98,7 @@ def test_features_become_turns(prepared) -> None:
     ("turns", "fields", "expected"),
     [
         (" => a picture of a {label}", {}, ["", "a picture of a dog"]),
-        ("<image> {{}} {objects/count}: => {objects/name}", {}, ["<image> {} 1:", "cup 1"]),
+        ("<image> {{}} {objects/count}: => {objects/name}", {}, ["<image>\n{} 1:", "cup 1"]),
         ("{question} <image> => {label}", {"split": "test[1:]"}, ["<image>\nwhat is 1 é {x}?", "dog"]),
         ("{question} => {label}", {"image_feature": ""}, ["what is 1 é {x}?", "dog"]),
         ("{question} => {label}", {"image_feature": "images", "name": "quiz:1.0.0"}, ["what is 1 é {x}?", "dog"]),

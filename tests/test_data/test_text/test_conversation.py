@@ -233,7 +233,25 @@ def test_bad_prompts(demo) -> None:
         encode_prompt((QUESTION, ANSWER), "vicuna_v1", demo, P)
     bare = dataclasses.replace(TEMPLATES["vicuna_v1"], user="{text}")
     with pytest.raises(DataError, match=r"sample 'x': turn 0 ends in an image: add text after <image>"):
-        encode_prompt((Turn("user", "look: <image>"),), bare, demo, P, sample_id="x")
+        encode_prompt((Turn("user", "<image> or <image>"),), bare, demo, P, sample_id="x")
+
+
+@pytest.mark.parametrize("text", ["<image>\nis it red?", "<image>is it red?", "is it red? <image>\n"])
+def test_a_turns_only_image_stands_first_in_training_and_in_a_prompt(demo, text: str) -> None:
+    expected = encode((Turn("user", "is it red?"), ANSWER), "vicuna_v1", demo, P, num_images=1)
+    trained = encode((Turn("user", text), ANSWER), "vicuna_v1", demo, P, num_images=1)
+    asked = encode_prompt((Turn("user", text),), "vicuna_v1", demo, P, num_images=1)
+    assert trained.tokens.tolist() == expected.tokens.tolist()
+    assert trained.image_positions.tolist() == asked.image_positions.tolist() == expected.image_positions.tolist()
+    assert asked.tokens.tolist() == expected.tokens[: len(asked.tokens)].tolist()
+
+
+def test_an_image_within_the_text_stays_there(demo) -> None:
+    for text in ("is <image> red?", "<image> is red <image> blue", "is it <image> or <image>"):
+        encoded = encode((Turn("user", text), ANSWER), "vicuna_v1", demo, P, system_prompt="")
+        first, last = encoded.image_positions[[0, -1]].tolist()
+        assert first == 3 + len(demo.encode(text.split("<image>")[0], add_special_tokens=False))
+        assert (last - first > P) == (text.count("<image>") > 1)
 
 
 def test_too_long_names_the_flags(demo) -> None:
