@@ -93,7 +93,8 @@ def layer(config: ModelConfig, text: int, images: int = 1) -> Breakdown:
 
 @functools.lru_cache(maxsize=1024)
 def _prefill(config: ModelConfig, text: int, images: int) -> Breakdown:
-    program = _trace(_read(_plain(config)), abstract_params(config), _abstract_batch(config, 1, text, images))
+    config = _plain(config)
+    program = _trace(_read(config), _params(config), _abstract_batch(config, 1, text, images))
     return _by_part(products(program))
 
 
@@ -105,7 +106,7 @@ def xla_prefill(config: ModelConfig, text: int, images: int = 1) -> float:
     """
     config = dataclasses.replace(config, scan_layers=False)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # other backends do not count before they compile
-        lowered = jax.jit(_read(config)).lower(abstract_params(config), _abstract_batch(config, 1, text, images))
+        lowered = jax.jit(_read(config)).lower(_params(config), _abstract_batch(config, 1, text, images))
         costs = lowered.cost_analysis()
     if not costs or "flops" not in costs:
         raise RuntimeError(f"XLA counted no FLOPs on the CPU backend, only {costs!r}")
@@ -145,7 +146,7 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
     trains.
 
     Args:
-      config: the model as the stage sees it (`Config.model_for`).
+      config: the model as the stage sees it (`Config.trained_model`).
       groups: who trains.
       rows: the batch size (B), in one piece or accumulated.
       text: text tokens of a row (T), padding included.
@@ -154,12 +155,12 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
     Raises:
       ConfigError: a parameter that no row of `groups` matches.
     """
-    model = Saisa(_plain(config))
-    trainable, frozen = _parted(traverse_util.flatten_dict(abstract_params(config), sep="/"), groups)
+    config = _plain(config)
+    trainable, frozen = _parted(traverse_util.flatten_dict(_params(config), sep="/"), groups)
 
     def loss(trainable: dict[str, Any], frozen: dict[str, Any], batch: Batch) -> Any:
         params = traverse_util.unflatten_dict(frozen | trainable, sep="/")
-        return jnp.sum(model.apply({"params": params}, batch)[0])  # any loss: all logits get a gradient
+        return jnp.sum(Saisa(config).apply({"params": params}, batch)[0])  # any loss: all logits get a gradient
 
     program = _trace(jax.value_and_grad(loss), trainable, frozen, _abstract_batch(config, rows, text, images))
     forward, backward = [], []
@@ -185,6 +186,11 @@ def _parted(params: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], dic
 def _plain(config: ModelConfig) -> ModelConfig:
     """The same model without what changes how its products are made, and not which there are."""
     return dataclasses.replace(config, scan_layers=True, remat_policy="none", attention_impl="xla")
+
+
+@functools.lru_cache(maxsize=64)
+def _params(config: ModelConfig) -> Any:
+    return abstract_params(config)
 
 
 def _abstract_batch(config: ModelConfig, rows: int, text: int, images: int) -> Batch:
