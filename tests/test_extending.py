@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,13 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saisa_jax.config import ATTENTION_IMPLS, ModelConfig, ProjectorConfig, SourceConfig
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.config import ATTENTION_IMPLS, ModelConfig, ProjectorConfig, SourceConfig, VisionConfig
+from saisa_jax.convert.configs import decoder_to_hf
+from saisa_jax.convert.families import DECODERS
+from saisa_jax.convert.families import ENCODERS as FAMILIES
+from saisa_jax.convert.layouts import decoder_family, layout_for
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.text.conversation import encode
 from saisa_jax.data.text.templates import TEMPLATES
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
 from saisa_jax.models.attention import KERNELS
 from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.projectors import PROJECTORS
@@ -37,7 +43,7 @@ EXAMPLES = dict(re.findall(r"^## (.*?)\n(?:(?!^## ).)*?^```python\n(.*?)^```", P
 
 @pytest.fixture(autouse=True)
 def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for registry in (PROJECTORS, ENCODERS, SOURCES):
+    for registry in (PROJECTORS, ENCODERS, SOURCES, TASKS, FAMILIES, DECODERS):
         monkeypatch.setattr(registry, "_entries", dict(registry))
     tables = [(table, dict(table)) for table in (TEMPLATES, ATTENTION_IMPLS, KERNELS)]
     yield
@@ -90,6 +96,22 @@ def test_vision_encoder(run: Run) -> None:
     assert np.abs(logits(config, params, batch) - logits(config, params, other)).max() > 1e-4
 
 
+def test_family_of_encoders(run: Run) -> None:
+    """tests/test_convert/test_families.py imports and exports with it."""
+    family = FAMILIES["pooled"] if run("A family of encoders") else None
+    config = VisionConfig(family="pooled", kind="pooled", image_size=24, patch_size=8, embed_dim=16, num_heads=1)
+    (kernel, bias) = layout_for(dataclasses.replace(tiny_config().model, vision=config), "hf-vision").rows
+    assert (kernel.theirs, kernel.ours, bias.key) == ((16, 3), (3, 16), "to_width.bias")
+    assert family is not None and family.config_to_hf(config) == {"pixels": 24, "window": 8, "width": 16}
+
+
+def test_family_of_decoders(run: Run) -> None:
+    run("A family of decoders")
+    wide = dataclasses.replace(tiny_config().model, max_length=123)
+    assert decoder_family(wide) is DECODERS["extra_wide"] and decoder_family(tiny_config().model) is DECODERS["llama"]
+    assert "max_position_embeddings" not in decoder_to_hf(wide)
+
+
 def test_data_source(run: Run, tmp_path: Path) -> None:
     run("A data source")
     (tmp_path / "words.txt").write_text("red blue green yellow " * 4)
@@ -97,13 +119,24 @@ def test_data_source(run: Run, tmp_path: Path) -> None:
     source = SourceConfig("words", path=str(tmp_path / "words.txt"))
     finetune = dataclasses.replace(config.finetune, sources=(source,), validation=())
     data = dataclasses.replace(config.data, turns_per_sample=None)
-    iterator = train_iterator(
+    iterator = StageData(
         dataclasses.replace(config, finetune=finetune, data=data), "finetune", load_tokenizer("easy_vqa")
-    )
+    ).batches()
     batch = next(iterator)
     iterator.close()
     assert {name.split("/")[0] for row in batch.sample_ids for name in row} == {"words"}
     assert batch.batch["loss_weights"].any()
+
+
+def test_benchmark(run: Run, tmp_path: Path) -> None:
+    run("A benchmark")
+    row = {"id": "1", "image": "a.png", "question": "is it red?", "answers": ["yes", "yeah"], "kind": "color"}
+    (tmp_path / "questions.json").write_text(json.dumps([row]))
+    task = TASKS["pictures"]
+    (item,) = task.items(TaskData(str(tmp_path / "questions.json"), "folder"))
+    assert isinstance(item, Item) and task.score("Yeah.", item) == 1 and task.score("no", item) == 0
+    scored = [{"image": image, "score": score} for image, score in (("a", 1.0), ("a", 0.0), ("b", 1.0))]
+    assert task.metrics(scored) == {"pictures": 0.5}
 
 
 def test_prompt_template(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""The HTML page: one file, everything inside it."""
+"""The HTML page: one self-contained file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import saisa_jax
 from saisa_jax.config import Config, to_dict
 from saisa_jax.report import pictures, units
 from saisa_jax.report.attention import Looked
-from saisa_jax.report.plots import COLORS, prefill_by_alignment
+from saisa_jax.report.examples import is_right
+from saisa_jax.report.plots import COLORS, by_formula
 from saisa_jax.report.runs import NAMES, TITLES, Run
 from saisa_jax.report.style import CSS
 
@@ -23,7 +24,7 @@ class Card:
     """A test question: the prediction of the run that is shown, its image, and all runs' answers.
 
     Attributes:
-      prediction: a row of predictions.jsonl.
+      prediction: a row of TASK.jsonl.
       image: a PNG file; None if it could not be read.
       answers: (label of the run, its row).
     """
@@ -35,11 +36,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Content:
-    """All that is on the page.
+    """The content of the page.
 
     Attributes:
       runs: in the order of the command line.
-      shown: the run whose answers are looked at; None if none was evaluated.
+      shown: the run whose answers are shown; None if none was evaluated.
       figures: PNG files by their names.
       examples: test questions.
       looked: attention of some of them.
@@ -139,16 +140,18 @@ def _results(content: Content) -> str:
     record = content.shown.evaluation if content.shown else None
     note = ""
     if record:
-        majority = record["majority"]
-        guesses = [majority.get(name) for name in ("overall", *record["groups"])]
-        cells = "".join(f"<td>{units.percent(guess)}</td>" for guess in guesses)
-        cells += "<td></td>" * (len(columns) - 1 - len(guesses))
-        body += f'<tr class="guess"><th scope="row">most frequent answer, no image</th>{cells}</tr>'
+        baseline = record["baseline"]
+        if baseline:
+            guesses = [baseline.get(name) for name in ("overall", *record["groups"])]
+            cells = "".join(f"<td>{units.percent(guess)}</td>" for guess in guesses)
+            cells += "<td></td>" * (len(columns) - 1 - len(guesses))
+            body += f'<tr class="guess"><th scope="row">most frequent answer, no image</th>{cells}</tr>'
+        further = "".join(f" {name} {value:.4g}." for name, value in record["metrics"].items())
         note = (
-            f'<p class="note">Exact match of freely generated answers to {record["n"]:,} test questions; below each '
-            "accuracy its 95% interval, which allows for questions that share an image. Prefill: reading one question "
-            f"of {record['prompt_tokens']:.0f} text tokens with its image, end to end and for the decoder with its "
-            "projectors alone.</p>"
+            f'<p class="note">{escape(record["metric"].capitalize())} of freely generated answers to '
+            f"{record['n']:,} test questions; below each accuracy its 95% interval, which allows for questions that "
+            f"share an image.{escape(further)} Prefill: reading one question of {record['prompt_tokens']:.0f} text "
+            "tokens with its image, end to end and for the decoder with its projectors alone.</p>"
         )
     return (
         f'{numbers}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}'
@@ -156,20 +159,20 @@ def _results(content: Content) -> str:
 
 
 def _numbers(content: Content) -> str:
-    """The four numbers to remember, of a page about one run."""
+    """The four main numbers of a page about one run."""
     run = content.runs[0]
     record = run.evaluation
     if record is None:
         return ""
     boxes = [(units.percent(record["accuracy"]), "right in all", f"of {record['n']:,} test questions")]
     for name, part in record["groups"].items():
-        guess = record["majority"].get(name)
-        small = f"{units.percent(guess)} without a look" if guess is not None else f"{part['n']:,} questions"
+        guess = record["baseline"].get(name)
+        small = f"{units.percent(guess)} without the image" if guess is not None else f"{part['n']:,} questions"
         boxes.append((units.percent(part["accuracy"]), f"{name.replace('_', '/')} questions", small))
     costs = prefill_by_alignment(run, "decoder")
     mine = record["prefill_flops"]["decoder"]
     if run.model.alignment != "llava":
-        boxes.append((units.change(mine / costs["llava"] - 1), "decoder FLOPs", "to read a question, beside LLaVA"))
+        boxes.append((units.change(mine / costs["llava"] - 1), "decoder FLOPs", "to read a question, against LLaVA"))
     boxes.append((units.duration(run.wall_seconds), "of training", f"{units.flops(run.train_flops)}"))
     cells = "".join(
         f"<div><b>{escape(number)}</b><span>{escape(what)}</span><small>{escape(small)}</small></div>"
@@ -225,7 +228,7 @@ def _curves(content: Content) -> str:
 
 
 def _mistakes(content: Content) -> str:
-    if "accuracy_by_kind" not in content.figures:
+    if "confusion" not in content.figures:
         return ""
     return f"<h2>Right and wrong</h2>\n{_figures(content, 'accuracy_by_kind', 'confusion')}"
 
@@ -234,9 +237,9 @@ def _examples(content: Content) -> str:
     if not content.examples or content.shown is None or content.shown.evaluation is None:
         return ""
     count, share = len(content.examples), content.shown.evaluation["accuracy"]
-    wrong = sum(not example.prediction["correct"] for example in content.examples)
+    wrong = sum(not is_right(example.prediction) for example in content.examples)
     more = ", more than their share" if wrong / count > 1 - share else ""
-    among = f"{wrong} with a wrong answer{more}: of all questions {units.percent(share)} are answered rightly"
+    among = f"{wrong} with a wrong answer{more}: {units.percent(share)} of all questions are answered correctly"
     of_run = "" if len(content.runs) == 1 else f" The choice goes by the answers of {content.shown.label}."
     return (
         f"<h2>{count} test question{'s' if count > 1 else ''}</h2>\n<p>Picked by a fixed rule from all kinds, {among}."
@@ -251,12 +254,12 @@ def _card(example: Card) -> str:
     lines = "".join(_answer(label if several else "", answer) for label, answer in example.answers)
     return (
         f'<article class="card">{image}<div><p class="question">{escape(row["question"])}</p>{lines}'
-        f'<div class="truth">truth: {escape(row["truth"])}</div></div></article>'
+        f'<div class="truth">truth: {escape(" | ".join(dict.fromkeys(row["answers"])))}</div></div></article>'
     )
 
 
 def _answer(label: str, row: Mapping[str, Any]) -> str:
-    state, mark = ("right", "✓") if row["correct"] else ("wrong", "✗")
+    state, mark = ("right", "✓") if is_right(row) else ("wrong", "✗")
     small = f"<i>{escape(label)}</i>" if label else f"<i>{state}</i>"
     return f'<div class="answer {state}"><b>{mark} {escape(row["output"] or "(nothing)")}</b> {small}</div>'
 
@@ -273,13 +276,13 @@ def _attention(content: Content) -> str:
             f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
             for picture in looked.pictures
         )
-        state = "right" if row["correct"] else f"wrong, it is {row['truth']}"
+        state = "right" if is_right(row) else f"wrong, it is {row['answers'][0]}"
         parts.append(
             f'<div class="looked"><b>{escape(row["question"])}</b> <span class="note">{escape(row["output"])} '
             f'({escape(state)})</span><div class="tiles">{tiles}</div></div>'
         )
     return (
-        f"<h2>What the answer looks at</h2>\n<p>Attention from the token that the answer's first word is predicted "
+        f"<h2>What the answer attends to</h2>\n<p>Attention from the token that the answer's first word is predicted "
         f"from to the patches of the image, averaged over heads, layer by layer{escape(of_run)}. Every layer has a "
         "scale of its own; its caption says how much of all attention goes to the image, the rest stays with the "
         "text.</p>"

@@ -17,15 +17,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from saisa_jax import flops
 from saisa_jax.config import ModelConfig, ProjectorConfig
+from saisa_jax.evaluation.metrics import normalise
 from saisa_jax.report import units
 from saisa_jax.report.runs import NAMES, Run, StageRecord
 
-# Okabe and Ito's palette, told apart by all eyes; markers differ as well.
+# Okabe and Ito's palette, distinguishable with color blindness; markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#8a8a8a"
-# Vision and head, which all alignments share, in grey; what belongs together in shades of one colour.
-PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a", "#56B4E9")
+# Vision and head, which all alignments share, are grey; related parts are shades of one color.
+PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a")
 STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": "#9a9a9a",
@@ -180,8 +181,10 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
             label=f"{run.label}: {accuracy:.1%}",
             zorder=4,
         )
-    guess = first["majority"]["overall"]
-    axes.axhline(guess, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=f"most frequent answer: {guess:.1%}")
+    guess = first["baseline"].get("overall", 1.0)
+    if first["baseline"]:
+        label = f"most frequent answer: {guess:.1%}"
+        axes.axhline(guess, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
     present = {run.model.alignment for _, run in runs}
     for name, cost in costs.items():
         if name not in present:
@@ -292,26 +295,28 @@ def confusion(title: str, predictions: Sequence[dict[str, Any]], most: int = 20)
     """
     kinds: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for row in predictions:
-        kinds[row["truth"]] = min(row["kind"], kinds.get(row["truth"], row["kind"]))
-        counts[row["truth"]] = counts.get(row["truth"], 0) + 1
+    said = [(normalise(row["answers"][0]), row) for row in predictions]
+    for truth, row in said:
+        kinds[truth] = min(row["kind"], kinds.get(truth, row["kind"]))
+        counts[truth] = counts.get(truth, 0) + 1
     frequent = sorted(counts, key=lambda truth: (-counts[truth], truth))[:most]
     truths = sorted(frequent, key=lambda truth: (kinds[truth], truth))
     table = np.zeros((len(truths), len(truths) + 1), int)
-    for row in predictions:
-        if row["truth"] in truths:
-            column = truths.index(row["answer"]) if row["answer"] in truths else len(truths)
-            table[truths.index(row["truth"]), column] += 1
+    for truth, row in said:
+        if truth in truths:
+            column = truths.index(row["prediction"]) if row["prediction"] in truths else len(truths)
+            table[truths.index(truth), column] += 1
     if not table[:, -1].any():
         table = table[:, :-1]
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     figure, axes = _axes(title, (SIZE[0], 1.1 + 0.24 * len(truths)))
-    # The root lets a few mistakes among many right answers be seen.
+    # The square root keeps a few mistakes among many correct answers visible.
     axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
     for (row, column), number in np.ndenumerate(table):
         if number:
             color = "white" if share[row, column] > 0.4 else INK
             axes.text(column, row, f"{number}", ha="center", va="center", fontsize=7, color=color)
+    truths = [truth if len(truth) <= 24 else f"{truth[:23]}…" for truth in truths]
     columns = [*truths, "else"][: table.shape[1]]
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(truths)), truths, fontsize=8)

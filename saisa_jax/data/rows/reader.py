@@ -1,4 +1,4 @@
-"""Rows of batches, by number: which samples stand in them, and reading those."""
+"""Rows of batches, by number: which samples are in them, and reading those."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from saisa_jax.data.text.encoder import Encoder
 ENDLESS = 2**40  # rows
 
 
-class Row(NamedTuple):
-    """One row of a batch (B = 1), and what happened on the way to it."""
+class BatchRow(NamedTuple):
+    """One row of a batch (B = 1), with what was dropped or cut in making it."""
 
     batch: Batch
     sample_ids: tuple[str, ...]  # of its segments 1, 2, ...; of a dropped sample too
@@ -44,7 +44,7 @@ class Reader:
 
     def row(
         self, samples: Sequence[tuple[Any, np.random.Generator]], text_length: int, max_images: int, source: Any
-    ) -> Row:
+    ) -> BatchRow:
         """The samples of the given numbers in one row.
 
         Args:
@@ -70,7 +70,7 @@ class Reader:
             examples.append(example)
             ids.append(name)
         size = self.config.model.vision.image_size
-        return Row(pack_rows([examples], text_length, max_images, size), tuple(ids), tuple(dropped), cut_tokens)
+        return BatchRow(pack_rows([examples], text_length, max_images, size), tuple(ids), tuple(dropped), cut_tokens)
 
     def _may_drop(self, error: DataError) -> bool:
         data = self.config.data
@@ -91,7 +91,7 @@ class Reader:
 
 
 @dataclass
-class Rows:
+class StageRows:
     """The rows of a stage, endless, by number; may be shared by threads and handed to other processes."""
 
     reader: Reader
@@ -114,7 +114,7 @@ class Rows:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, row: int) -> Row:
+    def __getitem__(self, row: int) -> BatchRow:
         epoch, order, places = self._places(int(row))
         samples = [(int(order[place]), np.random.default_rng([self.order.seed, 1, epoch, place])) for place in places]
         return self.reader.row(samples, *self.shape(int(row)), self.samples)
@@ -152,7 +152,7 @@ class Rows:
         return sum(len(self.epoch(e)[1].places) for e in range(epoch)) + int(self.epoch(epoch)[1].starts[within])
 
     def describe(self, steps: int) -> str:
-        """What so many steps read, in words."""
+        """A sentence about what `steps` steps read."""
         rows = steps * self.batch_size
         samples = self.samples_before(rows)
         unusable = 0 if self.counts is None else int((self.counts[0] == 0).sum())
@@ -191,7 +191,7 @@ class Rows:
                     self._first_rows.append(self._first_rows[-1] + size)
 
     def _places(self, row: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """A row's epoch, the order of that epoch's samples, and which places of it stand in the row."""
+        """A row's epoch, the order of that epoch's samples, and which of its places are in the row."""
         epoch, within = self._locate(row)
         order, plan = self.epoch(epoch)
         return epoch, order, plan[within]
