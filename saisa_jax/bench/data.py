@@ -218,14 +218,14 @@ def path_table(rounds: Sequence[Round], count: int) -> Table:
     return table
 
 
-def demand_table(text: int, images_per_second: float, chip: str, utilisation: float) -> Table:
+def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> Table:
     """What a host of four TPU chips needs for the 7B recipe, and what 16 cores deliver, in tokens of both kinds.
 
     Args:
       text: text tokens of a sample of stage 2; a sample has one image.
       images_per_second: of a core.
       chip: one of CHIPS.
-      utilisation: the fraction of the chips' peak that is reached.
+      mfu: the fraction of the chips' peak that is reached.
     """
     table = Table("7B recipe", "text", "TFLOP", "samples/s", "tokens/s", f"{CORES} cores", "times")
     for column in table.columns[1:]:

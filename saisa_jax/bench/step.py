@@ -40,7 +40,7 @@ class Timed:
     """One alignment's steps.
 
     Attributes:
-      flops: of a step, by formula.
+      flops: that a step needs.
       seconds: of each step, wall time.
       processor: of each step, of all threads of this process together.
     """

@@ -14,7 +14,7 @@ from saisa_jax.config import Config, to_dict
 from saisa_jax.report import pictures, units
 from saisa_jax.report.attention import Looked
 from saisa_jax.report.examples import is_right
-from saisa_jax.report.plots import COLORS, by_formula
+from saisa_jax.report.plots import COLORS, prefill_by_alignment
 from saisa_jax.report.runs import NAMES, TITLES, Run
 from saisa_jax.report.style import CSS
 

@@ -26,7 +26,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#8a8a8a"
 # Vision and head, which all alignments share, are grey; related parts are shades of one color.
-PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a")
+PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a", "#56B4E9")
 STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": "#9a9a9a",
