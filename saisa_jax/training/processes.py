@@ -137,8 +137,8 @@ def exit_on_lost_process() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(
-            f"OtherProcessError: process {jax.process_index()} cannot continue: {str(error).splitlines()[0]}. If another "
-            "one has ended, its log says why. The same command on every host resumes from the last checkpoint",
+            f"OtherProcessError: process {jax.process_index()} cannot continue: {str(error).splitlines()[0]}. If "
+            "another one has ended, its log says why. The same command on every host resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

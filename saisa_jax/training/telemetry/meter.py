@@ -92,7 +92,7 @@ class Meter:
 
 
 def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
-    """{"device_memory_bytes"} of the fullest device, or {"process_memory_bytes"} where devices do not report it (a CPU)."""
+    """{"device_memory_bytes"} of the fullest device, or {"process_memory_bytes"} of devices that do not report it."""
     stats = [device.memory_stats() or {} for device in devices]
     peak = max((held.get("peak_bytes_in_use", 0) for held in stats), default=0)
     if peak:
