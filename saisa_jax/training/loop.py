@@ -41,7 +41,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     """Trains the configured stages that are not finished yet.
 
     Returns:
-      0, or the number of the signal that stopped the run; started again, it goes on from there.
+      0, or the number of the signal that stopped the run; started again, it resumes from there.
     """
     processes.start(config.distributed)
     try:
@@ -80,7 +80,7 @@ def run(config: Config, workdir: epath.Path) -> int:
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message names the step and its samples."""
+    """Training cannot continue; the message names the step and its samples."""
 
 
 class StageTrainer:
@@ -151,7 +151,7 @@ class StageTrainer:
         self.journal.remembered |= metadata["journal"]
         self.evaluation_due = metadata["evaluation_due"]
         self.clock.go_on(metadata["goodput"])
-        logging.info("%s goes on from step %d", self.name, self._step)
+        logging.info("%s resumes from step %d", self.name, self._step)
 
     def _check_same_data(self, saved: Mapping[str, Any] | None) -> None:
         """Raises DataError where the data are not those that the checkpoint's position is one in."""
@@ -243,7 +243,7 @@ class StageTrainer:
             self.journal.close(step)
         if sync.stopping:  # after the last step, too: the next start has only to write the model
             by = stop.requested or "another process"
-            logging.warning("stopped by %s after step %d; the same command goes on", by, step)
+            logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
 
     def _save_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, step: int, first: int) -> None:
