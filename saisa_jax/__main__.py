@@ -16,10 +16,10 @@ VERBS = {
     "chat": ("saisa_jax.cli.chat", "a conversation with a finished model about pictures"),
     "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "data": ("saisa_jax.cli.data", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
-    "flops": ("saisa_jax.cli.flops", "what LLaVA, NAAViT and SAISA cost, by formula and as counted"),
-    "plan": ("saisa_jax.planning.command", "whether a recipe fits accelerators that are not here, and what it costs"),
+    "flops": ("saisa_jax.cli.flops", "what a prompt costs under LLaVA, NAAViT and SAISA"),
+    "plan": ("saisa_jax.cli.plan", "whether a recipe fits accelerators that are not here, and what it costs"),
     "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
-    "rows": ("saisa_jax.planning.rows", "which rows, of how many text tokens and images, cost least for the data"),
+    "rows": ("saisa_jax.cli.rows", "which rows, of how many text tokens and images, cost least for the data"),
 }
 
 

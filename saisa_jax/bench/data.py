@@ -218,14 +218,14 @@ def path_table(rounds: Sequence[Round], count: int) -> Table:
     return table
 
 
-def demand_table(text: int, images_per_second: float, chip: str, utilisation: float) -> Table:
+def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> Table:
     """What a host of four TPU chips needs for the 7B recipe, and what 16 cores deliver, in tokens of both kinds.
 
     Args:
       text: text tokens of a sample of stage 2; a sample has one image.
       images_per_second: of a core.
       chip: one of CHIPS.
-      utilisation: the fraction of the chips' peak that is reached.
+      mfu: the fraction of the chips' peak that is reached.
     """
     table = Table("7B recipe", "text", "TFLOP", "samples/s", "tokens/s", f"{CORES} cores", "times")
     for column in table.columns[1:]:
@@ -238,7 +238,7 @@ def demand_table(text: int, images_per_second: float, chip: str, utilisation: fl
             ("finetune", model, TRAIN_ALL_BUT_VISION, text),
         ):
             of_sample = flops.train_step(staged, groups, 1, tokens)
-            needed = CHIPS_A_HOST * CHIPS[chip].flops * utilisation / of_sample
+            needed = CHIPS_A_HOST * CHIPS[chip].flops * mfu / of_sample
             delivered = CORES * images_per_second  # samples a second
             whole = tokens + model.vision.num_patches
             table.add_row(
@@ -264,13 +264,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", default="easy_vqa", help="a directory (default: the demo's)")
     parser.add_argument("--template", default="vicuna_v1", help="that suits the tokenizer (default vicuna_v1)")
     parser.add_argument("--chip", choices=CHIPS, default="v5e", help="default: v5e")
-    parser.add_argument("--utilisation", type=float, default=0.5, help="share of the chip's peak (default 0.5)")
+    parser.add_argument("--mfu", type=float, default=0.5, help="share of the chip's peak (default 0.5)")
     options = parser.parse_args(argv)
     for name in ("n", "repeat", "words"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
-    if not 0 < options.utilisation <= 1:
-        raise ConfigError(f"--utilisation={options.utilisation} is not a share (0..1)")
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu={options.mfu} is not a share (0..1)")
     config = Config(
         model=ModelConfig(vision=VisionConfig(image_size=options.size)),
         finetune=StageConfig(template=options.template),
@@ -293,12 +293,12 @@ def main(argv: Sequence[str]) -> int:
     console.print(path_table(rounds, options.n))
     console.print(
         "The peer is PIL with transformers' CLIP processor, up to the same uint8 pixels, and up to float32 as in LLaVA."
-        f"\n\nWhat {CHIPS_A_HOST} {options.chip} chips need at {options.utilisation:.0%} of "
+        f"\n\nWhat {CHIPS_A_HOST} {options.chip} chips need at {options.mfu:.0%} of "
         f"{CHIPS[options.chip].flops / 1e12:.0f} TFLOP/s (bfloat16) each, "
         f"beside {CORES} cores at the pipeline's rate above; a sample has one image:"
     )
     rate = options.n / statistics.median(r.ours for r in rounds)
-    console.print(demand_table(text, rate, options.chip, options.utilisation))
+    console.print(demand_table(text, rate, options.chip, options.mfu))
     return 0
 
 

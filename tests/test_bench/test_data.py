@@ -64,7 +64,7 @@ def test_the_command(tmp_path, capsys) -> None:
 
 
 def test_what_cannot_be_measured(tmp_path, capsys) -> None:
-    for option in ("--n=0", "--repeat=0", "--words=0", "--utilisation=0", "--utilisation=1.5"):
+    for option in ("--n=0", "--repeat=0", "--words=0", "--mfu=0", "--mfu=1.5"):
         with pytest.raises(ConfigError, match=option):
             data.main([option])
     with pytest.raises(ConfigError, match=r"holds no files"):
