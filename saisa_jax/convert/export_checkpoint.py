@@ -218,8 +218,8 @@ def _written(model: _Model, layout: str, tower: str, torch_dtype: str) -> dict[s
         ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         image_token = _image_token(model) if layout == "llava-hf" else None
     if model.end_tokens:
-        several = list(model.end_tokens) if len(model.end_tokens) > 1 else model.end_tokens[0]
-        files[GENERATION_CONFIG] = ids | {"eos_token_id": several}
+        first, *others = model.end_tokens
+        files[GENERATION_CONFIG] = ids | {"eos_token_id": [first, *others] if others else first}
     raw = (
         decoder_to_hf(config)
         if layout == "hf-llm"
