@@ -43,7 +43,7 @@ from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
 PLAN, REPORT = "plan.json", "report.jsonl"
@@ -385,6 +385,8 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")
     job = Job(args.to, config, args.stage, samples, shards, args.image_size)
+    encoder = job.encoder()
+    warn_of_unknown_words(opened, encoder)
     plan = {
         # A field that is as it was before there was one is left out, so that older sets are still recognised.
         "sources": [
@@ -393,7 +395,7 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
         ],
         "samples": len(samples),
         "stage": args.stage,
-        "fingerprint": fingerprint(config, args.stage, load_tokenizer(config.data.tokenizer)),
+        "fingerprint": fingerprint(config, args.stage, encoder.tokenizer),
         "shards": shards,
         "image_size": args.image_size,
         "image_mode": config.model.vision.image_mode if args.image_size else None,
