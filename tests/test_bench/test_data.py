@@ -80,4 +80,4 @@ def test_what_cannot_be_measured(tmp_path, capsys) -> None:
 
 def test_an_unknown_bench(capsys) -> None:
     assert main.main(["bench", "imge"]) == 2
-    assert "invalid choice: 'imge'" in capsys.readouterr().err
+    assert "did you mean bench image?" in capsys.readouterr().err
