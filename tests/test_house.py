@@ -43,6 +43,7 @@ OPTIONAL = {
 }  # imported inside the function that needs it, with a hint how to install it
 NOT_IMPORTED = {
     "jinja2",  # transformers needs it for chat templates and does not ask for it
+    "protobuf",  # sentencepiece's module for the format of tokenizer.model needs it and does not ask for it
     "easy-vqa",  # a data set; its files are read where they lie
 }
 

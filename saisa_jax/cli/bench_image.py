@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         table.add_column(name, justify="right" if name else "left")
     first = statistics.median(times["first"])
     for name, value in (
-        ("a first question about a picture", first),
+        ("a first question about an image", first),
         ("a second one", statistics.median(times["second"])),
         ("with a compilation for a new bucket", times["compile"]),
         ("the same bucket again", times["reuse"]),

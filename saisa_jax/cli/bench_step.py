@@ -57,6 +57,6 @@ def check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
     if options.embed < 64 or options.embed % 64:
-        raise ConfigError(f"--embed={options.embed} is no multiple of 64, the width of a head")
+        raise ConfigError(f"--embed={options.embed} is not a multiple of 64, the width of a head")
     if options.visual < 1 or round(options.visual**0.5) ** 2 != options.visual:
         raise ConfigError(f"--visual={options.visual} is no square number: an image has as many patches each way")

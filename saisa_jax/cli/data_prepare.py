@@ -18,16 +18,14 @@ def main(argv: Sequence[str]) -> int:
     """The verb `data prepare`; 130 if it was stopped.
 
     Raises:
-      ConfigError: the recipe cannot be.
+      ConfigError: the recipe is invalid.
       DataError: a source cannot be read, no sample can be used, or DIR holds something else.
     """
     parser = Parser("data prepare", prepare.__doc__, recipe=True)
     parser.add_argument("--stage", choices=STAGES, default="finetune", help="whose sources, template and text_length")
     parser.add_argument("--split", choices=tuple(prepare.SPLITS), default="train", help="which sources of the stage")
     parser.add_argument("--source", type=int, help="only that one of the list, from 0 (default: all, joined)")
-    parser.add_argument(
-        "--output", required=True, help="a directory, local or gs://; an unfinished one is gone on with"
-    )
+    parser.add_argument("--output", required=True, help="a directory, local or gs://; an unfinished one is resumed")
     parser.add_argument(
         "--shards", type=int, help=f"files (default: one for each {prepare.SAMPLES_PER_SHARD:,} samples)"
     )
@@ -48,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         index = prepare.prepare(job, plan, workers, console)
     except KeyboardInterrupt:
-        print(f"data prepare: stopped; the same command goes on in {job.to}", file=sys.stderr)
+        print(f"data prepare: stopped; the same command resumes in {job.to}", file=sys.stderr)
         return 130
     left_out = len(job.samples) - len(index.tokens)
     size = sum(shard.bytes for shard in index.shards)

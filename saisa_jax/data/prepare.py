@@ -3,10 +3,10 @@
     python -m saisa_jax data prepare --config=RECIPE[:argument] [--config.a.b=value ...] --stage=finetune --output=DIR
 
 Every image is opened and decoded, every sample is encoded with the stage's template and tokenizer. What cannot be used
-goes to DIR/report.jsonl with its id and the reason, and is left out. Files are those that `shards.py` describes.
+is listed in DIR/report.jsonl with its id and the reason, and left out. Files are those that `shards.py` describes.
 
 A shard holds a fixed run of the source's samples, so that it is the same whenever it is made. A finished one has an
-account (shard-....json) beside it, and a second start makes those alone that have none. The accounts become the index
+account (shard-....json) beside it, and a second start makes only those without one. The accounts become the index
 when all shards are there.
 """
 
@@ -62,7 +62,7 @@ class Job:
         return f"shard-{number:05d}-of-{self.shards:05d}.arrayrecord"
 
     def account(self, number: int) -> epath.Path:
-        """Says that a shard is complete, and what it holds."""
+        """Marks a shard as complete, and says what it holds."""
         return epath.Path(self.to) / f"shard-{number:05d}-of-{self.shards:05d}.json"
 
     def encoder(self) -> Encoder:
@@ -78,8 +78,8 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
     """Makes the shards that are not there yet, then report and index.
 
     Raises:
-      DataError: the directory holds something else, no sample can be used, or the recipe cannot be.
-      KeyboardInterrupt: stopped; what is finished stays, and the same call goes on.
+      DataError: the directory holds something else, no sample can be used, or the recipe is invalid.
+      KeyboardInterrupt: stopped; finished shards stay, and the same call resumes.
     """
     directory = epath.Path(job.to)
     if (directory / INDEX).exists():
@@ -199,7 +199,7 @@ def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
 
 
 def _in_workers(job: Job, numbers: Sequence[int], workers: int, advance: Callable[[int], object]) -> None:
-    """Makes shards in processes of their own; when stopped, they leave after the sample that they are at."""
+    """Makes shards in worker processes; when stopped, they end after their current sample."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
     stop, counter = context.Event(), context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counter))
@@ -220,7 +220,7 @@ def _in_workers(job: Job, numbers: Sequence[int], workers: int, advance: Callabl
 
 
 class _Stopped(Exception):
-    """The main process wants no more."""
+    """The main process asked the workers to stop."""
 
 
 _worker: dict[str, Any] = {}  # what a worker process was started with
@@ -233,7 +233,7 @@ def _start_worker(job: Job, stop: Any, counter: Any) -> None:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process when the main one is gone: a killed one cannot say `stop`."""
+    """Ends this process when the main one is gone: a killed one cannot send `stop`."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -263,7 +263,7 @@ def make_job(
     shards: int | None = None,
     image_size: int | None = None,
 ) -> tuple[Job, dict[str, Any]]:
-    """The job, and what a directory remembers of it: the same plan makes the same files."""
+    """The job, and the plan that is stored in its directory: the same plan makes the same files."""
     settings = config.stage(stage)
     name = f"{stage}.{SPLITS[split]}"
     listed = getattr(settings, SPLITS[split])

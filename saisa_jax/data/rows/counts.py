@@ -1,4 +1,4 @@
-"""How long samples are: the text tokens and images of each, which rows are planned by."""
+"""The text tokens and images of each sample, from which rows are planned."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from saisa_jax.data.text.templates import find_template
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
 
 _SECONDS_BETWEEN_LINES = 10
+_MAX_WARNINGS = 20  # of samples that are left out
 
 
 def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
@@ -39,6 +40,7 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
     encoder = Encoder(config, stage, tokenizer)
     tokens, images = np.zeros(len(samples), np.int32), np.zeros(len(samples), np.int32)
     empty: list[DataError] = []
+    left_out = 0
     for number in _with_progress(len(samples), stage):
         try:
             encoded = encoder.whole(samples[number])
@@ -48,7 +50,8 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
         except DataError as error:
             if config.data.on_error == "raise":
                 raise
-            logging.log_first_n(logging.WARNING, "left out: %s", 20, error)
+            if (left_out := left_out + 1) <= _MAX_WARNINGS:
+                logging.warning("left out: %s", error)
             continue
         tokens[number], images[number] = len(encoded.tokens), len(encoded.image_positions)
     if empty:
@@ -58,14 +61,14 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
 
 
 def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Changes with whatever changes the counts of the same samples: tokenizer, template, system prompt."""
+    """A hash of everything that the counts of the same samples depend on: tokenizer, template, system prompt."""
     template = find_template(config.stage(stage).template)
     parts = (tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _with_progress(total: int, stage: str) -> Iterator[int]:
-    """0..total - 1, with a line now and then."""
+    """0..total - 1, with a progress line now and then."""
     told = time.monotonic()
     for number in range(total):
         if time.monotonic() - told > _SECONDS_BETWEEN_LINES:

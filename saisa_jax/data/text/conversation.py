@@ -12,26 +12,31 @@ How text becomes tokens. A conversation is written as a stream of pieces: text, 
   that its first token is the one that stands in running text. A SentencePiece tokenizer (Llama 2, Mistral) puts its own
   space before every piece, so that the written one is left out. Both then equal the tokens of the whole text. After an
   image SentencePiece puts its space whatever the piece starts with, a newline or a written space: so did the code that
-  LLaVA's and SAISA's published weights were trained with.
+  LLaVA's and SAISA's published weights were trained with. After a control token it puts none where the tokenizer says
+  `legacy=False`, as Vicuna 1.5's does: the second `USER` of a conversation is another token than the first.
 - Words of either side lose white space at their ends.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, EmptyAnswerError, TooLongError, Turn
 from saisa_jax.data.text.templates import Template, find_template
 
 IMAGE = "<image>"
+START, TEXT, CONTROL, PICTURE = "start", "text", "control", "picture"  # what a piece of text comes after
 
 
 @dataclass(frozen=True)
@@ -227,23 +232,23 @@ class _Stream:
     positions: list[int] = field(default_factory=list)
     image_positions: list[int] = field(default_factory=list)
     next_position: int = 0
-    after_image: bool = False
+    after: str = START  # what stands last: START, TEXT, CONTROL or PICTURE
 
-    def add(self, ids: Sequence[int], supervised: bool = False) -> None:
+    def add(self, ids: Sequence[int], supervised: bool = False, kind: str = TEXT) -> None:
         if not ids:
             return
         self.tokens += ids
         self.supervised += [supervised] * len(ids)
-        if self.after_image:  # under SAISA no text token stands before it that has seen the image
+        if self.after == PICTURE:  # under SAISA no text token stands before it that has seen the image
             self.supervised[-len(ids)] = False
-            self.after_image = False
+        self.after = kind
         self.positions += range(self.next_position, self.next_position + len(ids))
         self.next_position += len(ids)
 
     def add_image(self) -> None:
         self.image_positions.append(self.next_position)
         self.next_position += self.num_patches
-        self.after_image = True
+        self.after = PICTURE
 
     def encoded(self, sample_id: str) -> Encoded:
         return Encoded(
@@ -273,7 +278,7 @@ def _write(
     before, after = template.user.split("{text}")
     stream = _Stream(num_patches)
     if template.bos and encoder.bos is not None:
-        stream.add([encoder.bos])
+        stream.add([encoder.bos], kind=START)
     carried = ""  # text that the next piece begins with
     for number, turn in enumerate(turns):
         if turn.role == USER:
@@ -281,11 +286,11 @@ def _write(
             text = turn.text if template.user_words else IMAGE * turn.text.count(IMAGE)
             pieces = [*_split_controls(carried + first, template), *_split_images(text)]
             _add_pieces(stream, [*pieces, *_split_controls(after, template)], encoder, template)
-            if stream.after_image:
+            if stream.after == PICTURE:
                 raise DataError(f"turn {number} ends in an image: add text after {IMAGE}", sample_id)
         else:
-            stream.add(encoder.ids(template.answer.replace("{text}", turn.text)), supervised=turn.loss)
-            stream.add([end], supervised=turn.loss)
+            stream.add(encoder.ids(template.answer.replace("{text}", turn.text), stream.after), supervised=turn.loss)
+            stream.add([end], supervised=turn.loss, kind=CONTROL)
             carried = template.after
     return stream
 
@@ -314,10 +319,10 @@ def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: _TextEn
             text += value
             continue
         if text:
-            stream.add(encoder.ids(text, stream.after_image))
+            stream.add(encoder.ids(text, stream.after))
             text = ""
         if kind == "control":
-            stream.add([encoder.control(value, template)])
+            stream.add([encoder.control(value, template)], kind=CONTROL)
         elif kind == "image":
             stream.add_image()
 
@@ -344,13 +349,17 @@ class _TextEncoder:
         self.special = [str(token) for token in tokenizer.all_special_tokens]
         # SentencePiece: "a" alone is the piece "▁a".
         self.adds_space = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+        self.joined = _without_own_space(self.backend) if self.adds_space else self.backend
+        self.space_after_control = tokenizer.init_kwargs.get("legacy") is not False
         self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates come again and again
         self.end = lru_cache(maxsize=64)(self._end)
 
-    def _ids(self, text: str, after_image: bool = False) -> tuple[int, ...]:
-        if self.adds_space and text.startswith(" ") and not after_image:
+    def _ids(self, text: str, after: str = START) -> tuple[int, ...]:
+        joined = after == CONTROL and not self.space_after_control
+        if self.adds_space and text.startswith(" ") and after != PICTURE and not joined:
             text = text[1:]
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        backend = self.joined if joined else self.backend
+        return tuple(backend.encode(text, add_special_tokens=False).ids)
 
     def control(self, token: str, template: Template) -> int:
         number = self.backend.token_to_id(token)
@@ -377,6 +386,25 @@ class _TextEncoder:
         if self.eos is None:
             raise DataError(f"template {template.name!r} ends with the tokenizer's EOS token, and it has none")
         return self.eos
+
+
+def _without_own_space(backend: Tokenizer) -> Tokenizer:
+    """SentencePiece without the space that it puts before a piece."""
+    document = json.loads(backend.to_str())
+
+    def strip(part: dict[str, Any] | None) -> dict[str, Any] | None:
+        if part is None or part["type"] == "Prepend":
+            return None
+        for name in ("normalizers", "pretokenizers"):
+            if name in part:
+                part[name] = [kept for inner in part[name] if (kept := strip(inner)) is not None]
+        return part | {"prepend_scheme": "never"} if part["type"] == "Metaspace" else part
+
+    for name in ("normalizer", "pre_tokenizer"):
+        document[name] = strip(document[name])
+    made = Tokenizer.from_str(json.dumps(document))
+    made.encode_special_tokens = True
+    return made
 
 
 def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> _TextEncoder:
