@@ -38,7 +38,7 @@ class Timed:
     """One alignment's steps.
 
     Attributes:
-      flops: of a step, by formula.
+      flops: that a step needs.
       seconds: of each step, wall time.
       processor: of each step, of all threads of this process together.
     """
@@ -153,7 +153,7 @@ def table(timed: dict[str, Timed]) -> Table:
     if jax.default_backend() == "cpu":
         row("processor ms a step", lambda one: f"{1e3 * statistics.median(one.processor):,.0f}")
         row("of LLaVA's", lambda one: f"{statistics.median(ratios(one.processor, llava.processor)):.2f}")
-    row("GFLOPs a step, by formula", lambda one: f"{one.flops / 1e9:,.4g}")
+    row("GFLOPs a step needs", lambda one: f"{one.flops / 1e9:,.4g}")
     row("of LLaVA's", lambda one: f"{one.flops / llava.flops:.2f}")
     row("MFU" if peak else "GFLOP/s", rate)
     return shown

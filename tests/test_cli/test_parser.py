@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
         ("convert inspect x --visoin y", "there is no --visoin; did you mean --vision"),
         ("chat --chekpoint=x", "there is no --chekpoint; did you mean --checkpoint"),
         ("flops --imags 3", "there is no --imags; did you mean --images"),
+        ("plan --topologie=v5e:4x4", "there is no --topologie; did you mean --topology"),
+        ("rows --stagee=finetune", "there is no --stagee; did you mean --stage"),
         ("report --work_dir=x", "there is no --work_dir; did you mean --workdir"),
     ],
 )

@@ -55,7 +55,7 @@ class Meter:
 
         Returns:
           seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu (0..1), or
-          tflops_per_second of all devices if nobody knows their peak; data_wait (0..1); seconds_left of the stage,
+          tflops_per_second of all devices if their peak is unknown; data_wait (0..1); seconds_left of the stage,
           saves and evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
           a device of this process has held so far, or process_memory_bytes.
         """
