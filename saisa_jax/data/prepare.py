@@ -13,6 +13,7 @@ when all shards are there.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import multiprocessing
@@ -35,7 +36,7 @@ from saisa_jax.config import Config, to_dict
 from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
 from saisa_jax.data.text.encoder import Encoder
@@ -73,6 +74,19 @@ class Job:
         size = len(self.samples)
         return range(number * size // self.shards, (number + 1) * size // self.shards)
 
+    def mark(self, number: int) -> str:
+        """A hash of what a shard is made of: what its samples say, and the size and time of their pictures' files."""
+        mark = hashlib.sha256()
+        for index in self.bounds(number):
+            try:
+                sample = self.samples[index]
+                said = (sample.id, sample.system, sample.independent_turns, sample.turns)
+                content: Any = (said, [_image_version(image) for image in sample.images])
+            except DataError as error:
+                content = str(error)
+            mark.update(repr(content).encode("utf-8", "surrogatepass"))
+        return mark.hexdigest()[:16]
+
 
 def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> Index:
     """Makes the shards that are not there yet, then report and index.
@@ -85,11 +99,32 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
     if (directory / INDEX).exists():
         index = Index.read(directory)
         _check_plan(index.plan, plan, directory)
-        return index
+        if _is_current(job, index, plan):
+            return index
+        console.print(
+            f"{directory}: its data has changed since it was prepared: all is made anew",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _clear(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / PLAN).exists():
-        _check_plan(json.loads((directory / PLAN).read_text()), plan, directory)
+        found = json.loads((directory / PLAN).read_text())
+        _check_plan(found, plan, directory)
+        if found["samples"] != plan["samples"]:
+            seen = f"{found['samples']:,} samples then, {plan['samples']:,} now"
+            console.print(
+                f"{directory}: its data has changed ({seen}): all is made anew", highlight=False, soft_wrap=True
+            )
+            _clear(directory)
     write_text(directory / PLAN, json.dumps(plan))
+    done = [number for number in range(job.shards) if job.account(number).exists()]
+    stale = [number for number in done if json.loads(job.account(number).read_text()).get("mark") != job.mark(number)]
+    if stale:
+        seen = f"{len(stale)} of {len(done)} finished shards hold other data than there is now: they are made anew"
+        console.print(f"{directory}: {seen}", highlight=False, soft_wrap=True)
+    for number in stale:
+        job.account(number).unlink()
     missing = [number for number in range(job.shards) if not job.account(number).exists()]
     if len(missing) < job.shards:
         console.print(f"{job.shards - len(missing)} of {job.shards} shards are there", highlight=False)
@@ -107,11 +142,28 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
 
 
 def _check_plan(found: Any, plan: dict[str, Any], directory: epath.Path) -> None:
-    if found != plan:
-        found = found if isinstance(found, dict) else {}
-        names = [name for name in plan if found.get(name) != plan[name]]
+    """Refuses a directory that was prepared with other settings; data that has changed is not one of them."""
+    found = found if isinstance(found, dict) else {}
+    same_samples = found.get("samples") == plan["samples"]
+    compared = [name for name in plan if name not in ("samples", *(() if same_samples else ("shards",)))]
+    names = [name for name in compared if found.get(name) != plan[name]]
+    if names:
         seen = "; ".join(f"{name}: {str(found.get(name))[:100]} there, {str(plan[name])[:100]} here" for name in names)
         raise DataError(f"{directory} was prepared otherwise ({seen}); choose another --output, or delete it")
+
+
+def _is_current(job: Job, index: Index, plan: dict[str, Any]) -> bool:
+    """Whether a finished set holds what the source holds now. One of before there were marks does not say so."""
+    marks = index.plan.get("marks")
+    return index.plan.get("samples") == plan["samples"] and marks == [job.mark(n) for n in range(job.shards)]
+
+
+def _clear(directory: epath.Path) -> None:
+    """Takes a set away, the index first, so that none is ever half old."""
+    (directory / INDEX).unlink(missing_ok=True)
+    for path in list(directory.iterdir()):
+        if path.name in (PLAN, REPORT) or path.name.startswith("shard-"):
+            path.unlink()
 
 
 def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
@@ -123,6 +175,7 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
     write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
     if not shards:
         raise DataError(f"none of {len(job.samples)} samples can be used; {directory / REPORT} says why")
+    plan = plan | {"marks": [account["mark"] for account in accounts]}
     index = Index(tuple(shards), plan["fingerprint"], plan, tokens, images)
     write_text(directory / INDEX, index.to_json())
     for number, account in enumerate(accounts):
@@ -138,7 +191,7 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
 
 def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], object]) -> None:
     """Makes one shard and its account; calls `tick` after each sample."""
-    account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: []}
+    account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: [], "mark": job.mark(number)}
 
     def records() -> Iterator[bytes]:
         for index in job.bounds(number):
@@ -193,6 +246,19 @@ def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
     options = {"format": "JPEG", "quality": 95, "subsampling": 0} if jpeg else {"format": "PNG"}
     image.resize((small[0], small[1]), resample=Image.Resampling.BICUBIC).save(stream, **options)
     return stream.getvalue()
+
+
+def _image_version(image: ImageSource) -> Any:
+    """Changes when a picture is replaced, and not when its folder is moved."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, StoredImage):
+        return os.path.basename(image.name), getattr(image, "version", None)
+    try:
+        stat = os.stat(image)
+    except (OSError, ValueError):
+        return "missing"
+    return os.path.basename(os.fspath(image)), stat.st_size, stat.st_mtime_ns
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
@@ -286,7 +352,11 @@ def make_job(
         raise DataError(f"--shards={shards} of {len(samples)} samples")
     job = Job(to, config, stage, samples, shards, image_size)
     plan = {
-        "sources": [to_dict(each) for each in listed],
+        # A field that is as it was before there was one is left out, so that older sets are still recognised.
+        "sources": [
+            {name: value for name, value in to_dict(each).items() if name != "allow_absolute" or value}
+            for each in listed
+        ],
         "samples": len(samples),
         "stage": stage,
         "fingerprint": fingerprint(config, stage, load_tokenizer(config.data.tokenizer)),

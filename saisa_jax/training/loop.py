@@ -40,7 +40,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     """Trains the configured stages that are not finished yet.
 
     Returns:
-      0, or the number of the signal that stopped the run; started again, it goes on from there.
+      0, or the number of the signal that stopped the run; started again, it resumes from there.
     """
     processes.start(config.distributed)
     try:
@@ -78,7 +78,7 @@ def run(config: Config, workdir: epath.Path) -> int:
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message names the step and its samples."""
+    """Training cannot continue; the message names the step and its samples."""
 
 
 class StageTrainer:
@@ -146,7 +146,7 @@ class StageTrainer:
         self.state = TrainState(frozen=frozen, **saved)
         self.journal.remembered, self.evaluation_due = metadata["journal"], metadata["evaluation_due"]
         self.clock.go_on(metadata["goodput"])
-        logging.info("%s goes on from step %d", self.name, self._step)
+        logging.info("%s resumes from step %d", self.name, self._step)
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
@@ -212,7 +212,7 @@ class StageTrainer:
             self.journal.close(step)
         if sync.stopping:  # after the last step, too: the next start has only to write the model
             by = stop.requested or "another process"
-            logging.warning("stopped by %s after step %d; the same command goes on", by, step)
+            logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
 
     def _settle(

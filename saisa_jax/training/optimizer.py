@@ -1,4 +1,4 @@
-"""Who trains, and how: ordered (regex, group) rows, and AdamW over what they let train."""
+"""What trains, and how: ordered (regex, group) rows, and AdamW over the trainable parameters."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """An optax optimizer that also tells the rate of its next update."""
+    """An optax optimizer that also gives the rate of its next update."""
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any]]

@@ -41,7 +41,7 @@ def starting_params(
     """Where a stage's first parameters come from.
 
     In this order: the finished model of the stage before in the same workdir; `init_from`; random weights. (A run that
-    has checkpoints of its own goes on from them; see `loop.py`.) Every device reads its own part of a model.
+    has checkpoints of its own resumes from them; see `loop.py`.) Every device reads its own part of a model.
 
     Raises:
       ConfigError: weights whose shapes are not those of the configured model, all of them listed, or that were trained

@@ -113,7 +113,9 @@ def _counts_of(
         return found
     if cache is None:
         return count(samples, config, stage, tokenizer)
-    key = hashlib.sha256(repr((source, len(samples), _stamp(source), mark)).encode()).hexdigest()[:16]
+    # An archive says which images there are, and `on_error` whether a sample without its own is an error.
+    stamps = (_stamp(source.path), _stamp(source.images), config.data.on_error)
+    key = hashlib.sha256(repr((source, len(samples), stamps, mark)).encode()).hexdigest()[:16]
     path = epath.Path(cache) / f"counts-{key}.npz"
     if path.exists():
         with path.open("rb") as file, np.load(io.BytesIO(file.read())) as stored:
@@ -128,10 +130,10 @@ def _counts_of(
     return tokens, images
 
 
-def _stamp(source: SourceConfig) -> tuple[int, int] | None:
+def _stamp(name: str) -> tuple[int, int] | None:
     """When a source's file was written, and its size."""
-    path = Path(source.path)
-    return (path.stat().st_mtime_ns, path.stat().st_size) if source.path and path.is_file() else None
+    path = Path(name)
+    return (path.stat().st_mtime_ns, path.stat().st_size) if name and path.is_file() else None
 
 
 def room_needed(counts: Counts, samples: Any, encoder: Encoder) -> Counts:

@@ -51,14 +51,14 @@ class Journal:
           flops: that a step needs.
           devices: that it runs on, of all processes.
         """
-        habits, alone = self._config.training, processes.is_first()
-        wandb = habits.wandb if alone else None
+        settings, alone = self._config.training, processes.is_first()
+        wandb = settings.wandb if alone else None
         self._first, self._skipped = first, SkippedSteps(self._directory, first)
         self._meter = Meter(self._clock, self._config.stage(self._name), self._steps, flops, devices)
         with (
             MetricsWriter(
                 processes.own(self._directory),
-                habits.tensorboard and alone,
+                settings.tensorboard and alone,
                 resume_step=first,
                 wandb=WandbLog(wandb, self._directory, to_dict(self._config)) if wandb else None,
             ) as self._writer,
@@ -109,7 +109,7 @@ class Journal:
         return self._skipped.add(step, values, names)
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes a held-out evaluation, unless an earlier start from the same step has made up for it."""
+        """Writes a held-out evaluation, unless an earlier start from the same step has written it."""
         if step > self._first or not self._writer.holds("eval", step):
             self._writer.write("eval", step, **values)
             logging.info("%s, step %d: held-out loss %.4g", self._name, step, values["loss"])
