@@ -39,7 +39,7 @@ from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
 PLAN, REPORT = "plan.json", "report.jsonl"
@@ -351,6 +351,8 @@ def make_job(
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")
     job = Job(to, config, stage, samples, shards, image_size)
+    encoder = job.encoder()
+    warn_of_unknown_words(opened, encoder)
     plan = {
         # A field that is as it was before there was one is left out, so that older sets are still recognised.
         "sources": [
@@ -359,7 +361,7 @@ def make_job(
         ],
         "samples": len(samples),
         "stage": stage,
-        "fingerprint": fingerprint(config, stage, load_tokenizer(config.data.tokenizer)),
+        "fingerprint": fingerprint(config, stage, encoder.tokenizer),
         "shards": shards,
         "image_size": image_size,
         "image_mode": config.model.vision.image_mode if image_size else None,

@@ -201,7 +201,7 @@ def _colors(root: Path, answers: list[str], missing: tuple[int, ...] = (), form:
             if not path.exists() or path.read_bytes() != data:
                 path.write_bytes(data)
     source = f"({{'path': '{root}/train.json', 'images': '{root}/images{'.zip' * (form == 'zip')}'}},)"
-    return [f"--config={TINY}", f"--config.finetune.sources={source}", f"--to={root}/out", "--workers=1"]
+    return [f"--config={TINY}", f"--config.finetune.sources={source}", f"--output={root}/out", "--workers=1"]
 
 
 def _answers(root: Path) -> list[str]:
@@ -213,16 +213,16 @@ def _answers(root: Path) -> list[str]:
 def test_data_that_was_mended_is_prepared_anew(tmp_path, capsys, form) -> None:
     wrong, right = ["red"] * 8, [*["red"] * 4, *["blue"] * 4]
     argv = [*_colors(tmp_path, wrong, (2,), form), "--shards=4"]
-    assert data_command(["prepare", *argv]) == 0
+    assert main(["data", "prepare", *argv]) == 0
     assert len(_answers(tmp_path)) == 7
     made = (tmp_path / "out" / "index.json").stat().st_mtime_ns
     again = [*_colors(tmp_path, wrong, (2,), form), "--shards=4"] if form == "folder" else argv
-    assert data_command(["prepare", *again]) == 0  # the same, written again
+    assert main(["data", "prepare", *again]) == 0  # the same, written again
     assert (tmp_path / "out" / "index.json").stat().st_mtime_ns == made  # nothing has changed
     capsys.readouterr()
     for answers, missing in ((right, (2,)), (right, ()), (right[:6], ())):  # labels; a picture; fewer samples
         argv = [*_colors(tmp_path, answers, missing, form), *(["--shards=4"] if len(answers) == 8 else [])]
-        assert data_command(["prepare", *argv]) == 0
+        assert main(["data", "prepare", *argv]) == 0
         assert "its data has changed since it was prepared: all is made anew" in capsys.readouterr().out
         assert _answers(tmp_path) == [a for n, a in enumerate(answers) if n not in missing]
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -240,11 +240,11 @@ def test_a_stopped_one_that_goes_on_with_mended_data_is_not_half_old(tmp_path, m
         make(job, number, *rest)
 
     monkeypatch.setattr(prepare, "_make_shard", stopped)
-    assert data_command(["prepare", *argv]) == 130
+    assert main(["data", "prepare", *argv]) == 130
     monkeypatch.setattr(prepare, "_make_shard", make)
     answers = [*["red"] * 4, *["blue"] * 4]
     _colors(tmp_path, answers)
-    assert data_command(["prepare", *argv]) == 0
+    assert main(["data", "prepare", *argv]) == 0
     out = capsys.readouterr().out
     assert "1 of 3 finished shards hold other data than there is now: they are made anew" in out
     assert "2 of 4 shards are there" in out
