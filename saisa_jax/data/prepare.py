@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import multiprocessing
@@ -39,10 +40,10 @@ from saisa_jax.config import STAGES, Config, to_dict
 from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
 PLAN, REPORT = "plan.json", "report.jsonl"
@@ -77,6 +78,19 @@ class Job:
         size = len(self.samples)
         return range(number * size // self.shards, (number + 1) * size // self.shards)
 
+    def mark(self, number: int) -> str:
+        """A hash of what a shard is made of: what its samples say, and the size and time of their pictures' files."""
+        mark = hashlib.sha256()
+        for index in self.bounds(number):
+            try:
+                sample = self.samples[index]
+                said = (sample.id, sample.system, sample.independent_turns, sample.turns)
+                content: Any = (said, [_image_version(image) for image in sample.images])
+            except DataError as error:
+                content = str(error)
+            mark.update(repr(content).encode("utf-8", "surrogatepass"))
+        return mark.hexdigest()[:16]
+
 
 def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> Index:
     """Makes the shards that are not there yet, then report and index.
@@ -89,11 +103,32 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
     if (directory / INDEX).exists():
         index = Index.read(directory)
         _check_plan(index.plan, plan, directory)
-        return index
+        if _is_current(job, index, plan):
+            return index
+        console.print(
+            f"{directory}: its data has changed since it was prepared: all is made anew",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _clear(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / PLAN).exists():
-        _check_plan(json.loads((directory / PLAN).read_text()), plan, directory)
+        found = json.loads((directory / PLAN).read_text())
+        _check_plan(found, plan, directory)
+        if found["samples"] != plan["samples"]:
+            seen = f"{found['samples']:,} samples then, {plan['samples']:,} now"
+            console.print(
+                f"{directory}: its data has changed ({seen}): all is made anew", highlight=False, soft_wrap=True
+            )
+            _clear(directory)
     write_text(directory / PLAN, json.dumps(plan))
+    done = [number for number in range(job.shards) if job.account(number).exists()]
+    stale = [number for number in done if json.loads(job.account(number).read_text()).get("mark") != job.mark(number)]
+    if stale:
+        seen = f"{len(stale)} of {len(done)} finished shards hold other data than there is now: they are made anew"
+        console.print(f"{directory}: {seen}", highlight=False, soft_wrap=True)
+    for number in stale:
+        job.account(number).unlink()
     missing = [number for number in range(job.shards) if not job.account(number).exists()]
     if len(missing) < job.shards:
         console.print(f"{job.shards - len(missing)} of {job.shards} shards are there", highlight=False)
@@ -111,11 +146,28 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
 
 
 def _check_plan(found: Any, plan: dict[str, Any], directory: epath.Path) -> None:
-    if found != plan:
-        found = found if isinstance(found, dict) else {}
-        names = [name for name in plan if found.get(name) != plan[name]]
+    """Refuses a directory that was prepared with other settings; data that has changed is not one of them."""
+    found = found if isinstance(found, dict) else {}
+    same_samples = found.get("samples") == plan["samples"]
+    compared = [name for name in plan if name not in ("samples", *(() if same_samples else ("shards",)))]
+    names = [name for name in compared if found.get(name) != plan[name]]
+    if names:
         seen = "; ".join(f"{name}: {str(found.get(name))[:100]} there, {str(plan[name])[:100]} here" for name in names)
         raise DataError(f"{directory} was prepared otherwise ({seen}); choose another --to, or delete it")
+
+
+def _is_current(job: Job, index: Index, plan: dict[str, Any]) -> bool:
+    """Whether a finished set holds what the source holds now. One of before there were marks does not say so."""
+    marks = index.plan.get("marks")
+    return index.plan.get("samples") == plan["samples"] and marks == [job.mark(n) for n in range(job.shards)]
+
+
+def _clear(directory: epath.Path) -> None:
+    """Takes a set away, the index first, so that none is ever half old."""
+    (directory / INDEX).unlink(missing_ok=True)
+    for path in list(directory.iterdir()):
+        if path.name in (PLAN, REPORT) or path.name.startswith("shard-"):
+            path.unlink()
 
 
 def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
@@ -127,6 +179,7 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
     write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
     if not shards:
         raise DataError(f"none of {len(job.samples)} samples can be used; {directory / REPORT} says why")
+    plan = plan | {"marks": [account["mark"] for account in accounts]}
     index = Index(tuple(shards), plan["fingerprint"], plan, tokens, images)
     write_text(directory / INDEX, index.to_json())
     for number, account in enumerate(accounts):
@@ -142,7 +195,7 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
 
 def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], object]) -> None:
     """Makes one shard and its account; calls `tick` after each sample."""
-    account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: []}
+    account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: [], "mark": job.mark(number)}
 
     def records() -> Iterator[bytes]:
         for index in job.bounds(number):
@@ -197,6 +250,19 @@ def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
     options = {"format": "JPEG", "quality": 95, "subsampling": 0} if jpeg else {"format": "PNG"}
     image.resize((small[0], small[1]), resample=Image.Resampling.BICUBIC).save(stream, **options)
     return stream.getvalue()
+
+
+def _image_version(image: ImageSource) -> Any:
+    """Changes when a picture is replaced, and not when its folder is moved."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, StoredImage):
+        return os.path.basename(image.name), getattr(image, "version", None)
+    try:
+        stat = os.stat(image)
+    except (OSError, ValueError):
+        return "missing"
+    return os.path.basename(os.fspath(image)), stat.st_size, stat.st_mtime_ns
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
@@ -319,11 +385,17 @@ def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, A
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")
     job = Job(args.to, config, args.stage, samples, shards, args.image_size)
+    encoder = job.encoder()
+    warn_of_unknown_words(opened, encoder)
     plan = {
-        "sources": [to_dict(source) for source in listed],
+        # A field that is as it was before there was one is left out, so that older sets are still recognised.
+        "sources": [
+            {name: value for name, value in to_dict(source).items() if name != "allow_absolute" or value}
+            for source in listed
+        ],
         "samples": len(samples),
         "stage": args.stage,
-        "fingerprint": fingerprint(config, args.stage, load_tokenizer(config.data.tokenizer)),
+        "fingerprint": fingerprint(config, args.stage, encoder.tokenizer),
         "shards": shards,
         "image_size": args.image_size,
         "image_mode": config.model.vision.image_mode if args.image_size else None,

@@ -30,7 +30,7 @@ def start(config: DistributedConfig) -> None:
     """Joins the other processes of the run; nothing of jax may have run before. With one process it does nothing.
 
     Raises:
-      ConfigError: nobody says who the others are, or the coordinator cannot be reached. When the others do not come
+      ConfigError: the other processes are not known, or the coordinator cannot be reached. When the others do not come
         within `timeout`, the process ends with a message and status 1.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -129,7 +129,7 @@ def exit_on_lost_process() -> Iterator[None]:
     """Around what all processes do with each other: when one of them dies, this one ends at once, with status 1.
 
     It says so and leaves: to unwind would be to wait for the dead one. (Where the devices do not notice, jax itself
-    ends the others after 100 s without a sign of life.)
+    ends the others after 100 s without a heartbeat.)
     """
     try:
         yield
@@ -137,8 +137,8 @@ def exit_on_lost_process() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(
-            f"OtherProcessError: process {jax.process_index()} cannot go on: {str(error).splitlines()[0]}. If another "
-            "one has ended, its log says why. The same command on every host goes on from the last checkpoint",
+            f"OtherProcessError: process {jax.process_index()} cannot continue: {str(error).splitlines()[0]}. If "
+            "another one has ended, its log says why. The same command on every host resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -150,6 +150,7 @@ class Lost(NamedTuple):
 
     dropped: int  # samples that could not be used
     cut_tokens: int  # text tokens cut off the ends of samples that were too long
+    unusable: int  # of the dropped ones, those that `data.max_drop` limits
 
 
 class ProcessSync:
@@ -185,7 +186,7 @@ class ProcessSync:
 
         Args:
           stop: it was asked to stop.
-          lost: [own rows, 2]; see `HostBatch`.
+          lost: [own rows, 3]; see `HostBatch`.
           rows: of the whole batch.
 
         Returns:
@@ -218,5 +219,5 @@ class ProcessSync:
 
 
 def _gather(words: Any, lost: Any) -> Any:
-    """[stop, failed, dropped, cut tokens] of all devices; rows that several of them hold count once."""
+    """[stop, failed, dropped, cut tokens, unusable] of all devices; rows that several of them hold count once."""
     return jnp.concatenate([words.max(axis=(0, 1, 2)), lost.sum(axis=0)])

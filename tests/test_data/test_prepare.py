@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -176,6 +177,78 @@ def test_a_stopped_one_goes_on(mine, tmp_path, monkeypatch, capsys) -> None:
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _colors(root: Path, answers: list[str], missing: tuple[int, ...] = (), form: str = "folder") -> list[str]:
+    """Writes samples with a picture each, and tells how to prepare them."""
+    (root / "images").mkdir(exist_ok=True)
+    records, files = [], {}
+    for number, answer in enumerate(answers):
+        turns = [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
+        if number not in missing:
+            stream = io.BytesIO()
+            Image.new("RGB", (8, 8), answer).save(stream, "PNG")
+            files[f"{number}.png"] = stream.getvalue()
+    (root / "train.json").write_text(json.dumps(records))
+    if form == "zip":
+        with zipfile.ZipFile(root / "images.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        for name, data in files.items():
+            path = root / "images" / name
+            if not path.exists() or path.read_bytes() != data:
+                path.write_bytes(data)
+    source = f"({{'path': '{root}/train.json', 'images': '{root}/images{'.zip' * (form == 'zip')}'}},)"
+    return [f"--config={TINY}", f"--config.finetune.sources={source}", f"--to={root}/out", "--workers=1"]
+
+
+def _answers(root: Path) -> list[str]:
+    shards = open_shards(root / "out")
+    return [shards[number].turns[1].text for number in range(len(shards))]
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_data_that_was_mended_is_prepared_anew(tmp_path, capsys, form) -> None:
+    wrong, right = ["red"] * 8, [*["red"] * 4, *["blue"] * 4]
+    argv = [*_colors(tmp_path, wrong, (2,), form), "--shards=4"]
+    assert data_command(["prepare", *argv]) == 0
+    assert len(_answers(tmp_path)) == 7
+    made = (tmp_path / "out" / "index.json").stat().st_mtime_ns
+    again = [*_colors(tmp_path, wrong, (2,), form), "--shards=4"] if form == "folder" else argv
+    assert data_command(["prepare", *again]) == 0  # the same, written again
+    assert (tmp_path / "out" / "index.json").stat().st_mtime_ns == made  # nothing has changed
+    capsys.readouterr()
+    for answers, missing in ((right, (2,)), (right, ()), (right[:6], ())):  # labels; a picture; fewer samples
+        argv = [*_colors(tmp_path, answers, missing, form), *(["--shards=4"] if len(answers) == 8 else [])]
+        assert data_command(["prepare", *argv]) == 0
+        assert "its data has changed since it was prepared: all is made anew" in capsys.readouterr().out
+        assert _answers(tmp_path) == [a for n, a in enumerate(answers) if n not in missing]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"index.json", "report.jsonl", "shard-00000-of-00001.arrayrecord"}
+
+
+def test_a_stopped_one_that_goes_on_with_mended_data_is_not_half_old(tmp_path, monkeypatch, capsys) -> None:
+    argv = [*_colors(tmp_path, ["red"] * 8), "--shards=4"]
+    make, made = prepare._make_shard, []
+
+    def stopped(job, number, *rest):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(number)
+        make(job, number, *rest)
+
+    monkeypatch.setattr(prepare, "_make_shard", stopped)
+    assert data_command(["prepare", *argv]) == 130
+    monkeypatch.setattr(prepare, "_make_shard", make)
+    answers = [*["red"] * 4, *["blue"] * 4]
+    _colors(tmp_path, answers)
+    assert data_command(["prepare", *argv]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 finished shards hold other data than there is now: they are made anew" in out
+    assert "2 of 4 shards are there" in out
+    assert _answers(tmp_path) == answers
 
 
 @pytest.mark.parametrize(("mode", "size"), [("pad", (48, 16)), ("square", (96, 32)), ("resize", (32, 32))])

@@ -33,14 +33,14 @@ class Journal:
       clock: of the stage.
 
     Attributes:
-      remembered: what a checkpoint keeps of it: samples dropped and text tokens cut off since the first step, and the
-        last loss.
+      remembered: what a checkpoint keeps of it: samples dropped, those of them that `data.max_drop` limits, and text
+        tokens cut off since the first step; and the last loss.
     """
 
     def __init__(self, config: Config, name: str, directory: epath.Path, steps: int, clock: Goodput):
         self._config, self._name, self._directory = config, name, directory
         self._steps, self._clock = steps, clock
-        self.remembered: dict[str, Any] = {"dropped": 0, "cut_tokens": 0, "last_loss": None}
+        self.remembered: dict[str, Any] = {"dropped": 0, "unusable": 0, "cut_tokens": 0, "last_loss": None}
 
     @contextlib.contextmanager
     def open(self, first: int, flops: float, devices: list[Any]) -> Iterator[None]:
@@ -51,14 +51,14 @@ class Journal:
           flops: that a step needs.
           devices: that it runs on, of all processes.
         """
-        habits, alone = self._config.training, processes.is_first()
-        wandb = habits.wandb if alone else None
+        settings, alone = self._config.training, processes.is_first()
+        wandb = settings.wandb if alone else None
         self._first, self._skipped = first, SkippedSteps(self._directory, first)
         self._meter = Meter(self._clock, self._config.stage(self._name), self._steps, flops, devices)
         with (
             MetricsWriter(
                 processes.own(self._directory),
-                habits.tensorboard and alone,
+                settings.tensorboard and alone,
                 resume_step=first,
                 wandb=WandbLog(wandb, self._directory, to_dict(self._config)) if wandb else None,
             ) as self._writer,
@@ -78,6 +78,7 @@ class Journal:
         """
         self._meter.add(values["samples"], values["text_fill"])
         self.remembered["dropped"] += lost.dropped
+        self.remembered["unusable"] += lost.unusable
         self.remembered["cut_tokens"] += lost.cut_tokens
         if dropped:
             self._writer.write("dropped", step, samples=dropped)
@@ -109,7 +110,7 @@ class Journal:
         return self._skipped.add(step, values, names)
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes a held-out evaluation, unless an earlier start from the same step has made up for it."""
+        """Writes a held-out evaluation, unless an earlier start from the same step has written it."""
         if step > self._first or not self._writer.holds("eval", step):
             self._writer.write("eval", step, **values)
             logging.info("%s, step %d: held-out loss %.4g", self._name, step, values["loss"])
