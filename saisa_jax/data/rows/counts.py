@@ -23,6 +23,8 @@ from saisa_jax.data.text.templates import find_template
 
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
 
+RULES = 2  # raised when the same sample becomes other tokens
+
 _SECONDS_BETWEEN_LINES = 10
 
 
@@ -58,9 +60,12 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
 
 
 def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Changes with whatever changes the counts of the same samples: tokenizer, template, system prompt."""
+    """Changes with whatever changes the counts of the same samples: tokenizer, template, system prompt, our rules."""
     template = find_template(config.stage(stage).template)
-    parts = (tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt))
+    parts = [tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt), str(RULES)]
+    parts.append(str(tokenizer.init_kwargs.get("legacy")))
+    if template.own:
+        parts.append(str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
