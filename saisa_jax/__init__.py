@@ -1,4 +1,4 @@
-"""SAISA (arXiv 2502.02458) in JAX: vision-language models that read their visual tokens and do nothing else with them.
+"""SAISA (arXiv 2502.02458) in JAX: vision-language models whose visual tokens are keys and values only.
 
 A finished model answers questions:
 

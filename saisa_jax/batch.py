@@ -2,9 +2,10 @@
 
 Axes: B batch, T text tokens of a row, M image slots of a row.
 
-A row is two streams. The text stream holds the tokens that ask and are predicted. The visual stream holds images, each
-of which becomes P visual tokens. Every token of either stream has a *position*, its place in the interleaved sequence
-that LLaVA would have built, and a *segment*, the sample of the row that it belongs to (from 1; 0 is padding):
+A row is two streams. The text stream holds the tokens that are queries and are predicted. The visual stream holds
+images, each of which becomes P visual tokens. Every token of either stream has a *position*, its place in the
+interleaved sequence that LLaVA would have built, and a *segment*, the sample of the row that it belongs to (from 1; 0
+is padding):
 
     "<s> <image> What is it ?"  with P = 4
 
@@ -14,7 +15,7 @@ that LLaVA would have built, and a *segment*, the sample of the row that it belo
     tokens           <s>  What  is  it   ?       positions        [0, 5, 6, 7, 8]     segment_ids        [1, 1, 1, 1, 1]
     images           [one]                       image_positions  [1]                 image_segment_ids  [1]
 
-Several images, packed samples, text-only rows and padding on either side are other positions and segments, no more.
+Several images, packed samples, text-only rows and padding on either side differ in positions and segments only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Batch(TypedDict):
 
     `targets[b, t]` is the token that row b should predict at t (the next token of the same segment), and it counts with
     `loss_weights[b, t]`. The token right after an image has weight 0 under every alignment: under SAISA no text token
-    stands before it that has seen the image.
+    precedes it that has attended to the image.
     """
 
     tokens: Array  # [B, T] int32

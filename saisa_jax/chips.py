@@ -1,4 +1,4 @@
-"""Accelerators by name: what a chip can do. A plan reads it by its own names, a run by what JAX calls its devices."""
+"""Accelerators by name: what a chip can do. Plans look them up by name, runs by JAX's device kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip can do, as its maker says.
+    """What a chip can do, according to its vendor.
 
     Attributes:
       flops: dense bfloat16 FLOP/s.
@@ -19,7 +19,7 @@ class Chip:
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s that a chip receives over all its links to its neighbours (ICI, NVLink) together: half of
         the "bidirectional" figure.
-      axes: dimensions of a topology; 1 for GPUs, which all see each other.
+      axes: dimensions of a topology; 1 for GPUs, which are all connected to each other.
       example: a topology.
       source: where the figures are from.
       kinds: `jax.Device.device_kind` of chips with these FLOP/s; their memory may be another.
@@ -58,10 +58,10 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """bfloat16 FLOP/s of JAX devices together; None if one of them is of no known kind, as a CPU.
+    """bfloat16 FLOP/s of JAX devices together; None if one of them is of an unknown kind, such as a CPU.
 
-    A TPU chip may show as one device or as two (v4 by its setting, TPU7x always): chips are told apart by where they
-    stand, and count whole.
+    A TPU chip may show as one device or as two (v4 by its setting, TPU7x always): chips are told apart by their
+    coordinates, and each is counted once.
     """
     by_kind = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
     chips = {_place(device): by_kind.get(device.device_kind) for device in devices}

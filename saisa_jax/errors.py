@@ -1,4 +1,4 @@
-"""The error that its reader can mend, and the nearest names that one may have meant."""
+"""The base class of errors that a user can fix, and suggestions of the nearest names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message is all that a command shows, without a traceback."""
+    """An error that the user can fix; a command shows its message alone, without a traceback."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, n: int = 1, otherwise: str = "") -> str:

@@ -42,7 +42,7 @@ RULES: Rules = (
     ("visual_hidden", "tensor"),
     # activations
     ("activation_batch", BATCH_AXES),
-    ("activation_lookup", "data"),  # rows while each device looks up its columns of the table of tokens
+    ("activation_lookup", "data"),  # rows, while each device looks up its columns of the embedding table
     ("activation_length", None),
     ("activation_visual", None),
     ("activation_embed", None),
@@ -77,8 +77,8 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def _arranged(devices: list[Any], sizes: tuple[int, ...], dcn: int) -> np.ndarray:
     """Devices in the shape of the mesh, so that neighbours on its inner axes are near each other.
 
-    TPUs are arranged by their places in the torus, with whole slices along the outermost part of `data`. GPUs and
-    simulated devices are listed process by process, which says the same.
+    TPUs are arranged by their coordinates in the torus, with whole slices along the outermost part of `data`. GPUs and
+    simulated devices are listed process by process, which has the same effect.
     """
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
@@ -122,14 +122,14 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
 
 def check_attention(config: ModelConfig, mesh: Mesh) -> None:
     """Raises:
-    ConfigError: the chosen attention does not run on the mesh's devices.
+    ConfigError: the chosen attention implementation does not run on the mesh's devices.
     """
     platform = "gpu" if (name := mesh.devices.flat[0].platform) == "cuda" else name
     wanted = ATTENTION_IMPLS[config.attention_impl]
     if wanted not in (None, platform):
         others = [impl for impl, serves in ATTENTION_IMPLS.items() if serves in (None, platform)]
         raise ConfigError(
-            f"model.attention_impl={config.attention_impl} runs on a {wanted}, and the devices are of {platform}: set "
+            f"model.attention_impl={config.attention_impl} runs on {wanted}, and the devices are {platform}: set "
             f"--config.model.attention_impl={' or '.join(others)}"
         )
 
@@ -146,7 +146,7 @@ def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
 
     Raises:
       ConfigError: a leaf without logical axes, a name that the table does not know, or an axis of the mesh that two
-        dimensions of a leaf want. Linen by itself would quietly replicate all three.
+        dimensions of a leaf use. Linen would silently replicate in all three cases.
     """
     is_boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
     for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_boxed):
@@ -182,9 +182,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def own_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
-    """The rows of a batch that this process's devices hold, and that it therefore reads.
+    """The rows of a batch that this process's devices hold, and which it therefore reads.
 
-    Processes that an axis "tensor" spans hold the same ones.
+    Processes along the axis "tensor" hold the same rows.
     """
     spans: Any = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return tuple(sorted({row for (span,) in spans for row in range(*span.indices(rows))}))

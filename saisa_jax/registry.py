@@ -1,4 +1,4 @@
-"""Things that are chosen by name: encoders, projectors, sources, tasks, families of weights.
+"""Components that are chosen by name: encoders, projectors, sources, tasks, families of weights.
 
     PROJECTORS: Registry[type[nn.Module]] = Registry("projector.kind", __name__)     the package's __init__.py
 
@@ -6,8 +6,8 @@
     class MLP(nn.Module): ...
 
 Every module of the package is imported when a name is looked up first, so a new entry is one new file in the folder.
-A recipe or a notebook registers by the same line without touching the package, and so does an installed distribution,
-whose modules are named as entry points of that package:
+A script or a notebook can register its own in the same way, and so can an installed distribution that names its
+modules as entry points of the package:
 
     [project.entry-points."saisa_jax.models.projectors"]
     gated = "my_package.gated"
@@ -36,7 +36,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to what is registered under them.
 
     Args:
-      flag: what a user sets to choose one, for messages.
+      flag: the option that chooses one, for messages.
       package: the package whose modules register themselves.
     """
 

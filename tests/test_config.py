@@ -76,7 +76,7 @@ IMPOSSIBLE = [
     (lambda: convnext(widths=(8, 0)), r"entry of model.vision.depths and .widths,=0 must be positive"),
     (lambda: convnext(class_token=True), r"has no class_token: set model.vision.class_token=False"),
     (lambda: convnext(post_norm=True), r"has no post_norm"),
-    (lambda: convnext(embed_dim=8), r"embed_dim=8 is not the width 16 of the stage that is put out"),
+    (lambda: convnext(embed_dim=8), r"embed_dim=8 is not the width 16 of the selected stage"),
     (lambda: convnext(patch_size=7), r"patch_size=7 is no stride .* a multiple of 2"),
     (lambda: ModelConfig(visual_layers=(0, 40)), r"visual_layers names \[40\], out of range .* 0..31"),
     (lambda: ModelConfig(visual_layers=(3, 1)), r"strictly increasing"),

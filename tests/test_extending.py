@@ -16,7 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saisa_jax.config import ATTENTION_IMPLS, ModelConfig, ProjectorConfig, SourceConfig
+from saisa_jax.config import ATTENTION_IMPLS, ModelConfig, ProjectorConfig, SourceConfig, VisionConfig
+from saisa_jax.convert.configs import decoder_to_hf
+from saisa_jax.convert.families import DECODERS
+from saisa_jax.convert.families import ENCODERS as FAMILIES
+from saisa_jax.convert.layouts import decoder_family, layout_for
 from saisa_jax.data.pipeline import train_iterator
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.data.sources import SOURCES
@@ -37,7 +41,7 @@ EXAMPLES = dict(re.findall(r"^## (.*?)\n(?:(?!^## ).)*?^```python\n(.*?)^```", P
 
 @pytest.fixture(autouse=True)
 def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for registry in (PROJECTORS, ENCODERS, SOURCES):
+    for registry in (PROJECTORS, ENCODERS, SOURCES, FAMILIES, DECODERS):
         monkeypatch.setattr(registry, "_entries", dict(registry))
     tables = [(table, dict(table)) for table in (TEMPLATES, ATTENTION_IMPLS, KERNELS)]
     yield
@@ -88,6 +92,22 @@ def test_vision_encoder(run: Run) -> None:
     batch = make_batch(config, [[IMAGE, 5, 6]])
     other = dict(batch, images=255 - batch["images"])
     assert np.abs(logits(config, params, batch) - logits(config, params, other)).max() > 1e-4
+
+
+def test_family_of_encoders(run: Run) -> None:
+    """tests/test_convert/test_families.py imports and exports with it."""
+    family = FAMILIES["pooled"] if run("A family of encoders") else None
+    config = VisionConfig(family="pooled", kind="pooled", image_size=24, patch_size=8, embed_dim=16, num_heads=1)
+    (kernel, bias) = layout_for(dataclasses.replace(tiny_config().model, vision=config), "hf-vision").rows
+    assert (kernel.theirs, kernel.ours, bias.key) == ((16, 3), (3, 16), "to_width.bias")
+    assert family is not None and family.config_to_hf(config) == {"pixels": 24, "window": 8, "width": 16}
+
+
+def test_family_of_decoders(run: Run) -> None:
+    run("A family of decoders")
+    wide = dataclasses.replace(tiny_config().model, max_length=123)
+    assert decoder_family(wide) is DECODERS["extra_wide"] and decoder_family(tiny_config().model) is DECODERS["llama"]
+    assert "max_position_embeddings" not in decoder_to_hf(wide)
 
 
 def test_data_source(run: Run, tmp_path: Path) -> None:

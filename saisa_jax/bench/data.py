@@ -1,9 +1,9 @@
 """`python -m saisa_jax bench data`: how many images a second one core prepares, and what a TPU host would need.
 
-Each round does the same work three times, in turns: as the pipeline does it (decode, pad and resize, tokenise, pack);
-with PIL and transformers' CLIP processor up to the same uint8 pixels; and with them up to normalised float32 pixels, as
-LLaVA does. What is counted is the processor time of the one thread that works, so that whatever else the machine does
-falls out; the figures are medians over the rounds.
+Each round does the same work three times, alternating: as the pipeline does it (decode, pad and resize, tokenise,
+pack); with PIL and transformers' CLIP processor up to the same uint8 pixels; and with them up to normalised float32
+pixels, as LLaVA does. The processor time of the one working thread is measured, so that other load on the machine does
+not count; the figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Round:
 
 
 class Pipeline:
-    """The pipeline's own functions, a stage after the other, in one thread."""
+    """The pipeline's own functions, stage by stage, in one thread."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast) -> None:
         self.vision = config.model.vision
@@ -129,7 +129,7 @@ class Peer:
 
 
 def bench(config: Config, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample], repeat: int) -> list[Round]:
-    """Rounds over the same samples, after one that is not counted.
+    """Rounds over the same samples, after one warm-up round.
 
     Args:
       config: `model.vision`, the template and the system prompt count.
@@ -149,7 +149,7 @@ def bench(config: Config, tokenizer: PreTrainedTokenizerFast, samples: Sequence[
 
 
 def make_samples(images: Sequence[bytes], words: int) -> list[Sample]:
-    """A question of 20 words about each image, and an answer of `words`; no two texts are alike."""
+    """A question of 20 words about each image, and an answer of `words`; all texts differ."""
     rng = np.random.default_rng(0)
     known = sorted({word for text in easy_vqa.texts() for word in text.split()})
 
@@ -219,13 +219,13 @@ def path_table(rounds: Sequence[Round], count: int) -> Table:
 
 
 def demand_table(text: int, images_per_second: float, chip: str, utilisation: float) -> Table:
-    """What a host of four TPU chips would read of the 7B recipe, beside what 16 cores deliver, in tokens of both kinds.
+    """What a host of four TPU chips needs for the 7B recipe, and what 16 cores deliver, in tokens of both kinds.
 
     Args:
       text: text tokens of a sample of stage 2; a sample has one image.
       images_per_second: of a core.
       chip: one of CHIPS.
-      utilisation: the share of the chips' peak that is reached.
+      utilisation: the fraction of the chips' peak that is reached.
     """
     table = Table("7B recipe", "text", "TFLOP", "samples/s", "tokens/s", f"{CORES} cores", "times")
     for column in table.columns[1:]:

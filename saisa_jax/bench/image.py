@@ -1,6 +1,6 @@
-"""`python -m saisa_jax bench image`: what a first and a second question about a picture cost, and what a compilation.
+"""`python -m saisa_jax bench image`: what a first and a second question about an image cost, and a compilation.
 
-First and second questions alternate in one run, so that whatever else the machine does falls on both alike; the ratio
+First and second questions alternate in one run, so that other load on the machine affects both alike; the ratio
 is that of the medians.
 """
 
@@ -29,7 +29,7 @@ QUESTION = "what is in the image?"
 
 
 def seconds(act: Callable[[], Any]) -> float:
-    """How long a call takes until its arrays are there."""
+    """Seconds of a call until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(act())
     return time.perf_counter() - start
@@ -41,7 +41,7 @@ def bench(model: VisionLanguageModel, repeat: int, question: str = QUESTION) -> 
     Args:
       model: any model; where images cannot be kept (LLaVA) both questions cost the same.
       repeat: pairs of questions that are timed.
-      question: asked about a picture of noise, another one for each pair.
+      question: asked about an image of noise, a new one for each pair.
 
     Returns:
       {"first": [...], "second": [...], "compile": seconds of the first call with a new bucket, "reuse": of the next}.
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         table.add_column(name, justify="right" if name else "left")
     first = statistics.median(times["first"])
     for name, value in (
-        ("a first question about a picture", first),
+        ("a first question about an image", first),
         ("a second one", statistics.median(times["second"])),
         ("with a compilation for a new bucket", times["compile"]),
         ("the same bucket again", times["reuse"]),

@@ -1,9 +1,9 @@
 """`python -m saisa_jax bench step`: the time of a training step of SAISA, NAAViT and LLaVA on this machine.
 
 The step is stage 2's own: everything but the vision encoder trains, with AdamW. The three alternate in one run, each
-round in the other order, so that whatever else the machine does falls on all alike. A ratio to LLaVA is the median over
-the rounds of that of the two times of a round; beside it stands the ratio of the FLOPs (`saisa_jax/flops.py`).
-On a CPU the processor time of all threads is told as well: other work of the machine hardly changes it.
+round in reverse order, so that other load on the machine affects all alike. A ratio to LLaVA is the median over
+the rounds of that of the two times of a round; beside it is the ratio of the FLOPs (`saisa_jax/flops.py`).
+On a CPU the processor time of all threads is shown as well: other load hardly changes it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Timed:
 
     Attributes:
       flops: of a step, by formula.
-      seconds: of each step, by the clock on the wall.
+      seconds: of each step, wall time.
       processor: of each step, of all threads of this process together.
     """
 
@@ -57,7 +57,7 @@ class Timed:
 
 
 def make_config(alignment: str, options: argparse.Namespace) -> Config:
-    """A model of the asked size; its encoder is a quarter as wide as the decoder, as CLIP is to a Llama of 7B."""
+    """A model of the given size; its encoder is a quarter as wide as the decoder, as CLIP is to a Llama of 7B."""
     width = options.embed // 4
     model = ModelConfig(
         alignment=alignment,
@@ -120,7 +120,7 @@ def make_step(config: Config) -> tuple[Callable[[], None], float]:
 
 
 def bench(options: argparse.Namespace) -> dict[str, Timed]:
-    """Times the alignments in turns.
+    """Times the alignments, alternating.
 
     Returns:
       {alignment: Timed}; round i is the i-th of each.
@@ -213,6 +213,6 @@ def check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
     if options.embed < 64 or options.embed % 64:
-        raise ConfigError(f"--embed={options.embed} is no multiple of 64, the width of a head")
+        raise ConfigError(f"--embed={options.embed} is not a multiple of 64, the width of a head")
     if options.visual < 1 or round(options.visual**0.5) ** 2 != options.visual:
         raise ConfigError(f"--visual={options.visual} is no square number: an image has as many patches each way")

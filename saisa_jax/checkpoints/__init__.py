@@ -1,7 +1,7 @@
-"""Checkpoints of a run (`run.py`) and finished models (`model.py`); the only room that knows Orbax.
+"""Checkpoints of a run (`run.py`) and finished models (`model.py`); the only package that uses Orbax.
 
-Orbax restores flipped bytes as wrong numbers without a word, and casts to another dtype as quietly. So whatever is read
-back here is compared with an account of it, shapes, dtypes and checksums, that was stored beside it (`checksums.py`).
+Orbax restores flipped bytes as wrong numbers, and casts to another dtype, both silently. So whatever is read back
+here is compared with its account (shapes, dtypes, checksums), which was stored beside it (`checksums.py`).
 """
 
 from saisa_jax.checkpoints.checksums import checksums

@@ -6,7 +6,7 @@ A checksum is a sum, modulo 2^32, over the elements of
 
 where `bits` is the element's bit pattern, `index` its place in the flattened array and `mix` an invertible scrambling
 of 32 bits. It is exact (integers have no rounding, and their sum no order), so it is the same on every mesh and
-backend; any one changed element always changes it, and swapped elements do but for one chance in 2^32.
+backend; any one changed element always changes it, and swapped elements do except with probability 2^-32.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def unflatten_dict(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The checksum of every leaf, by path; computed where the leaf lives, in whatever way it is split up.
+    """The checksum of every leaf, by path; computed on the leaf's own devices, however it is sharded.
 
     Args:
       tree: arrays of float32, bfloat16, float16, integers of up to 32 bits, or bool; any shape, empty ones too.
@@ -115,7 +115,7 @@ def _checksum(x: Array, start: Any, rows: int) -> UInt32[Array, ""]:
 
 
 def _mix(x: Array) -> Array:
-    """The finalizer of MurmurHash3: invertible, and every bit in moves every bit out."""
+    """The finalizer of MurmurHash3: invertible, and every input bit affects every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -129,7 +129,7 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def account(tree: Any) -> dict[str, dict[str, Any]]:
-    """{path: {"shape", "dtype", "checksum"}}, JSON-ready: what is stored beside a tree."""
+    """{path: {"shape", "dtype", "checksum"}}, JSON-ready: the account that is stored beside a tree."""
     sums = checksums(tree)
     return {path: {**entry, "checksum": sums[path]} for path, entry in describe(tree).items()}
 
@@ -161,7 +161,7 @@ def damaged(tree: Any, stored: Mapping[str, Any]) -> list[str]:
 
 
 def seal(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document as JSON will give it back, with a checksum of itself under "crc32"."""
+    """The document as JSON will return it, with its own checksum under "crc32"."""
     plain = json.loads(json.dumps(document))
     return {**plain, "crc32": _crc32(plain)}
 

@@ -4,7 +4,7 @@ model.json    metadata, number of parameters, shape, dtype and checksum of every
 config.json   the configuration of the run
 params/       the arrays
 tokenizer/    a Hugging Face tokenizer; absent if there is none
-sidecar/      what an imported checkpoint held besides (see `convert/sidecar.py`); absent if nothing
+sidecar/      what else an imported checkpoint held (see `convert/sidecar.py`); absent if nothing
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def save_model(
     the first one writes the small files. (A bucket has no atomic rename: there a stopped save may leave a part.)
 
     Args:
-      params: nested dictionaries of arrays, on whatever mesh.
+      params: nested dictionaries of arrays, on any mesh.
       tokenizer: has `save_pretrained`; None: the model has none.
       metadata: JSON-ready.
       attach: called in the first process; what it writes is checksummed like the other files.
 
     Raises:
-      CheckpointError: something else stands under that name, or writing failed.
+      CheckpointError: something else has that name, or writing failed.
     """
     final = epath.Path(directory).resolve()
     unfinished, old = _sibling(final, "unfinished"), _sibling(final, "old")
     if final.exists() and not (final / "model.json").exists() and _names(final):
-        raise CheckpointError(f"{final} holds something else than a model ({_names(final)}); choose another directory")
+        raise CheckpointError(f"{final} holds something other than a model ({_names(final)}); choose another directory")
     leaves = account(params)
     try:
         _on_first(lambda: _prepare(final, unfinished, old))
@@ -92,7 +92,7 @@ def load_model(
     abstract: Any = None,
     dtype: Any = None,
 ) -> tuple[Any, Config, Any, dict[str, Any]]:
-    """Reads a finished model, whatever the mesh that wrote it.
+    """Reads a finished model, written on any mesh.
 
     Args:
       directory: what `save_model` was given.
@@ -140,7 +140,7 @@ def load_model(
 
 
 def read_account(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:
-    """What a finished model says of itself, without its arrays: the content of model.json, and the configuration.
+    """The description of a finished model, without its arrays: the content of model.json, and the configuration.
 
     Raises:
       CheckpointError, DamagedError: as `load_model`.
@@ -171,16 +171,16 @@ def sidecar_files(directory: str | os.PathLike[str]) -> list[epath.Path]:
 
 
 def copy_sidecar(source: str | os.PathLike[str]) -> Attach:
-    """For `save_model(attach=)`: hands on the sidecar of the model that training started from.
+    """For `save_model(attach=)`: copies the sidecar of the model that training started from.
 
-    A sidecar that is gone or damaged by then costs a warning, not the trained model.
+    If the sidecar is missing or damaged by then, a warning is logged and the model is saved without it.
     """
 
     def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
         try:
             files, root = sidecar_files(source), epath.Path(source).resolve()
         except CheckpointError as error:
-            logging.warning("the sidecar of %s is not handed on: %s", source, error)
+            logging.warning("the sidecar of %s is not copied: %s", source, error)
             return
         for file in files:
             target = directory / file.relative_to(root)
@@ -198,14 +198,14 @@ def _sibling(final: epath.Path, kind: str) -> epath.Path:
 
 
 def _on_first(act: Callable[[], None]) -> None:
-    """Acts in the first process, and lets the others wait for it."""
+    """Runs in the first process while the others wait for it."""
     if jax.process_index() == 0:
         act()
     multihost_utils.sync_global_devices("saisa_jax.save_model")
 
 
 def _prepare(final: epath.Path, unfinished: epath.Path, old: epath.Path) -> None:
-    """Clears what a killed save has left; the model that it was about to replace gets its name back."""
+    """Removes what a killed save has left; the model that it was about to replace gets its name back."""
     if unfinished.exists():
         unfinished.rmtree()
     if old.exists() and not final.exists():
@@ -296,7 +296,7 @@ def _read_document(where: epath.Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: {error}") from error
     storage.check_format(document, str(where))
-    # A checksum is no signature: a name must not lead out of the directory, whoever wrote it.
+    # A checksum is not a signature: no name may point outside the directory.
     outside = [name for name in document["files"] if {"", ".", ".."} & set(re.split(r"[/\\]", name))]
     if outside:
         raise DamagedError(f"{path} names files outside of its directory: {', '.join(outside)}")

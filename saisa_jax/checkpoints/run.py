@@ -1,9 +1,9 @@
-"""The checkpoints of a run: state, data position and metadata, there as a whole or not at all.
+"""The checkpoints of a run: state, data position and metadata, saved atomically.
 
 STEP/state/   the arrays
 STEP/meta/    the data position; the caller's metadata; shape, dtype and checksum of every leaf of the state; versions
 
-The data position is one for all processes (a row number), so that a run goes on with any number of them.
+The data position is one for all processes (a row number), so that a run can resume with any number of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class RunCheckpointer:
 
     Args:
       directory: local or `gs://`; made if it is not there.
-      keep: how many of the latest steps to keep; with two there is one to fall back to.
+      keep: how many of the latest steps to keep; with two, one is left to fall back to.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least 1 is needed; set --config.training.keep_checkpoints")
         self._directory = epath.Path(directory).resolve()
-        self._pending: int | None = None  # handed to the background, its outcome not yet asked for
+        self._pending: int | None = None  # being saved in the background, its outcome not yet known
         self._current: int | None = None  # saved or restored last
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -64,7 +64,7 @@ class RunCheckpointer:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, data_iterator: Any, metadata: Mapping[str, Any]) -> None:
-        """Copies the state off the device, takes the data position, and goes on writing in the background.
+        """Copies the state off the device, takes the data position, and continues writing in the background.
 
         Afterwards the state's buffers may be donated. Saving once more what was saved or restored last does nothing.
 
@@ -95,7 +95,7 @@ class RunCheckpointer:
             started = self._manager.save(step, args=ocp.args.Composite(**items))
         if not started:
             raise CheckpointError(
-                f"step {step} was not saved: {self._directory} holds {self.steps()} already; go on from the last of "
+                f"step {step} was not saved: {self._directory} holds {self.steps()} already; resume from the last of "
                 "them, or start in another --workdir"
             )
         self._pending = self._current = step
@@ -103,14 +103,14 @@ class RunCheckpointer:
     def restore(self, abstract_state: Any, data_iterator: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Reads a step straight into its target shardings, and sets the data iterator to where it was.
 
-        When the newest step is damaged, the one before it is taken, with a loud warning; the damaged one is renamed,
+        When the newest step is damaged, the one before it is taken, with a warning; the damaged one is renamed,
         since the run will write its number again. A step asked for by number is taken or refused, and so is the newest
         one of several processes, which cannot agree on another when only some of them have failed.
 
         Args:
           abstract_state: the expected tree; leaves have `shape`, `dtype` and, if they are to live elsewhere than on the
             first local device, `sharding`.
-          data_iterator: as for `save`, touched only when all else is well; None: the stored position is not wanted.
+          data_iterator: as for `save`, restored only when everything else is; None: the stored position is ignored.
           step: None: the newest.
 
         Returns:
@@ -133,7 +133,7 @@ class RunCheckpointer:
             except DamagedError as error:
                 if jax.process_count() > 1:  # the others may have read theirs, and wait for this one
                     raise DamagedError(
-                        f"{error}; rename {self._directory / str(candidate)} to go on without it"
+                        f"{error}; rename {self._directory / str(candidate)} to resume without it"
                     ) from error
                 failures[candidate] = error
                 continue
@@ -142,7 +142,7 @@ class RunCheckpointer:
             self._current = candidate
             return restored
         said = "; ".join(map(str, failures.values()))
-        advice = f". No other one is there: bring one back, or remove {self._directory} to start the stage anew"
+        advice = f". No other one is there: bring one back, or remove {self._directory} to restart the stage"
         raise DamagedError(said + (advice if step is None else "")) from failures[max(failures)]
 
     def wait(self) -> None:
@@ -206,7 +206,7 @@ class RunCheckpointer:
         return storage.read(f"{item} of {where}", lambda: then(self._manager.restore(step, args=whole)[item]))
 
     def _set_aside(self, failures: Mapping[int, DamagedError], used: int) -> None:
-        """Renames damaged steps, once it is certain that the run goes on from an older one."""
+        """Renames damaged steps, once it is certain that the run resumes from an older one."""
         for step, error in failures.items():
             aside = self._directory / f"{step}.damaged"
             logging.error("%s. FALLING BACK TO STEP %d; the damaged one is now %s", error, used, aside)

@@ -1,4 +1,4 @@
-"""What runs' checkpoints and finished models have in common: errors, formats, and trees as Orbax wants them."""
+"""What runs' checkpoints and finished models have in common: errors, formats, and trees as Orbax stores them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DamagedError(CheckpointError):
 
 
 def versions() -> dict[str, str]:
-    """The libraries that wrote a checkpoint, for whoever has to read it later."""
+    """The libraries that wrote a checkpoint, for later readers."""
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint", "grain")}
 
 
@@ -40,7 +40,7 @@ def header() -> dict[str, Any]:
 
 
 def check_format(document: Mapping[str, Any], where: str) -> None:
-    """Refuses what another version of this program wrote in another way."""
+    """Refuses files in a format that this version does not read."""
     seen, known = (document.get("format"), document.get("algorithm")), (FORMAT, ALGORITHM)
     if seen != known:
         raise CheckpointError(
@@ -49,7 +49,7 @@ def check_format(document: Mapping[str, Any], where: str) -> None:
 
 
 def stored_tree(tree: Any) -> dict[str, Any]:
-    """A tree as nested dictionaries without empty arrays, which Orbax cannot store (their account can)."""
+    """A tree as nested dictionaries without empty arrays, which Orbax cannot store (the account can)."""
     return unflatten_dict({path: leaf for path, leaf in flatten(tree).items() if 0 not in leaf.shape})
 
 
@@ -81,7 +81,7 @@ def complete(restored: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
 
 
 def read(what: str, act: Callable[[], T]) -> T:
-    """What `act` reads; whatever goes wrong is a DamagedError."""
+    """The result of `act`; any failure becomes a DamagedError."""
     try:
         return act()
     except Exception as error:  # Orbax raises almost anything

@@ -20,12 +20,12 @@ import transformers
 from saisa_jax.checkpoints import read_account
 from saisa_jax.cli.parser import Parser
 from saisa_jax.config import ALIGNMENTS, DTYPES
-from saisa_jax.convert.checkpoint import Options, import_checkpoint
-from saisa_jax.convert.export import export_checkpoint
+from saisa_jax.convert.export_checkpoint import export_checkpoint
 from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
 from saisa_jax.convert.inspection import inspect
+from saisa_jax.convert.layouts import LAYOUTS
 from saisa_jax.convert.memory import allowance, peak_bytes
-from saisa_jax.convert.tables import LAYOUTS
 from saisa_jax.data.text.templates import NAMES
 
 
@@ -82,7 +82,7 @@ def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
     others = ("select_layer", "image_size", "seed", "allow_pickle")
-    plan = import_checkpoint(Options(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
+    plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
     print(f"{args.to}: {document['parameters']:,} parameters ({', '.join(plan.parts)}) in {seconds:.0f} s")

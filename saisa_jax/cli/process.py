@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+from absl import logging as absl_logging
+
 _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # errors alone, of XLA
     "TPU_STDERR_LOG_LEVEL": "2",  # and of libtpu, which also looks for a TPU where there is none
@@ -25,7 +27,7 @@ def quiet_libraries() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("jax._src.xla_bridge").addFilter(_at_least_a_warning)  # the backends that it did not find
-    logging.getLogger("absl").addFilter(_quiet_orbax)
+    absl_logging.get_absl_logger().addFilter(_quiet_orbax)  # not by name: absl has to make its own kind of logger
     logging.getLogger("asyncio").addFilter(_quiet_asyncio)
     sys.unraisablehook = functools.partial(_quiet_unraisable, sys.unraisablehook)
 

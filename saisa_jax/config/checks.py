@@ -10,7 +10,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be run; the message says which flag mends it."""
+    """A configuration that cannot be run; the message says which flag fixes it."""
 
 
 def check(condition: bool, message: str) -> None:

@@ -17,7 +17,7 @@ class SourceConfig:
     format: str = "llava"  # a module of `data/sources/` reads it: easy_vqa | llava | chat | tfds | arrayrecord
     # llava, chat: a .json or .jsonl file; arrayrecord: a directory that `data prepare` wrote; tfds: the data_dir.
     path: str = ""
-    images: str = ""  # llava, chat: the folder, .zip or .tar that the samples' image names lead into
+    images: str = ""  # llava, chat: the folder, .zip or .tar that holds the samples' images
     # llava, chat: take an image's name that is an absolute path as it is; otherwise such a name is an error.
     allow_absolute: bool = False
     name: str = ""  # tfds: the data set, "vqa_rad" or "vqa_rad/config:1.0.0"
@@ -44,7 +44,7 @@ class SourceConfig:
         )
 
     def __str__(self) -> str:
-        """For messages: its format and where it lies."""
+        """For messages: its format and path."""
         return f"{self.format}:{self.path or self.name or self.task}"
 
 
@@ -66,7 +66,7 @@ class DataConfig:
     # Fewer than there are: another random choice in each epoch.
     turns_per_sample: int | None = None
     augment: bool = False  # mirror and shift images, for data whose text does not depend on left and right
-    blind: bool = False  # leave every image slot empty: what can be answered without looking
+    blind: bool = False  # leave every image slot empty: what can be answered without the images
     num_workers: int = 0  # processes that read rows; 0: threads of this one
     num_threads: int = 2  # of each process
     prefetch: int = 16  # batches

@@ -15,7 +15,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    dcn: int = 1  # the outermost part of `data`: slices of TPUs that reach each other over the data centre's network
+    dcn: int = 1  # the outermost part of `data`: slices of TPUs that are connected by the data center network
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
@@ -33,7 +33,7 @@ class DistributedConfig:
     """The processes of a run: one on each host, all started with the same command.
 
     Attributes:
-      coordinator: HOST:PORT of process 0; "auto": whatever a TPU pod, Slurm or Open MPI says; None: one process.
+      coordinator: HOST:PORT of process 0; "auto": what the TPU pod, Slurm or Open MPI says; None: one process.
       num_processes: of the run; with HOST:PORT.
       process_id: of this one, from 0; with HOST:PORT.
       timeout: seconds to wait for the others to start.

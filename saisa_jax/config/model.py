@@ -1,6 +1,6 @@
 """The model's part of the configuration.
 
-Axis letters and names are those of the README's legend: D embed_dim, N num_heads, K num_kv_heads, H head_dim,
+Axis letters and names are those of docs/design.md: D embed_dim, N num_heads, K num_kv_heads, H head_dim,
 F mlp_dim, L num_layers, W vocab_size, C vision width, P visual tokens of an image.
 """
 
@@ -29,12 +29,12 @@ VOCAB_MULTIPLE = 128  # The vocabulary is padded to this in the parameters; padd
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, by what they switch on) or a ConvNeXt.
+    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, which switch parts of it on or off) or a ConvNeXt.
 
     `kind` says how it computes, `family` whose weights and files these are.
 
     The layers of a ConvNeXt are its stages: `depths` and `widths` say how many blocks each has and how wide they are,
-    `embed_dim` and `patch_size` are width and stride of what is put out. It has no heads, no class token and no
+    `embed_dim` and `patch_size` are width and stride of the output. It has no heads, no class token and no
     `mlp_dim` of its own, and reads images of any size.
     """
 
@@ -55,7 +55,7 @@ class VisionConfig:
     layer_scale: bool = False  # DINOv2, ConvNeXt
     depths: tuple[int, ...] = ()  # ConvNeXt: blocks of each stage
     widths: tuple[int, ...] = ()
-    # Which entry of the hidden states [embeddings, layer 1, ..., layer num_layers] is put out; only the layers
+    # Which entry of the hidden states [embeddings, layer 1, ..., layer num_layers] is the output; only the layers
     # up to it exist. -2 is LLaVA's and SAISA's choice; of a ConvNeXt it is -1, the raw map of the last stage.
     select_layer: int = -2
     post_norm: bool = False  # the encoder's final LayerNorm on the selected features
@@ -110,11 +110,11 @@ class VisionConfig:
         last = max(self.num_used_layers, 1) - 1
         check(
             self.embed_dim == self.widths[last],
-            f"{where}.embed_dim={self.embed_dim} is not the width {self.widths[last]} of the stage that is put out",
+            f"{where}.embed_dim={self.embed_dim} is not the width {self.widths[last]} of the selected stage",
         )
         check(
             self.patch_size % 2**last == 0,
-            f"{where}.patch_size={self.patch_size} is no stride of the stage that is put out: a multiple of {2**last}",
+            f"{where}.patch_size={self.patch_size} is no stride of the selected stage: a multiple of {2**last}",
         )
 
     @property
@@ -138,7 +138,7 @@ class VisionConfig:
 
     @property
     def positions_per_side(self) -> int:
-        """Of the learnt table, which is resampled to `patches_per_side`."""
+        """Of the learned table, which is resampled to `patches_per_side`."""
         return (self.position_size or self.image_size) // self.patch_size
 
 
@@ -189,7 +189,7 @@ class LoraConfig:
     """Low-rank adapters beside frozen projections of the decoder's layers; see `models/lora.py`."""
 
     rank: int = 0  # 0: none
-    alpha: float = 16.0  # what the adapters put out is scaled by alpha / rank
+    alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
     targets: str = r"layers/(attn/(q|k|v|o)_proj|mlp/.*)"  # regex of whole paths: which of PROJECTIONS have one
 
     def __post_init__(self) -> None:
@@ -225,7 +225,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
     sliding_window: int | None = None  # Mistral; None: full causal attention
-    visual_layers: tuple[int, ...] | None = None  # SAISA: which layers see the image; None: all
+    visual_layers: tuple[int, ...] | None = None  # SAISA: which layers attend to the image; None: all
     dtype: str = "bfloat16"  # of activations
     param_dtype: str = "float32"
     remat_policy: str = "none"
@@ -286,7 +286,7 @@ class ModelConfig:
 
     @property
     def visible_layers(self) -> tuple[int, ...]:
-        """The layers that see the image."""
+        """The layers that attend to the image."""
         return tuple(range(self.num_layers)) if self.visual_layers is None else self.visual_layers
 
     @property

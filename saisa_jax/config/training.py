@@ -1,4 +1,4 @@
-"""Training's part of the configuration: stages, optimizer, who trains, habits."""
+"""Training's part of the configuration: stages, optimizer, what trains, the loop."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class StageConfig:
     steps: int | None = None  # None: epochs decide
     epochs: float = 1.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    # Who trains: the first row whose regex matches the whole path of a parameter gives its group; a parameter that
+    # What trains: the first row whose regex matches the whole path of a parameter gives its group; a parameter that
     # no row matches is an error.
     groups: Groups = TRAIN_ALL_BUT_VISION
     lora: LoraConfig = field(default_factory=LoraConfig)  # with groups=TRAIN_ADAPTERS
@@ -127,7 +127,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop's habits, the same in both stages."""
+    """Options of the training loop, the same in both stages."""
 
     log_every: int = 10
     eval_every: int = 500  # steps between held-out evaluations; 0: never
@@ -138,7 +138,7 @@ class TrainingConfig:
     tensorboard: bool = True
     wandb: str | None = None  # a project of Weights & Biases that gets the same numbers
     # Positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all. Where the head is split
-    # over fsdp, every chunk gathers it and reduces its gradient anew: no more of them than memory asks for.
+    # over fsdp, every chunk gathers it and reduces its gradient again: use as few as memory allows.
     loss_chunk: int = 512
     # A loss or gradient that is not finite: stop, or leave parameters and moments as they are, write the samples into
     # skipped.jsonl, and go on.

@@ -1,6 +1,10 @@
-"""Weights in, weights out: the one room that knows how others spell their tensors and configs."""
+"""Weights in, weights out: the one room that knows how others spell their tensors and configs.
 
-from saisa_jax.convert.exporter import export_params
-from saisa_jax.convert.importer import import_model
-
-__all__ = ["export_params", "import_model"]
+families/   one file a family of encoders or decoders: its config both ways, its tensors, its published sizes
+rows        one parameter of ours and the tensors of theirs that it is made of
+layouts     all rows of a checkpoint, and what a checkpoint cannot say
+configs     config.json both ways
+files/      safetensors, GGUF, pickles, the hub
+read, match, write            tensors to parameters, and back
+import_checkpoint, export_checkpoint, inspection      the three verbs of `convert`
+"""

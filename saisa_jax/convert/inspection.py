@@ -15,11 +15,14 @@ from rich.table import Table as RichTable
 
 from saisa_jax.checkpoints import read_account
 from saisa_jax.config import ModelConfig, VisionConfig
-from saisa_jax.convert import hf_write, sidecar
-from saisa_jax.convert.files.tensors import CheckpointSource, open_source
-from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json
-from saisa_jax.convert.importer import Match, config_from_hf, layout_of, match, parts_in
-from saisa_jax.convert.tables import ConvertError, Table, part_of_path, table
+from saisa_jax.convert import sidecar
+from saisa_jax.convert.configs import config_from_hf, decoder_config_from_hf
+from saisa_jax.convert.files.open import open_checkpoint
+from saisa_jax.convert.files.tensors import CheckpointSource
+from saisa_jax.convert.hf_json import CONFIG, read_json
+from saisa_jax.convert.layouts import TOWER_APART, Layout, decoder_family, encoder_family, layout_for
+from saisa_jax.convert.match import Match, layout_of, match, parts_in
+from saisa_jax.convert.rows import ConvertError, part_of_path
 
 SHOWN = 12  # names of a list; --all shows every one
 
@@ -36,13 +39,13 @@ def inspect(path: Path, *, vision: Path | None = None, allow_pickle: bool = Fals
         return
     pickles = sorted(path.glob("*.bin")) if path.is_dir() else []
     if pickles and not allow_pickle and not any(path.glob("*.safetensors")):
-        family = read_json(path / "config.json").get("model_type", "unknown")
+        family = read_json(path / CONFIG).get("model_type", "unknown")
         console.print(f"{path}: family {family}; tensors in pickles, which are not opened without --allow_pickle:")
         for file in pickles:
             console.print(f"  {file.name}  {_size(file.stat().st_size)}")
         return
-    tower = open_source(vision, allow_pickle) if vision else None
-    _inspect_source(console, open_source(path, allow_pickle), path, vision, tower, everything)
+    tower = open_checkpoint(vision, allow_pickle) if vision else None
+    _inspect_source(console, open_checkpoint(path, allow_pickle), path, vision, tower, everything)
 
 
 def _inspect_source(
@@ -55,7 +58,7 @@ def _inspect_source(
 ) -> None:
     layout = layout_of(tensors)
     model, known_tower = _config(tensors, layout, path, vision)
-    rows = table(model, layout)
+    rows = layout_for(model, layout)
     parts = parts_in(tensors, rows) if known_tower else ("decoder", "projector")
     found = match(tensors, rows, parts, "float32")
     console.print(f"{path}: layout {layout}, family {_family(model, layout)}")
@@ -66,7 +69,7 @@ def _inspect_source(
     _print_match(console, found, everything)
     if tower is not None:
         console.print(f"{vision}: the vision tower")
-        _print_match(console, match(tower, table(model, "hf-vision"), ("vision",), "float32"), everything)
+        _print_match(console, match(tower, layout_for(model, "hf-vision"), ("vision",), "float32"), everything)
 
 
 def _print_match(console: Console, found: Match, everything: bool) -> None:
@@ -83,7 +86,7 @@ def _config(tensors: CheckpointSource, layout: str, path: Path, vision: Path | N
     try:
         return config_from_hf(path, layout=layout, vision=vision, raw=raw), True
     except ConvertError:
-        if layout not in ("saisa", "llava") or vision is not None:
+        if layout not in TOWER_APART or vision is not None:
             raise
     width = raw.get("mm_hidden_size", VisionConfig().embed_dim)
     heads = math.gcd(width, VisionConfig().num_heads)
@@ -93,8 +96,8 @@ def _config(tensors: CheckpointSource, layout: str, path: Path, vision: Path | N
 
 
 def _family(model: ModelConfig, layout: str) -> str:
-    names = [] if layout == "hf-vision" else [hf_write.decoder_family(model)]
-    return " + ".join([*names, *([] if layout == "hf-llm" else [hf_write.encoder_family(model.vision)])])
+    names = [] if layout == "hf-vision" else [decoder_family(model).model_type]
+    return " + ".join([*names, *([] if layout == "hf-llm" else [encoder_family(model.vision).model_type])])
 
 
 def _print_config(console: Console, model: ModelConfig, layout: str, tower: bool) -> None:
@@ -113,7 +116,7 @@ def _print_config(console: Console, model: ModelConfig, layout: str, tower: bool
 
 
 def _print_tensors(
-    console: Console, tensors: CheckpointSource, rows: Table, canonical: Mapping[str, str], everything: bool
+    console: Console, tensors: CheckpointSource, rows: Layout, canonical: Mapping[str, str], everything: bool
 ) -> None:
     parts: dict[str, Counter[str]] = {}
     part_of = {key: row.part for row in rows.rows for key in row.keys}

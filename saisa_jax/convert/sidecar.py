@@ -22,8 +22,9 @@ from saisa_jax.checkpoints import checksums, sidecar_files
 from saisa_jax.config import ModelConfig, VisionConfig, from_config_dict, to_dict, upgrade_saved
 from saisa_jax.convert.files.safetensors import DTYPES, write_file
 from saisa_jax.convert.files.tensors import TensorDirectory, TensorSource
-from saisa_jax.convert.importer import Match
-from saisa_jax.convert.tables import Table, part_of_path
+from saisa_jax.convert.layouts import Layout
+from saisa_jax.convert.match import Match
+from saisa_jax.convert.rows import part_of_path
 
 TENSORS = "tensors.safetensors"
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
@@ -36,7 +37,7 @@ class Source:
     """A source that an import has read, or the sidecar's account of it.
 
     Attributes:
-      layout: one of `tables.LAYOUTS`.
+      layout: one of `layouts.LAYOUTS`.
       parts: those that were read from it.
       names: canonical key -> the source's spelling, of every tensor that became part of a parameter.
       dtypes: the source's spelling -> dtype, of every tensor.
@@ -87,12 +88,12 @@ def _described(config: ModelConfig, layout: str) -> ModelConfig | VisionConfig:
     return dataclasses.replace(config, **{name: getattr(ModelConfig(), name) for name in names})
 
 
-def describe_source(tensors: TensorSource, layout: Table, parts: Sequence[str], match: Match) -> Source:
+def describe_source(tensors: TensorSource, layout: Layout, parts: Sequence[str], match: Match) -> Source:
     """What the sidecar says of a source; `known` and `model` are filled in by `write`."""
     canonical = {name: key for key, name in match.spelt.items()}
     tied = {match.spelt[key]: other for key, other in layout.tied if key in match.spelt}
     return Source(
-        layout=layout.layout,
+        layout=layout.name,
         parts=tuple(parts),
         names={key: name for key, name in match.spelt.items() if name not in match.ignored},
         dtypes={name: tensors.dtype_name(name) for name in tensors.names},
@@ -107,7 +108,7 @@ def write(
     directory: Path,
     tensors: TensorSource,
     source: Source,
-    layout: Table,
+    layout: Layout,
     config: ModelConfig,
     params: Mapping[str, Any],
     leaves: Mapping[str, Mapping[str, Any]],

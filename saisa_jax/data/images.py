@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -23,11 +24,13 @@ from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 # RGB; as 16 bits without compression they are the bytes.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**29
+MAX_WARNINGS = 20  # of images that become one colour
+_warnings = itertools.count()  # absl's own `log_first_n` was seen to count all its callers together
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.Image:
-    """An image as RGB, upright as its EXIF orientation says.
+    """An image as RGB, turned upright by its EXIF orientation.
 
     It becomes RGB as PIL's `convert("RGB")` makes it, and so as LLaVA reads it: an alpha channel is dropped, not
     blended; grey of 16 and 32 bits is clipped at 255; of an animation the first frame is kept. A picture that becomes
@@ -59,7 +62,7 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
 
 
 def read_image(source: ImageSource, sample_id: str = "") -> bytes:
-    """The encoded file of an image, as it lies on the disk.
+    """The encoded file of an image, as it is on the disk.
 
     Raises:
       DataError: there is none, or it cannot be read.
@@ -82,9 +85,9 @@ def prepare_image(
     Args:
       image: RGB.
       size: pixels of a side.
-      mode: `pad` puts the image in the middle of a square of the mean colour and resizes that; `square` resizes the
+      mode: `pad` puts the image in the middle of a square of the mean color and resizes that; `square` resizes the
         shorter side and cuts out the centre; `resize` changes the aspect. All resize bicubically.
-      mean: the vision encoder's mean, of R, G and B in 0..1; int(255 * mean) is the colour of the padding.
+      mean: the vision encoder's mean, of R, G and B in 0..1; int(255 * mean) is the color of the padding.
       sample_id: for errors.
 
     Raises:
@@ -108,7 +111,7 @@ def prepare_image(
 class ImageLoader:
     """Reads and prepares images, and keeps the last ones in memory; safe to share among threads.
 
-    Small sets of images are decoded once; of large ones as many are kept as fit, which costs little and helps little.
+    Small sets of images are decoded once; of large ones as many are kept as fit.
     """
 
     def __init__(self, size: int, mode: str, mean: Sequence[float], cache_bytes: int = 256 * 2**20) -> None:
@@ -125,7 +128,7 @@ class ImageLoader:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def __call__(self, source: ImageSource | Image.Image, sample_id: str = "") -> UInt8[np.ndarray, "size size 3"]:
-        """The prepared image, read-only. Only images that have a place are kept. Errors as `load_image`."""
+        """The prepared image, read-only. Only images with a path are kept. Errors as `load_image`."""
         key = _name(source) if isinstance(source, str | os.PathLike | StoredImage) else None
         if key is not None:
             with self._lock:
@@ -145,7 +148,7 @@ class ImageLoader:
 def augment(image: UInt8[np.ndarray, "size size 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
     """The image, perhaps mirrored left to right, and moved by up to 1/16 of its size.
 
-    What the move uncovers takes the background's colour, the median of the border.
+    The uncovered border takes the background's color, the median of the border.
     """
     mirror = bool(rng.integers(2))
     reach = image.shape[0] // 16
@@ -196,7 +199,7 @@ def _check_pixels(pixels: int, seen: str, sample_id: str) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the picture is good, only what the camera wrote beside it cannot be read
+    except Exception:  # the image itself is good; only its EXIF data cannot be read
         return image
 
 
@@ -207,12 +210,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     converted = image.convert("RGB")
     clipped = image.mode.startswith("I") and np.median(np.asarray(image)) > 255
-    if (clipped or _one_value(converted)) and not _one_value(image):
-        logging.log_first_n(
-            logging.WARNING,
+    if (clipped or _one_value(converted)) and not _one_value(image) and next(_warnings) < MAX_WARNINGS:
+        logging.warning(
             "%s becomes one colour, or nearly, when it is read as RGB, though it holds several values (mode %s): "
             "transparency is dropped, and grey above 255 is clipped, as in LLaVA; save it as 8-bit RGB",
-            20,
             name,
             image.mode,
         )

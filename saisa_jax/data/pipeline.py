@@ -2,10 +2,10 @@
 
     sources -> order of an epoch (order.py) -> plan of its rows (plan.py) -> read a row -> batch
 
-Everything hangs on numbers alone: row i of a stage is a function of (seed, stage, i), and so is every random choice in
-it. Step k reads the rows k * batch_size ... (k + 1) * batch_size - 1; a process reads those that its devices hold. So
-the position in the data is one row number, the same for any number of threads, workers and processes. (The state of
-Grain's own workers means something else when their number changes; it is never kept.)
+Everything is a function of numbers: row i of a stage is a function of (seed, stage, i), and so is every random choice
+in it. Step k reads the rows k * batch_size ... (k + 1) * batch_size - 1; a process reads those that its devices hold.
+So the position in the data is one row number, the same for any number of threads, workers and processes. (The state of
+Grain's own workers depends on their number; it is never saved.)
 
 Epochs join without a gap: a batch may hold the end of one and the start of the next, so that no row is dropped but
 those after the last whole batch of a stage. (`data.group_by_length` ends each epoch with a whole batch.)
@@ -35,7 +35,7 @@ from saisa_jax.data.text.encoder import Encoder
 
 @lru_cache(maxsize=4)
 def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, cache: str | None = None) -> Rows:
-    """The training rows of a stage; what the samples are counted for is done once.
+    """The training rows of a stage; its samples are counted once.
 
     Args:
       config: the run's.
@@ -48,7 +48,7 @@ def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, c
     """
     settings = config.stage(stage)
     if not settings.sources:
-        raise DataError(f"{stage}.sources is empty: name what to train on; configs/demo.py and the README show how")
+        raise DataError(f"{stage}.sources is empty: name what to train on; configs/demo.py and docs/data.md show how")
     chosen = [source for source in settings.sources if source.weight > 0]
     opened = [open_source(source) for source in chosen]
     warn_of_text_alone(opened, chosen)
@@ -82,7 +82,7 @@ def steps_in_stage(config: Config, stage: str, tokenizer: PreTrainedTokenizerFas
     """Training steps of a stage: `steps`, or as many whole batches as its `epochs` hold.
 
     Raises:
-      DataError: there is not one.
+      DataError: there is none.
     """
     settings = config.stage(stage)
     rows = stage_rows(config, stage, tokenizer, cache)
@@ -98,7 +98,7 @@ def steps_in_stage(config: Config, stage: str, tokenizer: PreTrainedTokenizerFas
 
 
 class TrainIterator(Iterator[HostBatch]):
-    """A process's rows of the training batches, endless; its state is the number of the next row of all."""
+    """A process's rows of the training batches, endless; its state is the number of the next global row."""
 
     def __init__(self, rows: Rows, own: Sequence[int]) -> None:
         self._rows, self._own = rows, tuple(own)
@@ -113,7 +113,7 @@ class TrainIterator(Iterator[HostBatch]):
         return batch
 
     def padding(self) -> HostBatch:
-        """Rows without anything, in the shape of the next batch."""
+        """Empty rows in the shape of the next batch."""
         shape = self._rows.shape(self._next_row)
         empty = Row(pack_rows([[]], *shape, self._rows.reader.config.model.vision.image_size), (), (), 0)
         return _batched([empty] * len(self._own))
@@ -122,7 +122,7 @@ class TrainIterator(Iterator[HostBatch]):
         return {"next_row": self._next_row}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on at another row, whatever number of threads, workers or processes it was reached with.
+        """Continues from another row; the number of threads, workers and processes does not matter.
 
         Raises:
           DataError: a row in the middle of a batch.
@@ -134,7 +134,7 @@ class TrainIterator(Iterator[HostBatch]):
         self._next_row = row
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         if self._batches is not None:
             self._batches.close()
         self._batches = None
@@ -197,7 +197,7 @@ def train_iterator(
 def eval_batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> list[HostBatch]:
     """The first `limit` batches of what a stage holds out, one sample a row, always in the same order.
 
-    Fewer if there is less. The last one is filled up with rows of padding, which have no sample.
+    Fewer if there is less. The last one is filled with rows of padding, which have no sample.
 
     Raises:
       DataError: a sample that cannot be used, or a batch without one that can.

@@ -3,10 +3,10 @@
     python -m saisa_jax data prepare --config=RECIPE[:argument] [--config.a.b=value ...] --stage=finetune --to=DIR
 
 Every image is opened and decoded, every sample is encoded with the stage's template and tokenizer. What cannot be used
-goes to DIR/report.jsonl with its id and the reason, and is left out. Files are those that `shards.py` describes.
+is listed in DIR/report.jsonl with its id and the reason, and left out. Files are those that `shards.py` describes.
 
 A shard holds a fixed run of the source's samples, so that it is the same whenever it is made. A finished one has an
-account (shard-....json) beside it, and a second start makes those alone that have none. The accounts become the index
+account (shard-....json) beside it, and a second start makes only those without one. The accounts become the index
 when all shards are there.
 """
 
@@ -66,7 +66,7 @@ class Job:
         return f"shard-{number:05d}-of-{self.shards:05d}.arrayrecord"
 
     def account(self, number: int) -> epath.Path:
-        """Says that a shard is complete, and what it holds."""
+        """Marks a shard as complete, and says what it holds."""
         return epath.Path(self.to) / f"shard-{number:05d}-of-{self.shards:05d}.json"
 
     def encoder(self) -> Encoder:
@@ -82,8 +82,8 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
     """Makes the shards that are not there yet, then report and index.
 
     Raises:
-      DataError: the directory holds something else, no sample can be used, or the recipe cannot be.
-      KeyboardInterrupt: stopped; what is finished stays, and the same call goes on.
+      DataError: the directory holds something else, no sample can be used, or the recipe is invalid.
+      KeyboardInterrupt: stopped; finished shards stay, and the same call resumes.
     """
     directory = epath.Path(job.to)
     if (directory / INDEX).exists():
@@ -203,7 +203,7 @@ def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
 
 
 def _in_workers(job: Job, numbers: Sequence[int], workers: int, advance: Callable[[int], object]) -> None:
-    """Makes shards in processes of their own; when stopped, they leave after the sample that they are at."""
+    """Makes shards in worker processes; when stopped, they end after their current sample."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
     stop, counter = context.Event(), context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counter))
@@ -224,7 +224,7 @@ def _in_workers(job: Job, numbers: Sequence[int], workers: int, advance: Callabl
 
 
 class _Stopped(Exception):
-    """The main process wants no more."""
+    """The main process asked the workers to stop."""
 
 
 _worker: dict[str, Any] = {}  # what a worker process was started with
@@ -237,7 +237,7 @@ def _start_worker(job: Job, stop: Any, counter: Any) -> None:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process when the main one is gone: a killed one cannot say `stop`."""
+    """Ends this process when the main one is gone: a killed one cannot send `stop`."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
     """The action `prepare`; 130 if it was stopped.
 
     Raises:
-      ConfigError: the recipe cannot be.
+      ConfigError: the recipe is invalid.
       DataError: a source cannot be read, no sample can be used, or DIR holds something else.
     """
     args, settings = _parser().parse_known_args(argv)
@@ -274,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         index = prepare(job, plan, workers, console)
     except KeyboardInterrupt:
-        print(f"data prepare: stopped; the same command goes on in {job.to}", file=sys.stderr)
+        print(f"data prepare: stopped; the same command resumes in {job.to}", file=sys.stderr)
         return 130
     left_out = len(job.samples) - len(index.tokens)
     size = sum(shard.bytes for shard in index.shards)
@@ -297,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
-    """The job, and what a directory remembers of it: the same plan makes the same files."""
+    """The job, and the plan that is stored in its directory: the same plan makes the same files."""
     settings = config.stage(args.stage)
     name = f"{args.stage}.{SPLITS[args.split]}"
     listed = getattr(settings, SPLITS[args.split])
@@ -341,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=STAGES, default="finetune", help="whose sources, template and text_length")
     parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="which sources of the stage")
     parser.add_argument("--source", type=int, help="only that one of the list, from 0 (default: all, joined)")
-    parser.add_argument("--to", required=True, help="a directory, local or gs://; an unfinished one is gone on with")
+    parser.add_argument("--to", required=True, help="a directory, local or gs://; an unfinished one is resumed")
     parser.add_argument("--shards", type=int, help=f"files (default: one for each {SAMPLES_PER_SHARD:,} samples)")
     parser.add_argument("--workers", type=int, help="processes, each making a shard (default: one for each core)")
     parser.add_argument("--image_size", type=int, help="make larger images smaller (default: keep them as they are)")

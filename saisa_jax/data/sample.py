@@ -1,4 +1,4 @@
-"""What a source of data hands out: samples made of turns and images."""
+"""What a data source returns: samples made of turns and images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ASSISTANT = "assistant"
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """An image within another file. It is read when its pixels are wanted, not when its sample is."""
+    """An image within another file. Its bytes are read when its pixels are needed, not with its sample."""
 
     @property
     def name(self) -> str:
-        """Where it lies: one name for one image, and for messages."""
+        """Its path, unique to the image; also for messages."""
         ...
 
     def read(self) -> bytes:
@@ -30,7 +30,7 @@ ImageSource = str | os.PathLike[str] | bytes | StoredImage  # a path, an encoded
 
 
 class DataError(UserError, ValueError):
-    """A sample, or a source of samples, that cannot be used; the message names the sample and what mends it."""
+    """A sample, or a source of samples, that cannot be used; the message names the sample and how to fix it."""
 
     def __init__(self, message: str, sample_id: str = "") -> None:
         super().__init__(f"sample {sample_id!r}: {message}" if sample_id else message)
@@ -47,7 +47,7 @@ class TooLongError(DataError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; `<image>` in the text marks where an image stands."""
+    """One message; `<image>` in the text marks the place of an image."""
 
     role: str  # user | assistant
     text: str
@@ -69,7 +69,7 @@ class Sample:
 
 @runtime_checkable
 class Samples(Protocol):
-    """A source's samples by number. None is read before it is asked for; threads share it; pickled, it is small."""
+    """A source's samples by number. They are read lazily; it is shared by threads, and small when pickled."""
 
     def __len__(self) -> int: ...
 

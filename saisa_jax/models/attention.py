@@ -1,11 +1,12 @@
 """The one attention call, and its implementations behind one signature.
 
-    xla     plain XLA: any device, dtype and shape; the reference. It alone can put out the weights.
+    xla     plain XLA: any device, dtype and shape; the reference. It alone can return the weights.
     flash   TPU: our own kernel (`attention_tpu.py`); neither scores nor masks in memory
     cudnn   NVIDIA GPU: cuDNN's fused attention (`attention_gpu.py`); 16-bit, and no scores in memory
 
-`model.attention_impl` chooses for whole sequences: training and held-out losses. Generation asks with a handful of
-queries and always uses `xla`. An implementation that cannot serve what it is given is an error, no silent fallback.
+`model.attention_impl` chooses for whole sequences: training and held-out losses. Generation has few queries
+at a time and always uses `xla`. An implementation that does not support its inputs raises an error; there is no silent
+fallback.
 
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -34,14 +35,14 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T _"] | None]:
     """Softmax attention over several blocks of keys at once, jointly normalised.
 
-    Scores and softmax are float32. A query without any legal key puts out exactly 0.
+    Scores and softmax are float32. The output of a query without any legal key is exactly 0.
 
     Returns:
-      The attention output in the dtype of `q`, and the float32 weights over all blocks in their order (None of a
-      kernel; under `xla` they are removed by the compiler where nobody uses them).
+      The attention output in the dtype of `q`, and the float32 weights over all blocks in their order (None from
+      a kernel; with `xla` the compiler removes them where they are not used).
 
     Raises:
-      ValueError: an unknown `impl`, or a dtype or shape that it does not serve.
+      ValueError: an unknown `impl`, or a dtype or shape that it does not support.
     """
     q = q * (q.shape[-1] ** -0.5)
     if impl == "xla":
@@ -52,7 +53,7 @@ def attend(
 
 
 def _xla_attention(q: Any, blocks: Sequence[KeyBlock]) -> tuple[Any, Any]:
-    """Nothing is concatenated but the weights."""
+    """The reference implementation; only the weights are concatenated."""
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = blocks[0].k.shape[1]
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -88,7 +89,7 @@ def _joined(blocks: Sequence[KeyBlock]) -> KeyBlock:
 
 
 def _on_each_device(kernel: Callable[..., Any], q: Any, k: Any, v: Any, mask: Mask) -> Any:
-    """Runs a kernel on each device's rows and heads: the compiler cannot part a kernel by itself.
+    """Runs a kernel on each device's rows and heads: the compiler cannot partition a kernel.
 
     Raises:
       ValueError: rows that do not divide over the mesh.
@@ -101,10 +102,10 @@ def _on_each_device(kernel: Callable[..., Any], q: Any, k: Any, v: Any, mask: Ma
     ways = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(rows))
     if q.shape[0] % ways:
         raise ValueError(f"{q.shape[0]} rows do not divide over {ways} devices of the mesh axes {rows}")
-    if heads != kv_heads:  # key/value heads that do not divide over the mesh: every query head brings its own copy
+    if heads != kv_heads:  # key/value heads that do not divide over the mesh: every query head gets its own copy
         copies = q.shape[2] // k.shape[1]
         k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
     of_queries, of_keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
     specs = of_queries, of_keys, of_keys, PartitionSpec(rows)
-    # The kernels do not say how their outputs vary over the mesh, so that there is nothing to check.
+    # The kernels do not declare how their outputs vary over the mesh, so that it cannot be checked.
     return jax.shard_map(kernel, in_specs=specs, out_specs=of_queries, check_vma=False)(q, k, v, mask)

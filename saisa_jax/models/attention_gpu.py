@@ -1,8 +1,9 @@
 """cuDNN's fused attention for NVIDIA GPUs, through `jax.nn`.
 
 cuDNN adds the mask to the scores as a bias [B, 1, T, S] of the activations' dtype, made once for all layers. The scores
-[B, N, T, S] never exist; tiles without a legal pair are computed all the same. It serves bfloat16 and float16, heads of
-a multiple of 8 dimensions up to 128 (256 on Hopper and later), grouped queries, and any T and S, padded here to even.
+[B, N, T, S] never exist; tiles without a legal pair are computed all the same. It supports bfloat16 and float16, heads
+of a multiple of 8 dimensions up to 128 (256 on Hopper and later), grouped queries, and any T and S, padded here to
+even.
 
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, H head_dim.
 """
@@ -23,10 +24,10 @@ def cudnn_attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of `q`, already scaled.
 
-    A query without a legal key puts out exactly 0, and no gradient passes through it.
+    The output of a query without a legal key is exactly 0, and no gradient passes through it.
 
     Raises:
-      ValueError: a dtype or a head_dim that cuDNN does not take.
+      ValueError: a dtype or a head_dim that cuDNN does not support.
       RuntimeError, NotImplementedError: JAX finds no cuDNN, or one that is too old for the shape.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -50,11 +51,11 @@ def cudnn_attention(
         scale=1.0,
         implementation="cudnn",
     )
-    # Without this a query that may read nothing would put out the average of all values.
+    # Without this the output of a query without a legal key would be the average of all values.
     reads = jnp.any(mask.allowed, axis=2)
     return jnp.where(reads[:, :, None, None], out[:, :length], 0)
 
 
 def _even(x: jax.Array, axis: int) -> jax.Array:
-    """One entry more where the length is odd: backward, cuDNN wants even ones beside a bias. No mask admits it."""
+    """Pads an odd length by one: with a bias, cuDNN's backward pass needs even lengths. The mask hides the padding."""
     return jnp.pad(x, [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)])

@@ -1,8 +1,8 @@
 """Flash attention for TPUs that evaluates NAAViT's mask tile by tile: a Pallas kernel, forward and backward.
 
-Neither the scores [B, N, T, S] nor the mask [B, T, S] ever exist. A kernel is given positions and segments, and asks
-`legal` (`naavit.py`) about one tile of keys x queries at a time. Tiles without a legal pair are neither computed nor
-copied, so that a packed row costs about what its samples cost.
+Neither the scores [B, N, T, S] nor the mask [B, T, S] ever exist. A kernel is given positions and segments, and
+evaluates `legal` (`mask.py`) for one tile of keys x queries at a time. Tiles without a legal pair are neither computed
+nor copied, so that a packed row costs about what its samples cost.
 
 Tiles lie keys x queries, the transpose of the textbook: what belongs to a query (the highest score, the sum of weights)
 is then a row [1, queries] that broadcasts over sublanes, and needs 4 bytes of memory, not 128 lanes.
@@ -36,11 +36,11 @@ def flash_attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of `q`, already scaled.
 
-    Any T and S: they are padded to tiles of at most MAX_TILE. A query without a legal key puts out exactly 0, and no
-    gradient passes through it.
+    Any T and S: they are padded to tiles of at most MAX_TILE. The output of a query without a legal key is exactly 0,
+    and no gradient passes through it.
 
     Raises:
-      ValueError: a dtype that the TPU's matrix unit does not take, or a head_dim that does not fill its sublanes.
+      ValueError: a dtype that the TPU's matrix unit does not support, or a head_dim that does not fill its sublanes.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"model.attention_impl=flash is for bfloat16 and float32, not model.dtype={q.dtype}")
@@ -82,7 +82,7 @@ def _tile(length: int) -> int:
 
 
 def _pad(x: Any, axis: int, multiple: int) -> Any:
-    """Zeros at the end: padding has segment 0, and is read by nobody."""
+    """Zeros at the end: padding has segment 0, and no query attends to it."""
     return jnp.pad(x, [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)])
 
 

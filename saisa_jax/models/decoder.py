@@ -1,8 +1,8 @@
-"""A layer of a Llama-family decoder, cut where SAISA cuts it: what the image needs, and what the text does.
+"""A layer of a Llama-family decoder, divided as SAISA needs it: the visual tokens' part and the text's part.
 
 One block serves every alignment. The text stream goes through `__call__`. The visual stream goes through `visual_kv`
-alone (SAISA), or through `visual_kv` and `update_visual` (NAAViT); under LLaVA there is no visual stream, its tokens
-have joined the text stream. Training's scan and the image cache call the same `visual_kv`.
+alone (SAISA), or through `visual_kv` and `update_visual` (NAAViT); under LLaVA there is no visual stream: its tokens
+are part of the text stream. Training's scan and the image cache call the same `visual_kv`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Block(nn.Module):
         return self.attn.keys_values(self.input_norm(tokens))
 
     def update_visual(self, visual: Float[Array, "B V D"]) -> Float[Array, "B V D"]:
-        """NAAViT's visual tokens are no queries, but go through the MLP and carry their state on."""
+        """NAAViT's visual tokens are not queries, but go through the MLP and keep a residual stream."""
         visual = visual + self.mlp(self.post_attn_norm(visual))
         return constrain(visual, "activation_batch", "activation_visual", "activation_embed")
 
@@ -105,9 +105,9 @@ class Block(nn.Module):
         Args:
           x: the residual stream.
           rope: rotation of its rows.
-          mask: what its rows may attend to of itself.
-          others: what else they may attend to: the image, the past; keys already rotated.
-          impl: how they are read (`attention.py`).
+          mask: of the stream's attention to itself.
+          others: further keys and values: the image, the past; keys already rotated.
+          impl: of attention (`attention.py`).
 
         Returns:
           The residual stream after the layer, its own keys (rotated) and values, and the attention weights over

@@ -1,9 +1,9 @@
-"""What generation remembers: the image's keys and values, and one preallocated buffer for the text.
+"""What generation caches: the image's keys and values, and one preallocated buffer for the text.
 
-Under SAISA and NAAViT the image part depends on the image alone: `ImageKV` is computed once for an image and serves
+Under SAISA and NAAViT the image part depends on the image alone: `ImageKV` is computed once for an image and used for
 every question about it (`inference/image_cache.py`); `VisualKV` is its copy at the positions of a row. Under LLaVA the
 visual tokens are part of the query stream: their keys depend on the text before them, stand at the front of the
-text buffer, and serve no other prompt; `visual` is None.
+text buffer, and cannot be reused for another prompt; `visual` is None.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 
 class ImageKV(NamedTuple):
-    """Keys, not rotated, and values of images, for the layers that see them (Lv): they serve at any position."""
+    """Keys, not rotated, and values of images, for the layers that attend to them (Lv): valid at any position."""
 
     k: Float[Array, "Lv I K P H"]
     v: Float[Array, "Lv I K P H"]
 
 
 class VisualKV(NamedTuple):
-    """Keys, rotated to their rows' positions, and values of visual tokens for the layers that see them."""
+    """Keys, rotated to their rows' positions, and values of visual tokens for the layers that attend to them."""
 
     k: Float[Array, "Lv B K V H"]
     v: Float[Array, "Lv B K V H"]
@@ -78,8 +78,8 @@ def append(
 ) -> KVCache:
     """Writes T new columns behind the last one (in place, inside the loop of `generate`).
 
-    Columns of padding, on the right, are written and not counted: the next ones take their place. The caller sees to it
-    that all T fit: `generate` allocates room for every token that it will ask for.
+    Columns of padding, on the right, are written and not counted: the next ones overwrite them. The caller makes sure
+    that all T fit: `generate` allocates room for every token it may generate.
     """
     update = jax.lax.dynamic_update_slice_in_dim
     return cache._replace(

@@ -24,9 +24,9 @@ Params = Any
 class NamedAxes(nn.LogicallyPartitioned):
     """A parameter with the logical names of its axes, and no constraint of its own.
 
-    Where parameters live is decided once, by the shardings that the state is born with. (Linen's box also constrains
-    the value whenever it is opened, which under a mesh fails on DenseGeneral: it opens kernels before giving them their
-    shape.)
+    Where parameters live is decided once, by the shardings with which the state is created. (Linen's box also
+    constrains the value whenever it is opened, which under a mesh fails on DenseGeneral: it opens kernels before giving
+    them their shape.)
     """
 
     def unbox(self, apply_constraint: bool = True) -> Any:
@@ -39,11 +39,11 @@ def named(initializer: Callable[..., Any], *axes: str | None) -> Callable[..., A
 
 
 def constrain(x: Any, *axes: str | None) -> Any:
-    """`x`, split over the mesh as the table says of the logical names of its axes; without a table nothing happens.
+    """`x`, constrained to the sharding of its axes' logical names in the table; without a table, unchanged.
 
     Raises:
-      ValueError: a name that the table does not know, or two that want the same axis of the mesh. Linen by itself
-        would quietly replicate both.
+      ValueError: a name that the table does not know, or two that use the same axis of the mesh. Linen
+        would silently replicate in both cases.
     """
     return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
 
@@ -61,7 +61,7 @@ def dense(
 ) -> nn.DenseGeneral:
     """A projection with logical axes `axes`, one name for each dimension of its kernel."""
     features = (features,) if isinstance(features, int) else tuple(features)
-    # Products of 16-bit inputs may be put out as accumulated, in float32 (the LM head).
+    # Products of 16-bit inputs may be returned as accumulated, in float32 (the LM head).
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32) if float32_output else None
     return nn.DenseGeneral(
         features,
@@ -80,8 +80,8 @@ def look_up(table: nn.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]
     """Embeddings of tokens, from a table that is split twice: by tokens over "tensor", by columns over "fsdp".
 
     Rows of the batch are split over "fsdp" as well. So each device looks up its columns for all rows of its group, and
-    then columns are exchanged for rows. Left to itself, XLA may replicate what was looked up over all devices, and in
-    the backward pass its gradient ("involuntary full rematerialization").
+    then columns are exchanged for rows. Otherwise XLA may replicate the embeddings over all devices, and in
+    the backward pass their gradient ("involuntary full rematerialization").
     """
     tokens = constrain(tokens, "activation_lookup", "activation_length")
     columns = constrain(table(tokens), "activation_lookup", "activation_length", "embed")
@@ -197,7 +197,7 @@ def scan_stack(
     """`lax.scan` of a layer over stacked parameters, with rematerialisation; `scan=False` unrolls it.
 
     Linen's own `nn.scan` owns the stack that it runs over, so it can run neither a slice of it (`visual_layers`) nor
-    the visual half of a layer alone (the image cache). Blocks are pure functions of their parameters; this is the
+    the visual part of a layer alone (the image cache). Blocks are pure functions of their parameters; this is the
     plain scan over them.
     """
     if remat_policy != "none":
@@ -207,7 +207,7 @@ def scan_stack(
 
 
 def with_scales(module: nn.Module, name: str, stack: Params) -> Params:
-    """A stack as `dequantized` wants it: (int8 kernel, scale) where the module was given a scale for a kernel."""
+    """A stack as `dequantized` takes it: (int8 kernel, scale) where the module was given a scale for a kernel."""
     if not module.has_variable("scales", name):
         return stack
     return _paired(stack, module.get_variable("scales", name))
@@ -228,5 +228,5 @@ def dequantized(params: Params, dtype: Any) -> Params:
 
 
 def take_layers(stack: Params, start: int, stop: int) -> Params:
-    """Layers start..stop of a stack; the stack itself when that is all of it."""
+    """Layers start..stop of a stack; the stack itself if these are all."""
     return jax.tree.map(lambda x: x if (start, stop) == (0, x.shape[0]) else x[start:stop], stack)

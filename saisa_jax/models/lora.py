@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): beside a frozen kernel W of a decoder layer, a product of two thin ones that train.
+"""LoRA (arXiv 2106.09685): beside a frozen kernel W of a decoder layer, the product of two low-rank ones that train.
 
     y = x W + (alpha / rank) (x A) B        A [inputs, rank] random, B [rank, outputs] zero at first
 
@@ -22,7 +22,7 @@ A, B = "_lora_a", "_lora_b"
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a parameter's path is that of an A or a B."""
+    """Whether a parameter is an A or a B."""
     return path.endswith((A, B))
 
 

@@ -7,12 +7,12 @@ The whole of NAAViT is that visual tokens are keys and values and never queries.
 Worked example, "<s> <image> What ?" with two visual tokens: positions are <s> 0, v0 1, v1 2, What 3, ? 4.
 
                v0  v1 | <s> What  ?      Visual keys stand first, in a block of their own; their order does not matter,
-        <s>     .   . |  1    .   .      since positions decide. Text before the image does not see it, text after it
-        What    1   1 |  1    1   .      sees all of it. There are no rows for v0 and v1: they are no queries,
-        ?       1   1 |  1    1   1      which is why a picture costs no Q, no O and (under SAISA) no MLP.
+        <s>     .   . |  1    .   .      since positions decide. Text before the image does not attend to it, text after
+        What    1   1 |  1    1   .      attends to all. There are no rows for v0 and v1: they are not queries,
+        ?       1   1 |  1    1   1      which is why an image costs no Q, no O and (under SAISA) no MLP.
 
 Under LLaVA the visual tokens join the queries, and the same line makes their rows causal.
-Axes: B batch, T queries, S keys, K key/value heads, H head_dim. What is done with the mask stands in `attention.py`.
+Axes: B batch, T queries, S keys, K key/value heads, H head_dim. `attention.py` applies the mask.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class PackedPositions(NamedTuple):
 
 @struct.dataclass
 class Mask:
-    """What T queries may read of S keys: the answer, and what it follows from.
+    """Which of S keys T queries may attend to, and the positions and segments that this follows from.
 
-    `xla` and `cudnn` want the answer, made once for all layers. `flash` works it out tile by tile from positions and
+    `xla` and `cudnn` use `allowed`, made once for all layers. `flash` evaluates it tile by tile from positions and
     segments; then nothing reads `allowed`, and the compiler removes it.
     """
 
@@ -73,7 +73,7 @@ def may_attend(
     key_segments: Int[Array, "B S"],
     window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which query may read which key."""
+    """Which query may attend to which key."""
     queries = query_positions[:, :, None], query_segments[:, :, None]
     return legal(*queries, key_positions[:, None], key_segments[:, None], window)
 
@@ -81,7 +81,7 @@ def may_attend(
 def legal(
     query_position: Any, query_segment: Any, key_position: Any, key_segment: Any, window: int | None = None
 ) -> Any:
-    """The line above, of integers that broadcast: the only place where it is decided."""
+    """The rule above, for integers that broadcast: the only place where it is written."""
     distance = query_position - key_position
     same_segment = (query_segment == key_segment) & (key_segment > 0)
     mask = same_segment & (distance >= 0)

@@ -16,7 +16,7 @@ The mask is one line, in `mask.py`. An alignment says what the visual tokens do 
     saisa       a projector per layer  no             no                  nothing: projected anew for each layer
 
 So there are two streams, never one sequence with holes: the query stream (text; under LLaVA joined by the visual
-tokens) and the visual stream. Where an image stands is said by positions and segments alone.
+tokens) and the visual stream. Positions and segments alone say where an image stands.
 
 Axes: B batch, T text, V visual tokens of a row, M image slots, P visual tokens of an image, C vision width, D embed,
 N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the image, W vocabulary (padded).
@@ -110,7 +110,7 @@ class Saisa(nn.Module):
         Args:
           batch: tokens, images and their places (`saisa_jax.batch`).
           features: raw vision features to use instead of encoding `batch["images"]`.
-          capture: what else to put out, of CAPTURES. With nothing captured the program is the same as without it.
+          capture: what else to return, of CAPTURES. With nothing captured the program is the same as without it.
 
         Returns:
           float32 logits [B, T, W], -inf beyond the vocabulary, and a dictionary of what was captured:
@@ -125,7 +125,7 @@ class Saisa(nn.Module):
     def hidden(
         self, batch: Batch, features: Float[Array, "B V C"] | None = None, capture: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """As `__call__`, but without the head: what the head reads."""
+        """As `__call__`, but without the head: the input of the head."""
         self._check_capture(capture)
         features = self.encode_images(batch["images"]) if features is None else features
         stream, visual = self._streams(batch, features)
@@ -172,10 +172,10 @@ class Saisa(nn.Module):
     # --- Generation --------------------------------------------------------------------------------------------------
 
     def image_kv(self, features: Float[Array, "I P C"]) -> ImageKV:
-        """What every layer reads of images: keys and values, which depend on no text and on no position.
+        """Keys and values of images for every layer; they depend on no text and on no position.
 
-        The same `Block.visual_kv` as in training, scanned alone. Under LLaVA there is no such thing: its visual tokens
-        attend to whatever stands before them.
+        The same `Block.visual_kv` as in training, scanned alone. LLaVA has no equivalent: its visual tokens
+        attend to whatever precedes them.
         """
         x = features if self.config.per_layer_projectors else self.visual_proj(features)
         outs = []
@@ -193,7 +193,7 @@ class Saisa(nn.Module):
         features: Float[Array, "B V C"] | None = None,
         image_kv: ImageKV | None = None,
     ) -> tuple[Float[Array, "B W"], KVCache]:
-        """Reads prompts: logits after each row's last token, and a cache with room for `extra` tokens.
+        """Processes prompts: logits after each row's last token, and a cache with room for `extra` tokens.
 
         Args:
           batch: prompts. Without `images`, if one of the next two is given.
@@ -216,7 +216,7 @@ class Saisa(nn.Module):
         return self._last_logits(x, stream), cache
 
     def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
-        """Keys and values [Lv, B, K, V, H] where their rows want them: rotated, once, to the slots' positions."""
+        """Keys and values [Lv, B, K, V, H] rotated, once, to the positions of their rows' slots."""
         positions, segment_ids = _visual_positions(batch, image_kv.k.shape[3])
         rope = rotation(positions, self.config)
         return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
@@ -228,7 +228,7 @@ class Saisa(nn.Module):
         segment_ids: Int[Array, "B T"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B W"], KVCache]:
-        """T more tokens a row, read after what the cache holds: logits after the last, and the cache with them.
+        """Processes T more tokens a row: logits after the last one, and the cache with them.
 
         Rows are padded on the right, to the same number of tokens (segment 0); padding leaves no column behind.
         """
@@ -262,7 +262,7 @@ class Saisa(nn.Module):
         return Stream(jnp.where(segments[..., None] > 0, x, 0), jnp.asarray(batch["positions"]), segments)
 
     def _streams(self, batch: Batch, features: Any) -> tuple[Stream, Stream | None]:
-        """The query stream, and the visual stream (None: there is none, or it has joined the queries)."""
+        """The query stream, and the visual stream (None: there is none, or it is part of the queries)."""
         text = self._embed(batch)
         if features.shape[1] == 0:
             return text, None
@@ -289,7 +289,7 @@ class Saisa(nn.Module):
         return {"visual_proj": take_layers(self.layers["visual_proj"], *group.projectors)}
 
     def visual_kv(self, params: Params, projector: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
-        """One layer's keys (not rotated) and values of the visual stream, and the stream as the next layer finds it."""
+        """One layer's keys (not rotated) and values of the visual stream, and the stream for the next layer."""
         kv = self._block(params | projector, "visual_kv", x)
         return self._block(params, "update_visual", x) if self.config.alignment == "naavit" else x, kv
 
@@ -332,7 +332,9 @@ class Saisa(nn.Module):
             if past_mask is not None:
                 others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
             x, kv, attention = self._block(params, "__call__", x, rope, mask, others, impl)
-            if "attention" in capture and visual is not None and not sees_image:  # columns for what it does not see
+            if (
+                "attention" in capture and visual is not None and not sees_image
+            ):  # columns for the image, which it does not attend to
                 attention = jnp.pad(attention, [(0, 0)] * 3 + [(visual.length, 0)])
             available = {"hidden": (x, visual_state), "attention": attention, "kv": kv}
             return (x, visual_state), {name: available[name] for name in capture}
@@ -351,7 +353,7 @@ class Saisa(nn.Module):
         return carry[0], captured
 
     def _name_captured(self, captured: dict[str, Any], text_length: int) -> dict[str, Any]:
-        """Captured arrays under their public names and shapes, LLaVA's joined stream taken apart again."""
+        """Captured arrays under their public names and shapes, LLaVA's joined stream split again."""
         aux: dict[str, Any] = {}
         if "hidden" in captured:
             x, stream = captured["hidden"]

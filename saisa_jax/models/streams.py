@@ -1,8 +1,8 @@
 """The two streams of tokens, and where a layer's keys and values of the image come from.
 
-The decoder runs as a few scans, one for each group of layers of one kind (`layer_groups`). Of each layer, the query
-stream asks a visual source for the image's keys and values: `StreamedVisual` makes them as the layers run (training,
-scoring), `CachedVisual` has them from before (generation).
+The decoder runs as a few scans, one for each group of layers of one kind (`layer_groups`). In each layer, the query
+stream gets the image's keys and values from a visual source: `StreamedVisual` makes them as the layers run (training,
+scoring), `CachedVisual` has them already (generation).
 
 Axes: B batch, V visual tokens, S tokens of a stream, D embed.
 """
@@ -20,7 +20,7 @@ from saisa_jax.models.mask import KeyBlock, make_mask
 
 
 class Stream(NamedTuple):
-    """Tokens of each row with where they stand: x [B, S, D], positions and segment_ids [B, S]."""
+    """Tokens of each row with their places: x [B, S, D], positions and segment_ids [B, S]."""
 
     x: Any
     positions: Any
@@ -28,7 +28,7 @@ class Stream(NamedTuple):
 
 
 class LayerGroup(NamedTuple):
-    """Layers start..stop that all see the image, or all do not; projectors first_projector.. belong to them."""
+    """Layers start..stop that all attend to the image, or all do not; their projectors start at first_projector."""
 
     start: int
     stop: int
@@ -42,7 +42,7 @@ class LayerGroup(NamedTuple):
 
 
 def layer_groups(config: ModelConfig, has_image: bool = True) -> Iterator[LayerGroup]:
-    """Maximal groups of layers of one kind: a single group if all layers see the image."""
+    """Maximal groups of layers of one kind: a single group if all layers attend to the image."""
     start = projector = 0
     visible = set(config.visible_layers) if has_image else set()
     for sees, layers in itertools.groupby(range(config.num_layers), key=visible.__contains__):
@@ -73,7 +73,7 @@ class StreamedVisual:
     ) -> None:
         self.inputs = projectors_of  # what each layer of a group needs
         self.length = visual.positions.shape[1]  # V
-        # What no layer changes is no part of the scan's carry, of which the backward pass keeps a copy for every layer.
+        # What no layer changes stays out of the scan's carry, of which the backward pass keeps a copy for every layer.
         self.state = visual.x if config.alignment == "naavit" else None
         self._features = visual.x
         self._visual_kv = visual_kv
@@ -90,7 +90,7 @@ class CachedVisual:
     """Keys and values of the image that were made before.
 
     Args:
-      visual: of all layers that see the image, rotated to the positions of their rows.
+      visual: of all layers that attend to the image, rotated to the positions of their rows.
       queries: the stream that attends to them.
       config: the model.
     """

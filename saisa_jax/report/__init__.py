@@ -1,1 +1,1 @@
-"""What a run looked like: plots and one HTML page."""
+"""The report of a run: plots and one HTML page."""

@@ -1,4 +1,4 @@
-"""What the answer looked at: attention of the answer's first token to the patches, layer by layer."""
+"""Attention of the answer's first token to the image's patches, layer by layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Looked:
 
     @property
     def strip(self) -> bytes:
-        """All pictures side by side, as a PNG file."""
+        """All images side by side, as a PNG file."""
         return pictures.png(pictures.strip([picture.pixels for picture in self.pictures]))
 
 
@@ -50,7 +50,7 @@ def _look(model: Any, row: dict[str, Any]) -> Looked:
     vision: VisionConfig = model.config.model.vision
     image = load_image(row["image"], row["id"])
     pixels = prepare_image(image, vision.image_size, vision.image_mode, vision.image_mean, row["id"])
-    seen = vision.patches_per_side * vision.patch_size  # so that the patches fit the picture
+    seen = vision.patches_per_side * vision.patch_size  # so that the patches fit the image
     pixels = pixels[:seen, :seen]
     weights = np.asarray(model.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
     shown = [Picture("the image", pictures.tile(pixels))]

@@ -52,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def collect(runs: Sequence[Run]) -> tuple[page.Content, dict[str, bytes]]:
-    """What is on the page, and the PNG files that lie beside it, by their names."""
+    """The content of the page, and the PNG files beside it, by name."""
     several = len(runs) > 1
     notices = [f"{run.label}: {notice}" if several else notice for run in runs for notice in run.notices]
     evaluated = [run for run in runs if run.evaluation]
-    # Of a blind run there is nothing to look at.
+    # A blind run attends to no image.
     shown = next((run for run in evaluated if not run.config.data.blind), evaluated[0] if evaluated else None)
     figures = _figures(runs, shown)
     chosen, looked = [], []
@@ -92,7 +92,7 @@ def _figures(runs: Sequence[Run], shown: Run | None) -> dict[str, bytes]:
 def _attention(run: Run, predictions: Sequence[examples.Prediction]) -> tuple[list[attention.Looked], list[str]]:
     """The attention of some answers, or why it cannot be shown."""
     if run.config.data.blind:
-        return [], ["a blind run looks at nothing, so no attention is shown"]
+        return [], ["a blind run sees no image, so no attention is shown"]
     directory = run.model_directory
     if directory is None:
         train = f"python train.py --config=... --workdir={run.directory}"
@@ -111,7 +111,7 @@ def _example(row: examples.Prediction, runs: Sequence[Run]) -> page.Card:
     try:
         image = load_image(row["image"], row["id"]) if row["image"] else None
     except DataError:
-        image = None  # the images were moved since; the question stands without it
+        image = None  # the images were moved since; the question is shown without one
     if image is None:
         return page.Card(row, None, tuple(answers))
     image.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE), Image.Resampling.LANCZOS)

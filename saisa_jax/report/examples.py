@@ -21,7 +21,7 @@ def choose(predictions: Sequence[Prediction], count: int = 12, wrong: int = 3) -
 
 
 def choose_for_attention(shown: Sequence[Prediction], count: int = 3) -> list[Prediction]:
-    """Those of the shown ones to look into: of different kinds, right ones first, and yes/no last."""
+    """Those of the shown questions whose attention is drawn: of different kinds, right ones first, and yes/no last."""
 
     def rank(row: Prediction) -> tuple[bool, bool]:
         return not row["correct"], row["truth"] in ("yes", "no")

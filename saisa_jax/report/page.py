@@ -1,4 +1,4 @@
-"""The HTML page: one file, everything inside it."""
+"""The HTML page: one self-contained file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Content:
-    """All that is on the page.
+    """The content of the page.
 
     Attributes:
       runs: in the order of the command line.
-      shown: the run whose answers are looked at; None if none was evaluated.
+      shown: the run whose answers are shown; None if none was evaluated.
       figures: PNG files by their names.
       examples: test questions.
       looked: attention of some of them.
@@ -156,7 +156,7 @@ def _results(content: Content) -> str:
 
 
 def _numbers(content: Content) -> str:
-    """The four numbers to remember, of a page about one run."""
+    """The four main numbers of a page about one run."""
     run = content.runs[0]
     record = run.evaluation
     if record is None:
@@ -164,12 +164,12 @@ def _numbers(content: Content) -> str:
     boxes = [(units.percent(record["accuracy"]), "right in all", f"of {record['n']:,} test questions")]
     for name, part in record["groups"].items():
         guess = record["majority"].get(name)
-        small = f"{units.percent(guess)} without a look" if guess is not None else f"{part['n']:,} questions"
+        small = f"{units.percent(guess)} without the image" if guess is not None else f"{part['n']:,} questions"
         boxes.append((units.percent(part["accuracy"]), f"{name.replace('_', '/')} questions", small))
     costs = by_formula(run, "decoder")
     mine = record["prefill_flops"]["decoder"]
     if run.model.alignment != "llava":
-        boxes.append((units.change(mine / costs["llava"] - 1), "decoder FLOPs", "to read a question, beside LLaVA"))
+        boxes.append((units.change(mine / costs["llava"] - 1), "decoder FLOPs", "to read a question, against LLaVA"))
     boxes.append((units.duration(run.wall_seconds), "of training", f"{units.flops(run.train_flops)}"))
     cells = "".join(
         f"<div><b>{escape(number)}</b><span>{escape(what)}</span><small>{escape(small)}</small></div>"
@@ -236,7 +236,7 @@ def _examples(content: Content) -> str:
     count, share = len(content.examples), content.shown.evaluation["accuracy"]
     wrong = sum(not example.prediction["correct"] for example in content.examples)
     more = ", more than their share" if wrong / count > 1 - share else ""
-    among = f"{wrong} with a wrong answer{more}: of all questions {units.percent(share)} are answered rightly"
+    among = f"{wrong} with a wrong answer{more}: {units.percent(share)} of all questions are answered correctly"
     of_run = "" if len(content.runs) == 1 else f" The choice goes by the answers of {content.shown.label}."
     return (
         f"<h2>{count} test question{'s' if count > 1 else ''}</h2>\n<p>Picked by a fixed rule from all kinds, {among}."
@@ -279,7 +279,7 @@ def _attention(content: Content) -> str:
             f'({escape(state)})</span><div class="tiles">{tiles}</div></div>'
         )
     return (
-        f"<h2>What the answer looks at</h2>\n<p>Attention from the token that the answer's first word is predicted "
+        f"<h2>What the answer attends to</h2>\n<p>Attention from the token that the answer's first word is predicted "
         f"from to the patches of the image, averaged over heads, layer by layer{escape(of_run)}. Every layer has a "
         "scale of its own; its caption says how much of all attention goes to the image, the rest stays with the "
         "text.</p>"

@@ -20,11 +20,11 @@ from saisa_jax.config import ModelConfig, ProjectorConfig
 from saisa_jax.report import units
 from saisa_jax.report.runs import NAMES, Run, StageRecord
 
-# Okabe and Ito's palette, told apart by all eyes; markers differ as well.
+# Okabe and Ito's palette, distinguishable with color blindness; markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#8a8a8a"
-# Vision and head, which all alignments share, in grey; what belongs together in shades of one colour.
+# Vision and head, which all alignments share, are grey; related parts are shades of one color.
 PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a")
 STYLE: Any = {
     "font.size": 9.5,
@@ -304,7 +304,7 @@ def confusion(title: str, predictions: Sequence[dict[str, Any]], most: int = 20)
         table = table[:, :-1]
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     figure, axes = _axes(title, (SIZE[0], 1.1 + 0.24 * len(truths)))
-    # The root lets a few mistakes among many right answers be seen.
+    # The square root keeps a few mistakes among many correct answers visible.
     axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
     for (row, column), number in np.ndenumerate(table):
         if number:

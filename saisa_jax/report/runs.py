@@ -1,4 +1,4 @@
-"""What a run left in its directory, read for the report."""
+"""A run's directory, read for the report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """One run, with whatever of it is there.
+    """One run, as far as it has come.
 
     Attributes:
       directory: as it was named.
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def model_directory(self) -> str | None:
-        """Where the finished model of the last finished stage lies."""
+        """The directory of the last finished stage's model."""
         for stage in reversed(self.config.stages):
             path = epath.Path(self.directory) / stage / "model"
             if path.exists():
@@ -100,7 +100,7 @@ def read_runs(directories: Sequence[str]) -> list[Run]:
     """Reads runs, and gives those of the same label their directory's name.
 
     Raises:
-      ReportError: one of them has not even begun.
+      ReportError: one of them has not begun.
     """
     runs = [read_run(directory) for directory in directories]
     labels = [run.label for run in runs]
@@ -131,7 +131,7 @@ def read_run(directory: str) -> Run:
     notices = []
     unfinished = [name for name in config.stages if not (where / name / "summary.json").exists()]
     if unfinished:
-        notices.append(f"{' and '.join(unfinished)} not finished: {make} goes on with it")
+        notices.append(f"{' and '.join(unfinished)} not finished: {make} resumes it")
     evaluation, predictions = None, ()
     if (where / "evaluation.json").exists() and (where / "predictions.jsonl").exists():
         evaluation, predictions = _json(where / "evaluation.json"), tuple(_lines(where / "predictions.jsonl"))
@@ -173,7 +173,7 @@ def _json(path: epath.Path) -> dict[str, Any]:
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last one that was cut off by a sudden end is left out."""
+    """The lines of a JSONL file; a last line that was cut off is left out."""
     lines, rows = path.read_text().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:

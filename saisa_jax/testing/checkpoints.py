@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.convert import hf_write
-from saisa_jax.convert.exporter import SHARD_BYTES, write_shards
+from saisa_jax.convert.configs import decoder_to_hf, multimodal_to_hf, preprocessor_to_hf, vision_to_hf
 from saisa_jax.convert.files.safetensors import DTYPES
-from saisa_jax.convert.tables import PARTS, table
+from saisa_jax.convert.layouts import layout_for
+from saisa_jax.convert.rows import PARTS
+from saisa_jax.convert.write import SHARD_BYTES, write_shards
 from saisa_jax.data.text.tokenizer import train_tokenizer
 from saisa_jax.testing.configs import tiny_config
 
@@ -71,7 +72,7 @@ def write_checkpoint(
     """
     model = model or tiny_model(layout)
     whole = dataclasses.replace(model.vision, select_layer=-1, post_norm=True)  # with the layers that are not used
-    rows = table(dataclasses.replace(model, vision=whole), layout).only(parts)
+    rows = layout_for(dataclasses.replace(model, vision=whole), layout).only(parts)
     shapes = {key: row.theirs for row in rows for key in row.keys}
     if layout == "saisa":
         width, dim = model.vision.embed_dim, model.embed_dim
@@ -80,12 +81,12 @@ def write_checkpoint(
     directory.mkdir(parents=True)
     write_shards({key: (tensors, key) for key in tensors.names}, directory, shard_bytes)
     if layout == "hf-vision":
-        raw = hf_write.vision_to_hf(model.vision)
-        (directory / "preprocessor_config.json").write_text(json.dumps(hf_write.preprocessor_to_hf(model.vision)))
+        raw = vision_to_hf(model.vision)
+        (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor_to_hf(model.vision)))
     elif layout == "hf-llm":
-        raw = hf_write.decoder_to_hf(model)
+        raw = decoder_to_hf(model)
     else:
-        raw = hf_write.multimodal_to_hf(model, layout, tower="vision_tower", image_token=1)
+        raw = multimodal_to_hf(model, layout, tower="vision_tower", image_token=1)
     (directory / "config.json").write_text(json.dumps(raw))
     if layout != "hf-vision":
         train_tokenizer().save_pretrained(directory)

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
-from saisa_jax.convert.hf_config import decoder_config_from_hf, read_json, vision_config_from_hf
-from saisa_jax.convert.importer import import_params
+from saisa_jax.convert.configs import decoder_config_from_hf, vision_config_from_hf
+from saisa_jax.convert.hf_json import read_json
+from saisa_jax.convert.read import import_params
 from saisa_jax.models.saisa import Saisa
 
 SMALL = Path(__file__).parents[1] / "data"

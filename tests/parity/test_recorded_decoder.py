@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saisa_jax.batch import Batch
-from saisa_jax.convert.exporter import to_tensors
+from saisa_jax.convert.write import to_tensors
 from saisa_jax.models.mask import may_attend
 from saisa_jax.models.projectors.mlp import MLPProjector
 

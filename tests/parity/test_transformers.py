@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig, RopeScalingConfig
-from saisa_jax.convert.checkpoint import resized
-from saisa_jax.convert.exporter import export_params
-from saisa_jax.convert.importer import config_from_hf, import_model, import_params
-from saisa_jax.convert.tables import table
+from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.import_checkpoint import resized
+from saisa_jax.convert.layouts import layout_for
+from saisa_jax.convert.read import import_model, import_params
+from saisa_jax.convert.write import export_params
 from saisa_jax.models.encoders.convnext import ConvNext
 from saisa_jax.models.encoders.vit import VisionEncoder
 from saisa_jax.models.layers import rotary_frequencies
@@ -221,7 +222,7 @@ def test_encoder_comes_back_bit_for_bit_from_either_spelling(family: str, prefix
     imported = import_params(tmp_path / "theirs", config)
     export_params(imported.params, config, "hf-vision", tmp_path / "ours", parts=("vision",))
     exported = load_file(tmp_path / "ours" / "model.safetensors")
-    canonical = table(config, "hf-vision").canonical
+    canonical = layout_for(config, "hf-vision").canonical
     unread = {canonical(key) for key in imported.ignored}
     expected = {canonical(key): value for key, value in written.items() if canonical(key) not in unread}
     assert exported.keys() == expected.keys()

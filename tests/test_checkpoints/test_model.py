@@ -104,7 +104,7 @@ def test_replaces_a_model_and_nothing_else(model):
     assert_same(params, make_params(2.0))
     assert (tokenizer, metadata) == (None, {"stage": "other"})
     assert {path.name for path in model.parent.iterdir()} == {"model"}
-    with pytest.raises(CheckpointError, match=r"holds something else than a model \(model\)"):
+    with pytest.raises(CheckpointError, match=r"holds something other than a model \(model\)"):
         save_model(model.parent, make_params(), CONFIG, None, {})
 
 

@@ -8,7 +8,7 @@ from saisa_jax import __main__ as main
 from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.cli.parser import Parser
 from saisa_jax.config import ConfigError
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.data.sample import DataError
 from saisa_jax.errors import UserError
 from saisa_jax.report.runs import ReportError

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from saisa_jax.__main__ import main
 from saisa_jax.convert.files import hub
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.testing.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ from matplotlib import cbook
 
 import saisa_jax
 from saisa_jax.__main__ import main
-from saisa_jax.convert.importer import config_from_hf, import_params
+from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.read import import_params
 from saisa_jax.data.images import load_image, prepare_image
 from saisa_jax.data.sample import USER, Turn
 from saisa_jax.models.encoders.vit import VisionEncoder

@@ -164,7 +164,7 @@ def test_a_stopped_one_goes_on(mine, tmp_path, monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(prepare, "_prepare_sample", stopped)
     assert data_command(["prepare", *argv]) == 130
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; the same command resumes" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.part"))
     assert len(list((tmp_path / "out").glob("*.arrayrecord"))) == 2
     with pytest.raises(DataError, match=r"there is no .*index.json: it is written last"):

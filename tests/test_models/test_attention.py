@@ -267,6 +267,6 @@ def test_an_implementation_for_other_devices_is_an_error():
     mesh = parallel.make_mesh(MeshConfig(-1, 1, 1))
     parallel.check_attention(config, mesh)
     for impl, platform in (("flash", "tpu"), ("cudnn", "gpu")):
-        message = f"{impl} runs on a {platform}, and the devices are of cpu: set --config.model.attention_impl=xla"
+        message = f"{impl} runs on {platform}, and the devices are cpu: set --config.model.attention_impl=xla"
         with pytest.raises(ConfigError, match=message):
             parallel.check_attention(dataclasses.replace(config, attention_impl=impl), mesh)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from saisa_jax import flops, parallel
 from saisa_jax.checkpoints import load_model, save_model
 from saisa_jax.config import PROJECTIONS, TRAIN_ADAPTERS, Config, ConfigError, LoraConfig, MeshConfig, from_config_dict
-from saisa_jax.convert.export import export_checkpoint
+from saisa_jax.convert.export_checkpoint import export_checkpoint
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params

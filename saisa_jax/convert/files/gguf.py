@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 
 _BLOCK = {
     "attn_norm": "input_layernorm",

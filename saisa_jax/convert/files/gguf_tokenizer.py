@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # token types of GGUF
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

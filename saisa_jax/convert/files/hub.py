@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 
 # No code, and no pickles unless they are asked for.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")

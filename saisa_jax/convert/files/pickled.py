@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from saisa_jax.convert.files.safetensors import NAMES
-from saisa_jax.convert.files.tensors import PICKLED_INDEX, PICKLED_SINGLE, Directory, check_index, read_index
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.files.tensors import Directory, check_index, read_index
+from saisa_jax.convert.rows import ConvertError
 
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
 REOPEN_BYTES = 2**29  # torch maps the file; what was read stays mapped until it is opened anew
 
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 
 # The library's spelling of dtypes, and numpy's.
 DTYPES: dict[str, np.dtype] = {

@@ -1,4 +1,4 @@
-"""Where tensors come from: a protocol, a directory of safetensors, and `open_source`, which tells the kinds apart.
+"""Where tensors come from: a protocol, what directories have in common, and a directory of safetensors.
 
 Nothing is loaded until it is asked for, and nothing stays mapped: a tensor is read into memory of its own, so that what
 a conversion holds is what it was given and no more.
@@ -15,14 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from saisa_jax.convert.files.safetensors import FLOATS, Header, nbytes, read_header, read_tensor
-from saisa_jax.convert.hf_config import read_json
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.hf_json import CONFIG, read_json
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
-PICKLED_SINGLE = "pytorch_model.bin"
 
 
 @runtime_checkable  # the tests check annotations
@@ -77,27 +75,6 @@ class CheckpointSource(TensorSource, Protocol):
         ...
 
 
-def open_source(path: str | Path, allow_pickle: bool = False) -> CheckpointSource:
-    """A GGUF file, or a checkpoint directory.
-
-    Args:
-      allow_pickle: read a directory's `.bin` files if it holds no safetensors (with `weights_only=True`).
-
-    Raises:
-      ConvertError: nothing there that can be read; says what was found.
-    """
-    path = Path(path)
-    if path.suffix == ".gguf":
-        from saisa_jax.convert.files.gguf import GgufFile
-
-        return GgufFile(path)
-    if allow_pickle and path.is_dir() and not any(path.glob("*.safetensors")):
-        from saisa_jax.convert.files.pickled import PickledDirectory
-
-        return PickledDirectory(path)
-    return TensorDirectory(path)
-
-
 def read_index(path: Path, suffix: str) -> dict[str, str]:
     """The weight map of an index: tensor -> file of the index's own directory.
 
@@ -134,7 +111,7 @@ class Directory(abc.ABC):
     where: Path
 
     def config(self) -> dict[str, Any]:
-        return read_json(self.where / "config.json")
+        return read_json(self.where / CONFIG)
 
     def tokenizer(self) -> Any:
         found = any((self.where / name).exists() for name in ("tokenizer.json", "tokenizer.model"))

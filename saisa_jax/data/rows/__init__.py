@@ -1,1 +1,1 @@
-"""Which samples stand in which row, and reading those: order of an epoch -> packing -> rows."""
+"""Which samples are in which row, and reading them: order of an epoch -> packing -> rows."""

@@ -1,4 +1,4 @@
-"""How long samples are: the text tokens and images of each, which rows are planned by."""
+"""The text tokens and images of each sample, from which rows are planned."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens 
 RULES = 2  # raised when the same sample becomes other tokens
 
 _SECONDS_BETWEEN_LINES = 10
+_MAX_WARNINGS = 20  # of samples that are left out
 
 
 def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
@@ -41,6 +42,7 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
     encoder = Encoder(config, stage, tokenizer)
     tokens, images = np.zeros(len(samples), np.int32), np.zeros(len(samples), np.int32)
     empty: list[DataError] = []
+    left_out = 0
     for number in _with_progress(len(samples), stage):
         try:
             encoded = encoder.whole(samples[number])
@@ -50,7 +52,8 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
         except DataError as error:
             if config.data.on_error == "raise":
                 raise
-            logging.log_first_n(logging.WARNING, "left out: %s", 20, error)
+            if (left_out := left_out + 1) <= _MAX_WARNINGS:
+                logging.warning("left out: %s", error)
             continue
         tokens[number], images[number] = len(encoded.tokens), len(encoded.image_positions)
     if empty:
@@ -60,7 +63,7 @@ def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTok
 
 
 def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Changes with whatever changes the counts of the same samples: tokenizer, template, system prompt, our rules."""
+    """A hash of everything that the counts of the same samples depend on: tokenizer, template, system prompt, rules."""
     template = find_template(config.stage(stage).template)
     parts = [tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt), str(RULES)]
     parts.append(str(tokenizer.init_kwargs.get("legacy")))
@@ -70,7 +73,7 @@ def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) 
 
 
 def _with_progress(total: int, stage: str) -> Iterator[int]:
-    """0..total - 1, with a line now and then."""
+    """0..total - 1, with a progress line now and then."""
     told = time.monotonic()
     for number in range(total):
         if time.monotonic() - told > _SECONDS_BETWEEN_LINES:

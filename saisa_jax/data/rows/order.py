@@ -1,6 +1,6 @@
-"""The order of samples: a function of seed and epoch, whatever reads them.
+"""The order of samples: a function of seed and epoch.
 
-An epoch goes through every source as often as its weight says. A source is shuffled anew for each pass through it, and
+An epoch goes through every source as often as its weight says. Each pass through a source shuffles it again, and
 the epoch then shuffles what it takes of all sources together.
 """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32, Int64
 
-WINDOW = 4096  # samples that are packed together: more fill rows better, fewer keep neighbours near
+WINDOW = 4096  # samples that are packed together: more samples fill rows better, fewer keep the order more local
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def pack(
       images: likewise; none exceeds `max_images`.
       text_length: T.
       max_images: M.
-      seed: of the shuffle of rows, without which those that were left over would stand together.
+      seed: of the shuffle of rows, without which the rows of leftovers would be next to each other.
       window: samples that are packed together.
     """
     rows: list[np.ndarray] = []
@@ -75,7 +75,7 @@ def _fill(tokens: np.ndarray, images: np.ndarray, text_length: int, max_images: 
     by_images = sorted(kinds, reverse=True)
 
     def longest(kind: int, most: float, room: int) -> int | None:
-        """Where in its list the longest sample of at most `most` tokens stands, or else the shortest that fits."""
+        """The index in its list of the longest sample of at most `most` tokens, or else of the shortest that fits."""
         items = kinds[kind]
         at = bisect.bisect_right(items, (most, len(tokens))) - 1
         return at if at >= 0 else (0 if items and items[0][0] <= room else None)

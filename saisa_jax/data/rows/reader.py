@@ -1,4 +1,4 @@
-"""Rows of batches, by number: which samples stand in them, and reading those."""
+"""Rows of batches, by number: which samples are in them, and reading those."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDLESS = 2**40  # rows
 
 
 class Row(NamedTuple):
-    """One row of a batch (B = 1), and what happened on the way to it."""
+    """One row of a batch (B = 1), with what was dropped or cut in making it."""
 
     batch: Batch
     sample_ids: tuple[str, ...]  # of its segments 1, 2, ...; of a dropped sample too
@@ -92,7 +92,7 @@ class Reader:
 
 @dataclass
 class Rows:
-    """The rows of a stage, endless, by number; may be shared by threads and handed to other processes."""
+    """The rows of a stage, endless, by number; may be shared by threads and sent to other processes."""
 
     reader: Reader
     samples: Concatenated
@@ -152,7 +152,7 @@ class Rows:
         return sum(len(self.epoch(e)[1].places) for e in range(epoch)) + int(self.epoch(epoch)[1].starts[within])
 
     def describe(self, steps: int) -> str:
-        """What so many steps read, in words."""
+        """A sentence about what `steps` steps read."""
         rows = steps * self.batch_size
         samples = self.samples_before(rows)
         unusable = 0 if self.counts is None else int((self.counts[0] == 0).sum())
@@ -191,7 +191,7 @@ class Rows:
                     self._first_rows.append(self._first_rows[-1] + size)
 
     def _places(self, row: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """A row's epoch, the order of that epoch's samples, and which places of it stand in the row."""
+        """A row's epoch, the order of that epoch's samples, and which of its places are in the row."""
         epoch, within = self._locate(row)
         order, plan = self.epoch(epoch)
         return epoch, order, plan[within]

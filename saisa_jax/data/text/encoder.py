@@ -1,4 +1,4 @@
-"""One sample as tokens, as a stage wants it: its template, its choice of turns, its length."""
+"""One sample as tokens, with a stage's template, choice of turns and length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saisa_jax.data.text.conversation import Encoded, check_length, encode, trun
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples for one stage. What counts tokens, what plans rows and what reads them all call this one.
+    """Encodes samples for one stage; the same for counting tokens, planning rows and reading them.
 
     Args:
       config: the run's.
@@ -44,7 +44,7 @@ class Encoder:
         )
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> tuple[Encoded, int]:
-        """The sample as a row has room for it, and how many tokens were cut off its end.
+        """The sample cut to what a row has room for, and how many tokens were cut off its end.
 
         Raises:
           DataError: as `whole`; too long where `data.on_long` does not truncate; more images than a row has slots.

@@ -115,7 +115,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     """The demo's tokenizer: a token for every word of its training text and of its templates, in lower case.
 
     Punctuation marks and the newline are tokens of their own; other words are `<unk>`. The control tokens of
-    `DEMO_TEMPLATES` are in it, so that each of them can be tried. It always comes out the same.
+    `DEMO_TEMPLATES` are in it, so that each of them can be tried. It is deterministic.
     """
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()),

@@ -1,8 +1,8 @@
 """ConvNeXt (arXiv 2201.03545): a convolutional encoder, with the parts of transformers' `ConvNextModel`.
 
 A stem cuts the pixels into patches; each further stage halves the sides of the map and has blocks of a 7 x 7 depthwise
-convolution and an MLP. What is put out is the raw map after the stage that `select_layer` names (-1: the last, LLaVA's
-usual choice), row by row, without the norm that stands before a classifier; stages after it do not exist.
+convolution and an MLP. The output is the raw map after the stage that `select_layer` names (-1: the last, LLaVA's
+usual choice), row by row, without the norm of the classifier; later stages have no parameters.
 Axes: I images, P = side * side places of the last map, C width; widths and sides differ from stage to stage.
 """
 
@@ -26,10 +26,10 @@ EXPANSION = 4  # of the MLPs
 
 @jax.custom_vjp
 def depthwise(x: Float[Array, "I side side C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "I side side C"]:
-    """Each channel convolved with a kernel of its own, zeros beyond the edge.
+    """Each channel convolved with its own kernel, padded with zeros.
 
     The kernel's gradient is written out, tap by tap: XLA's own (seen with jax 0.10.2) is a multiple of the true one
-    on a mesh that splits the images and has a "tensor" axis besides.
+    on a mesh that splits the images and also has a "tensor" axis.
     """
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
@@ -63,7 +63,7 @@ depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class Depthwise(nn.Module):
-    """A depthwise convolution with bias; its few parameters are replicated, as a norm's."""
+    """A depthwise convolution with bias; its few parameters are replicated, like a norm's."""
 
     dtype: Any
     param_dtype: Any
@@ -128,7 +128,7 @@ class ConvNext(nn.Module):
 
     Args of the call:
       images: uint8 RGB, square, already at `image_size`.
-      capture: True puts out the maps as well, of the stem and after each stage, each [I, side, side, width].
+      capture: True also returns the maps, of the stem and after each stage, each [I, side, side, width].
     """
 
     config: VisionConfig

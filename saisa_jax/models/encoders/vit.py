@@ -1,6 +1,6 @@
 """ViT encoders: CLIP, SigLIP and DINOv2 are one module with parts switched on or off (`VisionConfig`).
 
-The encoder puts out one hidden state, `select_layer`, without the class token; layers after it do not exist.
+The output is one hidden state, `select_layer`, without the class token; later layers have no parameters.
 Axes: I images, P patches of an image, C width.
 """
 
@@ -49,8 +49,8 @@ class VisionBlock(nn.Module):
 
 
 def split_by_image(x: Float[Array, "I *rows C"]) -> Float[Array, "I *rows C"]:
-    """Each device its own images. Said in every layer: otherwise the compiler may give each a share of the channels of
-    all images, with a sum over all devices after every product."""
+    """Keeps each device to its own images. In every layer: otherwise the compiler may split the channels of all images
+    over the devices, with a sum over all devices after every product."""
     return constrain(x, "activation_batch", *(x.ndim - 1) * (None,))
 
 
@@ -95,7 +95,7 @@ class VisionMLP(nn.Module):
 
 
 def normalized(images: UInt8[Array, "I height width 3"], config: VisionConfig) -> Float[Array, "I height width 3"]:
-    """Pixels of zero mean and unit deviation, as the encoder was trained on, in float32."""
+    """Pixels normalised with the encoder's mean and standard deviation, in float32."""
     mean, std = jnp.asarray(config.image_mean), jnp.asarray(config.image_std)
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
@@ -133,7 +133,7 @@ def _cubic(old: int, new: int) -> np.ndarray:
         t = np.abs(places - np.floor(places) - tap)
         near = ((a + 2) * t - (a + 3)) * t**2 + 1
         far = ((t - 5) * t + 8) * a * t - 4 * a
-        column = np.clip(np.floor(places).astype(int) + tap, 0, old - 1)  # the border goes on for ever
+        column = np.clip(np.floor(places).astype(int) + tap, 0, old - 1)  # the border is repeated
         np.add.at(weights, (np.arange(new), column), np.where(t <= 1, near, far))
     return weights
 
@@ -144,7 +144,7 @@ class VisionEncoder(nn.Module):
 
     Args of the call:
       images: uint8 RGB, square, already at `image_size`.
-      capture: True puts out the residual stream as well, [1 + layers, I, S, C]: after the embeddings (and CLIP's
+      capture: True also returns the residual stream, [1 + layers, I, S, C]: after the embeddings (and CLIP's
         pre-norm), and after each layer.
     """
 
@@ -157,7 +157,8 @@ class VisionEncoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.patch_embed = convolution(c.embed_dim, self.dtype, self.param_dtype, use_bias=c.patch_bias)
-        # Large enough beside the patches (about 1) that an encoder from random weights sees places from the start.
+        # Large enough beside the patches (about 1) that an encoder from random weights tells places apart from the
+        # start.
         positions = named(nn.initializers.normal(0.2), None, "vision_embed")
         if c.class_token:
             init = named(nn.initializers.normal(0.02), "vision_embed")

@@ -10,10 +10,10 @@ import pytest
 
 import saisa_jax
 from saisa_jax.__main__ import main
+from saisa_jax.convert.configs import decoder_config_from_hf
 from saisa_jax.convert.files.gguf import GgufFile
 from saisa_jax.convert.files.gguf_tokenizer import build_tokenizer
-from saisa_jax.convert.hf_config import decoder_config_from_hf
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.conversation import end_token_id, fitting_template
 from saisa_jax.data.text.frames import default_system
@@ -17,7 +17,7 @@ from saisa_jax.data.text.templates import TEMPLATES, find_template
 HEADERS = {"chatml": "<|im_start|>", "llama_3_instruct": "<|start_header_id|>"}
 
 
-def find_dialogue(
+def find_chat_template(
     tokenizer: Any, multimodal: bool, template: str | None, system_prompt: str | None
 ) -> tuple[str, str | None]:
     """(template, system prompt; None: the template's own) of a model with this tokenizer.

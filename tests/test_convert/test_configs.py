@@ -5,9 +5,15 @@ import dataclasses
 import pytest
 
 from saisa_jax import presets
-from saisa_jax.convert.hf_config import decoder_config_from_hf, vision_config_from_hf
-from saisa_jax.convert.hf_write import decoder_to_hf, multimodal_to_hf, preprocessor_to_hf, vision_to_hf
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.configs import (
+    decoder_config_from_hf,
+    decoder_to_hf,
+    preprocessor_to_hf,
+    vision_config_from_hf,
+    vision_to_hf,
+)
+from saisa_jax.convert.layouts import check_says
+from saisa_jax.convert.rows import ConvertError
 
 
 @pytest.mark.parametrize("name", presets.VISIONS)
@@ -29,6 +35,6 @@ def test_every_decoder_there_and_back(name, tmp_path):
 
 
 def test_llava_hf_knows_no_convnext():
-    model = presets.make("vicuna-7b", "convnext-xlarge-384")
-    with pytest.raises(ConvertError, match="no ConvNeXt"):
-        multimodal_to_hf(model, "llava-hf", tower="", image_token=1)
+    model = presets.make("vicuna-7b", "convnext-xlarge-384", "llava")
+    with pytest.raises(ConvertError, match="'convnext' is none that transformers' LLaVA can have"):
+        check_says(model, "llava-hf")

@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 from saisa_jax.config import ModelConfig
 from saisa_jax.convert.files.safetensors import DTYPES, FLOATS, NAMES, nbytes, write_file
 from saisa_jax.convert.files.tensors import INDEX, SINGLE, TensorSource
-from saisa_jax.convert.tables import PARTS, ConvertError, Row, check_says, part_of_path, table
+from saisa_jax.convert.layouts import check_says, layout_for
+from saisa_jax.convert.rows import PARTS, ConvertError, TensorRow, part_of_path
 
 SHARD_BYTES = 5_000_000_000
 
@@ -43,10 +44,9 @@ class ParamsSource:
         self.where = Path("the parameters")
         flat: dict[str, Any] = flatten_dict(params, sep="/")
         check_says(config, layout)
-        every = table(config, layout).rows
-        rows = [row for row in every if row.part in parts]
-        held = {row.part for row in every}
-        _check({path: leaf for path, leaf in flat.items() if part_of_path(path) in held.intersection(parts)}, rows)
+        held = layout_for(config, layout)
+        rows, wanted = held.only(parts), set(held.parts).intersection(parts)
+        _check({path: leaf for path, leaf in flat.items() if part_of_path(path) in wanted}, rows)
         self._leaf = {row.path: flat[row.path] for row in rows}
         self._row = {key: (row, i) for row in rows for i, key in enumerate(row.keys)}
         self._dtype = dtype
@@ -77,7 +77,7 @@ class ParamsSource:
         return tensor.astype(DTYPES[self.dtype_name(key)], copy=False)
 
 
-def _check(flat: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def _check(flat: Mapping[str, Any], rows: Sequence[TensorRow]) -> None:
     problems = [f"missing    {row.path} {list(row.shape)}" for row in rows if row.path not in flat]
     problems += [
         f"misshaped  {row.path} is {list(flat[row.path].shape)}, expected {list(row.shape)}"

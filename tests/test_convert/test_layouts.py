@@ -1,4 +1,4 @@
-"""The tables cover every family, and their rows can be undone."""
+"""The layouts cover every family, and their rows can be undone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from saisa_jax.config import ModelConfig, ProjectorConfig, VisionConfig
-from saisa_jax.convert.tables import LAYOUTS, ConvertError, Row, table
+from saisa_jax.convert.layouts import LAYOUTS, layout_for
+from saisa_jax.convert.rows import ConvertError, TensorRow
 from saisa_jax.models.saisa import abstract_params
 from saisa_jax.presets import LLMS, VISIONS, make
 
@@ -46,7 +47,7 @@ def model(layout: str, **changes: object) -> ModelConfig:
 
 
 def covered(config: ModelConfig, *layouts: str) -> dict[str, tuple[int, ...]]:
-    return {row.path: row.shape for layout in layouts for row in table(config, layout).rows}
+    return {row.path: row.shape for layout in layouts for row in layout_for(config, layout).rows}
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -86,7 +87,7 @@ def test_rows_cover_every_preset(llm: str, vision: str) -> None:
 )
 def test_rows_can_be_undone_bit_for_bit(layout: str, tower: str) -> None:
     rng = np.random.default_rng(0)
-    for row in table(model(layout, vision=TOWERS[tower]), layout).rows:
+    for row in layout_for(model(layout, vision=TOWERS[tower]), layout).rows:
         theirs = rng.standard_normal(row.theirs, dtype=np.float32)
         ours = row.to_ours(theirs)
         assert ours.shape == row.ours
@@ -94,7 +95,7 @@ def test_rows_can_be_undone_bit_for_bit(layout: str, tower: str) -> None:
 
 
 def test_vocabulary_is_padded_with_zeros_and_cropped() -> None:
-    rows = {row.path: row for row in table(SMALL, "hf-llm").rows}
+    rows = {row.path: row for row in layout_for(SMALL, "hf-llm").rows}
     head = rows["lm_head/kernel"].to_ours(np.ones((130, 24), np.float32))
     assert head.shape == (24, 256)
     assert head[:, :130].all() and not head[:, 130:].any()
@@ -102,7 +103,7 @@ def test_vocabulary_is_padded_with_zeros_and_cropped() -> None:
 
 
 def test_heads_are_split_as_in_torch() -> None:
-    rows = {row.path: row for row in table(SMALL, "hf-llm").rows}
+    rows = {row.path: row for row in layout_for(SMALL, "hf-llm").rows}
     weight = np.arange(24 * 24).reshape(24, 24)  # (N * H, D) of q, and (D, N * H) of o
     x = np.arange(24)
     q = np.einsum("d,dnh->nh", x, rows["layers/attn/q_proj/kernel"].to_ours(weight))
@@ -112,7 +113,7 @@ def test_heads_are_split_as_in_torch() -> None:
 
 
 def test_patch_kernel_is_the_convolution() -> None:
-    row = next(row for row in table(SMALL, "hf-vision").rows if row.path == "vision/patch_embed/kernel")
+    row = next(row for row in layout_for(SMALL, "hf-vision").rows if row.path == "vision/patch_embed/kernel")
     weight = np.random.default_rng(0).standard_normal(row.theirs)
     patch = np.random.default_rng(1).standard_normal((14, 14, 3))
     theirs = np.einsum("oihw,hwi->o", weight, patch)
@@ -120,7 +121,7 @@ def test_patch_kernel_is_the_convolution() -> None:
 
 
 def test_other_spellings() -> None:
-    llava = table(model("llava-hf"), "llava-hf")
+    llava = layout_for(model("llava-hf"), "llava-hf")
     for written, canonical in {
         "model.language_model.layers.0.mlp.up_proj.weight": "language_model.model.layers.0.mlp.up_proj.weight",
         "lm_head.weight": "language_model.lm_head.weight",
@@ -132,17 +133,17 @@ def test_other_spellings() -> None:
         "vision_tower.vision_model.pre_layrnorm.bias": "vision_tower.vision_model.pre_layrnorm.bias",
     }.items():
         assert llava.canonical(written) == canonical
-    assert table(SMALL, "hf-vision").canonical("pre_layrnorm.bias") == "vision_model.pre_layrnorm.bias"
-    assert table(SMALL, "hf-llm").canonical("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+    assert layout_for(SMALL, "hf-vision").canonical("pre_layrnorm.bias") == "vision_model.pre_layrnorm.bias"
+    assert layout_for(SMALL, "hf-llm").canonical("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
     dinov2 = dataclasses.replace(SMALL, vision=DINOV2)
-    assert table(dinov2, "hf-vision").canonical("dinov2.embeddings.cls_token") == "embeddings.cls_token"
-    convnext = table(dataclasses.replace(SMALL, vision=CONVNEXT), "hf-vision")
+    assert layout_for(dinov2, "hf-vision").canonical("dinov2.embeddings.cls_token") == "embeddings.cls_token"
+    convnext = layout_for(dataclasses.replace(SMALL, vision=CONVNEXT), "hf-vision")
     assert convnext.canonical("convnext.embeddings.layernorm.bias") == "embeddings.layernorm.bias"
 
 
 def test_every_key_is_named_once_and_ours_alone() -> None:
     for layout in LAYOUTS:
-        layout_table = table(model(layout), layout)
+        layout_table = layout_for(model(layout), layout)
         keys = [key for row in layout_table.rows for key in row.keys]
         assert len(keys) == len(set(keys))
         for key in keys:
@@ -151,7 +152,7 @@ def test_every_key_is_named_once_and_ours_alone() -> None:
 
 
 def test_what_is_ignored() -> None:
-    saisa = table(model("saisa", visual_layers=(0, 2)), "saisa")
+    saisa = layout_for(model("saisa", visual_layers=(0, 2)), "saisa")
     tower = "model.vision_tower.vision_tower.vision_model."
     for key in (
         "model.mm_projector.0.weight",
@@ -166,7 +167,7 @@ def test_what_is_ignored() -> None:
 
 
 def test_what_is_ignored_of_a_convnext() -> None:
-    rows = table(dataclasses.replace(SMALL, vision=CONVNEXT), "hf-vision")
+    rows = layout_for(dataclasses.replace(SMALL, vision=CONVNEXT), "hf-vision")
     for key in ("layernorm.weight", "classifier.bias", "encoder.stages.2.layers.0.dwconv.bias"):
         assert rows.ignores(key), key
     for key in ("embeddings.layernorm.weight", "encoder.stages.1.layers.0.dwconv.bias", "encoder.stages.3.x"):
@@ -178,14 +179,14 @@ def test_a_layout_that_cannot_hold_the_projectors(layout: str) -> None:
     sharing = "shared" if layout == "saisa" else "per_layer"
     config = dataclasses.replace(SMALL, projector=ProjectorConfig(sharing=sharing))
     with pytest.raises(ConvertError, match=r"model\.projector\.sharing"):
-        table(config, layout)
+        layout_for(config, layout)
 
 
 def test_unknown_layout() -> None:
     with pytest.raises(ConvertError, match="known: saisa, llava"):
-        table(SMALL, "flax")
+        layout_for(SMALL, "flax")
 
 
 def test_row_of_one_layer() -> None:
-    row = Row("decoder", "x", "y.{i}", (2,), (2,), (0,), (3, 5))
+    row = TensorRow("decoder", "x", "y.{i}", (2,), (2,), (0,), (3, 5))
     assert row.keys == ("y.3", "y.5") and row.shape == (2, 2)

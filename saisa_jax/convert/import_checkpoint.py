@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +25,21 @@ from saisa_jax.config import (
     VisionConfig,
 )
 from saisa_jax.convert import sidecar
-from saisa_jax.convert.dialogue import find_dialogue
+from saisa_jax.convert.chat_template import find_chat_template
+from saisa_jax.convert.configs import config_from_hf
 from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
-from saisa_jax.convert.files.tensors import open_source
-from saisa_jax.convert.importer import Piece, config_from_hf, find_pieces, layout_of
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.match import layout_of
+from saisa_jax.convert.read import Piece, find_pieces
+from saisa_jax.convert.rows import ConvertError
+from saisa_jax.convert.target import check_room, check_target
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import init_params
 
 
 @dataclass(frozen=True)
-class Options:
+class ImportOptions:
     """What `convert import` is told.
 
     Attributes:
@@ -71,7 +72,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """An import before anything is read or written."""
 
     model: ModelConfig  # as stage 2 and inference see it
@@ -89,7 +90,7 @@ def stored_dtype(piece: Piece) -> np.dtype:
     return DTYPES[piece.tensors.dtype_name(piece.match.spelt[key])]
 
 
-def plan_import(options: Options) -> Plan:
+def plan_import(options: ImportOptions) -> ImportPlan:
     """Reads configs and headers, and checks that every tensor is there.
 
     Raises:
@@ -97,7 +98,7 @@ def plan_import(options: Options) -> Plan:
     """
     where = resolve(options.source, options.allow_pickle)
     vision = resolve(options.vision, options.allow_pickle) if options.vision else None
-    tensors = open_source(where, options.allow_pickle)
+    tensors = open_checkpoint(where, options.allow_pickle)
     layout = options.layout or layout_of(tensors)
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
@@ -116,7 +117,7 @@ def plan_import(options: Options) -> Plan:
     pieces = find_pieces(tensors, model, layout, vision, options.dtype, options.allow_pickle)
     exact = np.dtype(options.dtype or stored_dtype(pieces[0]))
     activations = "float32" if exact == np.float32 else "bfloat16"
-    return Plan(dataclasses.replace(model, dtype=activations), stage, pieces)
+    return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
 
 
 def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
@@ -132,7 +133,7 @@ def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
         raise ConvertError(f"--image_size={image_size}: {error}") from error
 
 
-def import_checkpoint(options: Options, to: str | Path, sharding: Any = None) -> Plan:
+def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = None) -> ImportPlan:
     """Writes a finished model that holds what the sources hold, and a sidecar with the rest of them.
 
     Parameters are read tensor by tensor into their sharding: beside them, at most one parameter is held twice.
@@ -164,14 +165,14 @@ def import_checkpoint(options: Options, to: str | Path, sharding: Any = None) ->
 
     imported = {
         "from": [str(piece.tensors.where) for piece in plan.pieces],
-        "layouts": [piece.layout.layout for piece in plan.pieces],
+        "layouts": [piece.layout.name for piece in plan.pieces],
         "parts": plan.parts,
     }
     save_model(to, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
     return plan
 
 
-def _read(plan: Plan, options: Options, place: Any) -> dict[str, Any]:
+def _read(plan: ImportPlan, options: ImportOptions, place: Any) -> dict[str, Any]:
     flat = {}
     for piece in plan.pieces:
         for path, array in piece.read(options.dtype):
@@ -199,7 +200,7 @@ def _fresh_projector(config: ModelConfig, seed: int) -> Any:
     return make(jax.random.key(seed))
 
 
-def _tokenizer(options: Options, plan: Plan) -> Any:
+def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
     source = plan.pieces[0].tensors
     if options.tokenizer == "none":
         return None
@@ -213,11 +214,11 @@ def _tokenizer(options: Options, plan: Plan) -> Any:
     return tokenizer
 
 
-def _config(options: Options, plan: Plan, tokenizer: Any, to: Path) -> Config:
+def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
     if tokenizer is not None:
         multimodal = "projector" in plan.parts
-        template, system_prompt = find_dialogue(tokenizer, multimodal, options.template, options.system_prompt)
+        template, system_prompt = find_chat_template(tokenizer, multimodal, options.template, options.system_prompt)
     sharing = plan.model.projector.sharing
     return Config(
         name=to.name,
@@ -227,33 +228,7 @@ def _config(options: Options, plan: Plan, tokenizer: Any, to: Path) -> Config:
     )
 
 
-# --- the target -------------------------------------------------------------------------------------------------------
-
-
-def check_target(to: str | Path) -> Path:
-    """A directory that is new or empty, and can be written.
-
-    Raises:
-      ConvertError: it is not.
-    """
-    to = Path(to)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConvertError(f"{to} exists already; name a directory that does not")
-    parent = next(path for path in (to.resolve(), *to.resolve().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConvertError(f"{to} cannot be written: {parent} is {'not writable' if parent.is_dir() else 'a file'}")
-    return to
-
-
-def check_room(needed: int, to: Path) -> None:
-    """Raises ConvertError if the disk has less than `needed` bytes left."""
-    parent = next(path for path in (to.resolve(), *to.resolve().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ConvertError(f"{to} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left")
-
-
-def _check_room(plan: Plan, options: Options, to: Path) -> None:
+def _check_room(plan: ImportPlan, options: ImportOptions, to: Path) -> None:
     needed = 0
     for piece in plan.pieces:
         width = np.dtype(options.dtype or stored_dtype(piece)).itemsize

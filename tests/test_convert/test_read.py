@@ -15,10 +15,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from saisa_jax.config import ModelConfig, ProjectorConfig, RopeScalingConfig, VisionConfig
-from saisa_jax.convert.exporter import export_params, to_tensors
+from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.tensors import INDEX
-from saisa_jax.convert.importer import config_from_hf, detect_layout, import_model, import_params
-from saisa_jax.convert.tables import LAYOUTS, ConvertError, table
+from saisa_jax.convert.layouts import LAYOUTS, layout_for
+from saisa_jax.convert.match import layout_of
+from saisa_jax.convert.read import import_model, import_params
+from saisa_jax.convert.rows import ConvertError
+from saisa_jax.convert.write import export_params, to_tensors
 
 DATA = Path(__file__).parents[1] / "data"
 BFLOAT16 = ml_dtypes.bfloat16
@@ -46,7 +50,7 @@ def model(layout: str) -> ModelConfig:
 def tensors(layout: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """A random checkpoint in a layout."""
     rng = np.random.default_rng(0)
-    rows = table(model(layout), layout).rows
+    rows = layout_for(model(layout), layout).rows
     return {key: rng.standard_normal(row.theirs).astype(dtype) for row in rows for key in row.keys}
 
 
@@ -78,7 +82,7 @@ def test_round_trip_bit_for_bit(tmp_path: Path, layout: str, dtype: Any) -> None
 
 @pytest.mark.parametrize("fixture", ["saisa_tiny", "llava_tiny"])
 def test_recorded_checkpoints_come_back(fixture: str, tmp_path: Path) -> None:
-    layout = detect_layout(DATA / fixture)
+    layout = layout_of(open_checkpoint(DATA / fixture))
     assert layout == {"saisa_tiny": "saisa", "llava_tiny": "llava-hf"}[fixture]
     raw = json.loads((DATA / fixture / "config.json").read_text())
     vision = tmp_path / "tower"
@@ -260,7 +264,7 @@ def test_truncated_and_missing_files(tmp_path: Path) -> None:
 
 def test_unknown_layout_of_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="no known layout has tensors like bert"):
-        detect_layout(write(tmp_path, {"bert.x": np.ones(1, np.float32)}))
+        layout_of(open_checkpoint(write(tmp_path, {"bert.x": np.ones(1, np.float32)})))
 
 
 def test_export_of_a_tree_that_does_not_fit(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.convert.dialogue import find_dialogue
-from saisa_jax.convert.tables import ConvertError
+from saisa_jax.convert.chat_template import find_chat_template
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.testing import tokenizers
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -46,20 +46,20 @@ HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_t
     ],
 )
 def test_the_template_that_fits(made, multimodal: bool, expected: tuple[str, str | None]) -> None:
-    assert find_dialogue(made, multimodal, None, None) == expected
+    assert find_chat_template(made, multimodal, None, None) == expected
 
 
 def test_the_users_choice_comes_first() -> None:
     made = tokenizer(*HEADERS, chat=LLAMA_3)
-    assert find_dialogue(made, False, "llama_3", "Be kind.") == ("llama_3", "Be kind.")
-    assert find_dialogue(made, False, None, "Be kind.") == ("llama_3_instruct", "Be kind.")
+    assert find_chat_template(made, False, "llama_3", "Be kind.") == ("llama_3", "Be kind.")
+    assert find_chat_template(made, False, None, "Be kind.") == ("llama_3_instruct", "Be kind.")
     with pytest.raises(ConvertError, match=r"--template=chatml does not fit the tokenizer: .*needs the token"):
-        find_dialogue(made, False, "chatml", None)
+        find_chat_template(made, False, "chatml", None)
 
 
 def test_no_template_fits() -> None:
     with pytest.raises(ConvertError, match=r"say --template=NAME"):
-        find_dialogue(tokenizer("a"), False, None, None)
+        find_chat_template(tokenizer("a"), False, None, None)
 
 
 ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -68,16 +68,16 @@ ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }
 def test_a_chat_template_that_none_of_ours_is_like(caplog) -> None:
     made = tokenizers.byte_level()
     made.chat_template = ZEPHYR
-    assert find_dialogue(made, False, None, None) == ("tokenizer", None)
-    assert find_dialogue(made, True, None, None) == ("vicuna_v1", None)  # LLaVA's and SAISA's training
+    assert find_chat_template(made, False, None, None) == ("tokenizer", None)
+    assert find_chat_template(made, True, None, None) == ("vicuna_v1", None)  # LLaVA's and SAISA's training
     with caplog.at_level("WARNING", "absl"):
-        assert find_dialogue(made, False, "vicuna_v1", None) == ("vicuna_v1", None)
+        assert find_chat_template(made, False, "vicuna_v1", None) == ("vicuna_v1", None)
     assert "template vicuna_v1 writes otherwise than the tokenizer's own chat template" in caplog.text
 
 
 def test_what_the_chat_template_says_by_itself_is_given_to_ours() -> None:
     made = tokenizers.byte_level()
     made.chat_template = "<|im_start|>system\nBe kind.<|im_end|>\n" + CHATML
-    assert find_dialogue(made, False, None, None) == ("chatml", "Be kind.")
+    assert find_chat_template(made, False, None, None) == ("chatml", "Be kind.")
     made.chat_template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
-    assert find_dialogue(made, False, None, None) == ("chatml", None)
+    assert find_chat_template(made, False, None, None) == ("chatml", None)

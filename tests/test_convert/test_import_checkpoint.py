@@ -23,8 +23,8 @@ from saisa_jax import parallel
 from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import Config, ConfigError, from_config_dict, to_config_dict
-from saisa_jax.convert.checkpoint import Options, import_checkpoint
 from saisa_jax.convert.files.safetensors import read_header
+from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
@@ -188,8 +188,8 @@ def test_export_of_a_model_that_was_not_imported(layout: str, tmp_path: Path) ->
 def test_into_any_sharding(sources: Path, tmp_path: Path) -> None:
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("a",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    import_checkpoint(Options(str(sources / "llava-hf")), tmp_path / "mesh", sharding=everywhere)
-    import_checkpoint(Options(str(sources / "llava-hf")), tmp_path / "one")
+    import_checkpoint(ImportOptions(str(sources / "llava-hf")), tmp_path / "mesh", sharding=everywhere)
+    import_checkpoint(ImportOptions(str(sources / "llava-hf")), tmp_path / "one")
     jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "mesh")[0], load_model(tmp_path / "one")[0])
 
 
@@ -244,10 +244,10 @@ def test_memory_stays_near_the_parameters(tmp_path: Path) -> None:
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from saisa_jax.convert import memory\n"
         "from saisa_jax.checkpoints import read_account\n"
-        "from saisa_jax.convert.checkpoint import Options, import_checkpoint\n"
-        f"import_checkpoint(Options({str(small)!r}), {str(tmp_path / 'warm')!r})\n"
+        "from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint\n"
+        f"import_checkpoint(ImportOptions({str(small)!r}), {str(tmp_path / 'warm')!r})\n"
         "before = memory.peak_bytes()\n"
-        f"import_checkpoint(Options({str(tmp_path / 'in')!r}, dtype='float32'), {str(to)!r})\n"
+        f"import_checkpoint(ImportOptions({str(tmp_path / 'in')!r}, dtype='float32'), {str(to)!r})\n"
         f"leaves = read_account({str(to)!r})[0]['leaves']\n"
         "print(memory.peak_bytes() - before, memory.allowance(leaves, slack=0))\n"
     )

@@ -1,0 +1,292 @@
+"""config.json and preprocessor_config.json <-> our dataclasses.
+
+How a family spells its own fields is in `families/`; here is which of them a checkpoint is made of, and what the
+multimodal layouts add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
+from saisa_jax.convert.families import DECODERS, ENCODERS
+from saisa_jax.convert.family import DecoderFamily
+from saisa_jax.convert.files.open import open_checkpoint
+from saisa_jax.convert.hf_json import CONFIG, PREPROCESSOR_CONFIG, read_json, read_json_if_there
+from saisa_jax.convert.layouts import decoder_family, encoder_family
+from saisa_jax.convert.match import layout_of
+from saisa_jax.convert.rows import ConvertError
+
+MAY_BE_NULL = ("sliding_window", "num_key_value_heads", "head_dim")  # where null is not the class default
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+# --- theirs -> ours ---------------------------------------------------------------------------------------------------
+
+
+def decoder_config_from_hf(
+    raw: Mapping[str, Any],
+    source: Path,
+    *,
+    alignment: str = "saisa",
+    sharing: str = "per_layer",
+    vision: VisionConfig | None = None,
+) -> ModelConfig:
+    """The decoder that a (text) config describes, with the alignment, projectors and tower given.
+
+    Args:
+      raw: fields as in config.json.
+      source: the directory that `raw` is from, for messages.
+
+    Raises:
+      ConvertError: an unknown family, or an option that our decoder does not have.
+    """
+    named: dict[str, DecoderFamily] = {family.model_type: family for family in DECODERS.values()}
+    named |= {name: family for family in DECODERS.values() for name in (family.llava[0], *family.also)}
+    family = named.get(raw.get("model_type", "llama"))
+    if family is None:
+        raise _unknown(raw, source, named)
+    fields = {**family.defaults, **{k: v for k, v in raw.items() if v is not None or k in MAY_BE_NULL}}
+    try:
+        family.check_fields(fields)
+        return ModelConfig(
+            **family.config_from_hf(fields),
+            alignment=alignment,
+            projector=ProjectorConfig(sharing=sharing),
+            vision=vision or VisionConfig(),
+        )
+    except (ConfigError, TypeError) as error:
+        raise ConvertError(f"{source}: {error}") from error
+
+
+def vision_config_from_hf(
+    raw: Mapping[str, Any], source: Path, select_layer: int | None = None, image_mode: str | None = None
+) -> VisionConfig:
+    """The encoder that a (vision) config describes.
+
+    Args:
+      raw: fields as in config.json, or in its vision_config.
+      source: the directory, for messages and for its preprocessor_config.json (mean and standard deviation).
+      select_layer: which hidden state is put out; None: the family's, mostly LLaVA's choice, -2.
+      image_mode: None: pad.
+
+    Raises:
+      ConvertError: an unknown family, or an option that our encoder does not have.
+    """
+    raw = raw.get("vision_config", raw)
+    named = {family.model_type: (name, family) for name, family in ENCODERS.items()}
+    model_type = raw.get("model_type", "clip_vision_model")
+    if model_type not in named:
+        raise _unknown(raw, source, named)
+    name, family = named[model_type]
+    fields = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
+    select_layer = family.select_layer if select_layer is None else select_layer
+    if not isinstance(select_layer, int):
+        raise ConvertError(f"{source}: features of several layers ({select_layer!r}) are not supported, only of one")
+    preprocessor = read_json_if_there(source / PREPROCESSOR_CONFIG)
+    try:
+        family.check_fields(fields)
+        return VisionConfig(
+            family=name,
+            **{**family.switches, **family.config_from_hf(fields, preprocessor, select_layer)},
+            select_layer=select_layer,
+            image_mean=tuple(preprocessor.get("image_mean", family.image_mean)),
+            image_std=tuple(preprocessor.get("image_std", family.image_std)),
+            image_mode=image_mode or "pad",
+        )
+    except (ConfigError, TypeError) as error:
+        raise ConvertError(f"{source}: {error}") from error
+
+
+def _unknown(raw: Mapping[str, Any], source: Path, known: Mapping[str, Any]) -> ConvertError:
+    name = raw.get("model_type")
+    return ConvertError(f"{source}: model_type={name!r} is not known here; known: {', '.join(known)}")
+
+
+def config_from_hf(
+    directory: str | Path,
+    *,
+    layout: str | None = None,
+    vision: str | Path | None = None,
+    select_layer: int | None = None,
+    raw: dict[str, Any] | None = None,
+) -> ModelConfig:
+    """The ModelConfig that a directory's config.json describes.
+
+    Args:
+      directory: a checkpoint in one of the layouts of `layouts.py`.
+      layout: one of `layouts.LAYOUTS`; None: told from the tensors' names.
+      vision: the directory of the vision tower, where the checkpoint does not describe its own (the layouts saisa and
+        llava; None: the folder that `mm_vision_tower` names, if it is inside the directory).
+      select_layer: which hidden state of the tower is used, where the checkpoint does not say (hf-vision); None:
+        the family's, mostly LLaVA's choice, -2.
+      raw: the content of config.json; None: it is read.
+
+    Raises:
+      ConvertError: a config that is missing, contradictory, or of a family or option not supported.
+    """
+    directory = Path(directory)
+    layout = layout or layout_of(open_checkpoint(directory))
+    raw = raw or read_json(directory / CONFIG)
+    if layout == "hf-vision":
+        raw_vision = raw.get("vision_config", raw)
+        return dataclasses.replace(ModelConfig(), vision=vision_config_from_hf(raw_vision, directory, select_layer))
+    if layout == "llava-hf":
+        return _llava_hf(raw, directory)
+    if layout == "hf-llm":
+        text = raw.get("text_config", raw)
+        if vision is None:
+            return decoder_config_from_hf(text, directory)
+        tower = vision_config_from_hf(read_json(Path(vision) / CONFIG), Path(vision), select_layer)
+        return decoder_config_from_hf(text, directory, vision=tower)
+    return _original(raw, directory, layout, vision, select_layer)
+
+
+def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
+    if "vision_config" not in raw or "text_config" not in raw:
+        raise ConvertError(f"{directory / CONFIG} has no text_config and vision_config, as llava-hf has")
+    tower = vision_config_from_hf(raw["vision_config"], directory, raw.get("vision_feature_layer", -2))
+    _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
+    _expect(raw, "projector_hidden_act", "gelu", directory)
+    text = dict(raw["text_config"])
+    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
+    return decoder_config_from_hf(text, directory, alignment="llava", sharing="shared", vision=tower)
+
+
+def _original(
+    raw: Mapping[str, Any], directory: Path, layout: str, vision: str | Path | None, select_layer: int | None
+) -> ModelConfig:
+    """The layouts saisa and llava."""
+    _expect(raw, "mm_projector_type", "mlp2x_gelu", directory)
+    folder = vision_directory(directory, vision)
+    mode = "pad" if raw.get("image_aspect_ratio") == "pad" else "square"  # LLaVA's default is CLIP's centre crop
+    select = raw.get("mm_vision_select_layer", select_layer)
+    tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
+    if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
+        _expect(raw, "mm_vision_select_feature", "patch", directory)
+    width = raw.get("mm_hidden_size", tower.embed_dim)
+    if width != tower.embed_dim:
+        raise ConvertError(f"{directory}: mm_hidden_size={width}, but the tower in {folder} is {tower.embed_dim} wide")
+    alignment, sharing = ("saisa", "per_layer") if layout == "saisa" else ("llava", "shared")
+    return decoder_config_from_hf(raw, directory, alignment=alignment, sharing=sharing, vision=tower)
+
+
+def _expect(raw: Mapping[str, Any], field: str, value: str, directory: Path) -> None:
+    if raw.get(field, value) != value:
+        raise ConvertError(f"{directory / CONFIG}: {field}={raw[field]!r} is not supported, only {value!r}")
+
+
+def vision_directory(directory: str | Path, vision: str | Path | None = None) -> Path:
+    """Where the tower of an original LLaVA or SAISA checkpoint lies: `vision`, or a folder inside `directory`."""
+    if vision is not None:
+        return Path(vision)
+    directory = Path(directory)
+    name = read_json(directory / CONFIG).get("mm_vision_tower", "")
+    folder = directory / name
+    if name and folder.is_dir() and folder.resolve().is_relative_to(directory.resolve()):
+        return folder
+    raise ConvertError(f"{directory} names its vision tower {name!r}; give the directory that holds it as vision=")
+
+
+# --- ours -> theirs ---------------------------------------------------------------------------------------------------
+
+
+def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of the decoder alone.
+
+    Raises:
+      ConvertError: a decoder that no family's config.json describes.
+    """
+    family = decoder_family(config)
+    try:
+        fields = family.config_to_hf(config)
+    except ConfigError as error:
+        raise ConvertError(str(error)) from error
+    return {"architectures": [family.architecture], "model_type": family.model_type, **fields}
+
+
+def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
+    """The config.json of the encoder alone, whole: with the layers that are not used here, if the files hold them.
+
+    Raises:
+      ConvertError: an encoder that its family's config.json does not describe.
+    """
+    family = encoder_family(config)
+    try:
+        fields = family.config_to_hf(config)
+    except ConfigError as error:
+        raise ConvertError(str(error)) from error
+    return {"architectures": [family.architecture], "model_type": family.model_type, **fields}
+
+
+def preprocessor_to_hf(config: VisionConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of the encoder: how pictures become pixels."""
+    size = config.image_size
+    square = config.image_mode != "resize"
+    raw: dict[str, Any] = {
+        "image_processor_type": encoder_family(config).image_processor,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if square else {"height": size, "width": size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+    if square:
+        raw |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+    return raw
+
+
+def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_token: int | None) -> dict[str, Any]:
+    """The config.json of a whole model that `layouts.check_says` has let through.
+
+    Args:
+      layout: saisa, llava or llava-hf.
+      tower: where the original code finds the vision tower (saisa and llava).
+      image_token: the id that stands for an image (llava-hf).
+
+    Raises:
+      ConvertError: a model that the layout cannot describe.
+    """
+    text, vision = decoder_to_hf(config), config.vision
+    if layout == "llava-hf":
+        if image_token is None:
+            raise ConvertError(
+                "the layout llava-hf wants a token that stands for an image, and the tokenizer has no <image> and the "
+                "vocabulary no room for one: add it before training, or use the layout llava"
+            )
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": text,
+            "vision_config": vision_to_hf(vision),
+            "image_token_index": image_token,
+            "image_seq_length": vision.num_patches,
+            "vision_feature_layer": vision.select_layer,
+            "vision_feature_select_strategy": "default" if vision.class_token else "full",
+            "projector_hidden_act": "gelu",
+            "tie_word_embeddings": config.tie_embeddings,
+        }
+    model_type, architecture = decoder_family(config).llava
+    return text | {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "mm_vision_tower": tower,
+        "mm_hidden_size": vision.embed_dim,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": vision.select_layer,
+        "mm_vision_select_feature": "patch" if vision.class_token else "cls_patch",  # cls_patch: all tokens
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad" if vision.image_mode == "pad" else "square",
+        "tokenizer_model_max_length": config.max_length,
+        "tokenizer_padding_side": "right",
+        "use_mm_proj": True,
+    }
