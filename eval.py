@@ -1,6 +1,7 @@
 """Evaluates a finished run, or asks its model a question.
 
 python eval.py --workdir=runs/demo
+python eval.py --workdir=runs/mine --tasks=source --data=test.json --images=pictures
 python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
 """
 
@@ -13,11 +14,13 @@ from saisa_jax.cli.process import quiet_libraries
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its last finished stage is evaluated.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A finished model, instead of --workdir.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the results go: --workdir, or CHECKPOINT-evaluation.")
-_TASK = flags.DEFINE_string("task", None, "The benchmark; this and the next three are as the run's config says.")
+_TASKS = flags.DEFINE_list("tasks", [], "Benchmarks; these and the next three are as the run's config says.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many questions.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Questions answered at once.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "The most tokens of an answer.", lower_bound=1)
 _QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Answers with 8-bit weights (needs qwix).")
+_DATA = flags.DEFINE_string("data", "", "Where a task's questions lie: a file or a folder.")
+_IMAGES = flags.DEFINE_string("images", "", "What the names of pictures in --data lead into: a folder, .zip or .tar.")
 _QUESTION = flags.DEFINE_string("question", None, "Asks this instead of a benchmark's questions.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "An image of --question; may be repeated.")
 
@@ -29,6 +32,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("name either --workdir=RUN or --checkpoint=MODEL")
     if _IMAGE.value and not _QUESTION.value:
         raise app.UsageError("--image needs --question")
+    if _QUESTION.value and (_TASKS.value or _DATA.value or _IMAGES.value):
+        raise app.UsageError("--question is asked instead of a benchmark: leave out --tasks, --data and --images")
     from saisa_jax.errors import UserError
     from saisa_jax.evaluation import command, runner  # imports jax, which --help does not need
 
@@ -43,7 +48,9 @@ def main(argv: list[str]) -> None:
             command.run(
                 checkpoint,
                 output,
-                task=_TASK.value,
+                tasks=_TASKS.value,
+                data=_DATA.value,
+                images=_IMAGES.value,
                 limit=_LIMIT.value,
                 batch_size=_BATCH_SIZE.value,
                 max_new_tokens=_MAX_NEW_TOKENS.value,

@@ -100,6 +100,6 @@ def get_config(variant: str = "saisa") -> ConfigDict:
             groups=TRAIN_ALL,
         ),
         training=TrainingConfig(log_every=20, eval_every=100, eval_batches=4, checkpoint_every=300),
-        evaluation=EvaluationConfig(batch_size=256, max_new_tokens=4),
+        evaluation=EvaluationConfig(tasks=("easy_vqa",), batch_size=256, max_new_tokens=4),
     )
     return to_config_dict(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ from saisa_jax.convert.configs import decoder_to_hf
 from saisa_jax.convert.families import DECODERS
 from saisa_jax.convert.families import ENCODERS as FAMILIES
 from saisa_jax.convert.layouts import decoder_family, layout_for
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.text.conversation import encode
 from saisa_jax.data.text.templates import TEMPLATES
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
 from saisa_jax.models.attention import KERNELS
 from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.projectors import PROJECTORS
@@ -41,7 +43,7 @@ EXAMPLES = dict(re.findall(r"^## (.*?)\n(?:(?!^## ).)*?^```python\n(.*?)^```", P
 
 @pytest.fixture(autouse=True)
 def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for registry in (PROJECTORS, ENCODERS, SOURCES, FAMILIES, DECODERS):
+    for registry in (PROJECTORS, ENCODERS, SOURCES, TASKS, FAMILIES, DECODERS):
         monkeypatch.setattr(registry, "_entries", dict(registry))
     tables = [(table, dict(table)) for table in (TEMPLATES, ATTENTION_IMPLS, KERNELS)]
     yield
@@ -117,13 +119,24 @@ def test_data_source(run: Run, tmp_path: Path) -> None:
     source = SourceConfig("words", path=str(tmp_path / "words.txt"))
     finetune = dataclasses.replace(config.finetune, sources=(source,), validation=())
     data = dataclasses.replace(config.data, turns_per_sample=None)
-    iterator = train_iterator(
+    iterator = StageData(
         dataclasses.replace(config, finetune=finetune, data=data), "finetune", load_tokenizer("easy_vqa")
-    )
+    ).batches()
     batch = next(iterator)
     iterator.close()
     assert {name.split("/")[0] for row in batch.sample_ids for name in row} == {"words"}
     assert batch.batch["loss_weights"].any()
+
+
+def test_benchmark(run: Run, tmp_path: Path) -> None:
+    run("A benchmark")
+    row = {"id": "1", "image": "a.png", "question": "is it red?", "answers": ["yes", "yeah"], "kind": "color"}
+    (tmp_path / "questions.json").write_text(json.dumps([row]))
+    task = TASKS["pictures"]
+    (item,) = task.items(TaskData(str(tmp_path / "questions.json"), "folder"))
+    assert isinstance(item, Item) and task.score("Yeah.", item) == 1 and task.score("no", item) == 0
+    scored = [{"image": image, "score": score} for image, score in (("a", 1.0), ("a", 0.0), ("b", 1.0))]
+    assert task.metrics(scored) == {"pictures": 0.5}
 
 
 def test_prompt_template(run: Run) -> None:

@@ -85,6 +85,11 @@ def save_model(
         raise CheckpointError(f"the model was not saved in {final}: {storage.first_line(error)}") from error
 
 
+def local_model(workdir: str | os.PathLike[str], stage: str) -> epath.Path:
+    """Where a stage of a run leaves its finished model."""
+    return epath.Path(workdir) / stage / "model"
+
+
 def load_model(
     directory: str | os.PathLike[str],
     *,

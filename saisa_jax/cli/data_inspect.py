@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from saisa_jax.batch import Batch, HostBatch
 from saisa_jax.cli.flags import read_config
 from saisa_jax.config import STAGES, Config, ConfigError
-from saisa_jax.data.pipeline import eval_batches, train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
@@ -74,13 +74,14 @@ def first_batch(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, 
       DataError: a source or a sample that cannot be used, or an empty split.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0, prefetch=1))  # same rows
+    data = StageData(config, stage, tokenizer)
     if split == "train":
-        batches = train_iterator(config, stage, tokenizer)
+        batches = data.batches()
         try:
             return next(batches)
         finally:
             batches.close()
-    held_out = eval_batches(config, stage, tokenizer, 1)
+    held_out = data.held_out(1)
     if not held_out:
         raise DataError(f"{stage}.validation holds no samples")
     return held_out[0]

@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from saisa_jax.config.checks import ConfigError, check
 from saisa_jax.config.run import Config
+from saisa_jax.config.training import STAGES
 
 T = TypeVar("T")
 
@@ -82,11 +83,22 @@ def from_saved(raw: Mapping[str, Any]) -> Config:
 
 def upgrade_saved(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with the fields that it was written without, where a default would say something else."""
+    raw = dict(raw)
+    evaluation = raw.get("evaluation")
+    if isinstance(evaluation, Mapping) and "task" in evaluation:  # it said easy_vqa, whatever a run was trained on
+        kept = {name: value for name, value in evaluation.items() if name != "task"}
+        raw["evaluation"] = {"tasks": (evaluation["task"],) if _reads(raw, evaluation["task"]) else (), **kept}
     model = raw.get("model")
     vision = model.get("vision") if isinstance(model, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(vision, Mapping) or "family" in vision:
-        return dict(raw)
-    return {**raw, "model": {**model, "vision": {**vision, "family": _family_by_switches(vision)}}}
+    if isinstance(model, Mapping) and isinstance(vision, Mapping) and "family" not in vision:
+        raw["model"] = {**model, "vision": {**vision, "family": _family_by_switches(vision)}}
+    return raw
+
+
+def _reads(raw: Mapping[str, Any], source_format: str) -> bool:
+    """Whether a stage of a saved configuration is trained on a source of that format."""
+    stages = [raw[name] for name in STAGES if isinstance(raw.get(name), Mapping)]
+    return any(source.get("format") == source_format for stage in stages for source in stage.get("sources", ()))
 
 
 def _family_by_switches(vision: Mapping[str, Any]) -> str:

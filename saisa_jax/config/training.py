@@ -168,7 +168,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    task: str = "easy_vqa"
+    tasks: tuple[str, ...] = ()  # benchmarks of `eval.py` without --tasks, by the names of `evaluation/tasks/`
     batch_size: int = 64
     max_new_tokens: int = 16
     limit: int | None = None  # evaluate the first so many questions only

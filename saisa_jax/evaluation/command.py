@@ -12,8 +12,10 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES, ConfigError
-from saisa_jax.evaluation import runner, tasks
+from saisa_jax.evaluation import runner
+from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.inference.model import load
 
 
@@ -34,33 +36,52 @@ def run(
     checkpoint: str,
     output: str,
     *,
-    task: str | None = None,
+    tasks: Sequence[str] = (),
+    data: str = "",
+    images: str = "",
     limit: int | None = None,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     quantize: str | None = None,
 ) -> None:
-    """Evaluates a model and prints its table. What is None is as the model's configuration says.
+    """Evaluates a model and prints a table for each task. What is empty or None is as the model's configuration says.
 
     Raises:
-      ConfigError, CheckpointError, DataError: nothing can be evaluated; the message names the flag that mends it.
+      UserError: nothing can be evaluated; the message names the flag that mends it.
       runner.Interrupted: Ctrl-C, while questions are answered.
     """
-    benchmark = tasks.get(task) if task else None  # a typo is answered before anything is loaded
+    for name in tasks:
+        _ = TASKS[name]  # a typo is answered before anything is loaded
+    if images and not data:
+        raise ConfigError(f"--images={images} needs --data=FILE, whose pictures it holds")
     console = Console()
     console.print(f"Evaluating {checkpoint}", highlight=False, soft_wrap=True)
     model = load(checkpoint, quantize=quantize)
     defaults = model.config.evaluation
+    tasks = tuple(dict.fromkeys(tasks or defaults.tasks))
+    if not tasks:
+        raise ConfigError(
+            f"the recipe names no benchmark (evaluation.tasks): choose with --tasks=NAME,NAME from {', '.join(TASKS)}"
+        )
     settings = runner.Settings(
         batch_size=defaults.batch_size if batch_size is None else batch_size,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
         limit=defaults.limit if limit is None else limit,
         quantize=quantize,
+        data=data,
+        images=images,
     )
-    benchmark = benchmark or tasks.get(defaults.task)
-    record = runner.evaluate(model, benchmark, settings, epath.Path(output), checkpoint)
-    console.print(table(record))
-    console.print(f"predictions.jsonl and evaluation.json are in {output}", highlight=False, soft_wrap=True)
+    for name in tasks:
+        record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
+        console.print(table(record))
+        if record["failed"]:
+            some = ", ".join(list(record["failed"])[:3])
+            console.print(
+                f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
+                highlight=False,
+            )
+    files = " and ".join(f"{name}.json" for name in tasks)
+    console.print(f"{files} with the answers (.jsonl) are in {output}/evaluation", highlight=False, soft_wrap=True)
 
 
 def model_of(workdir: str) -> str:
@@ -70,7 +91,7 @@ def model_of(workdir: str) -> str:
       ConfigError: no stage of it is finished.
     """
     for stage in reversed(STAGES):
-        directory = epath.Path(workdir) / stage / "model"
+        directory = local_model(workdir, stage)
         if directory.exists():
             return str(directory)
     raise ConfigError(
@@ -80,19 +101,21 @@ def model_of(workdir: str) -> str:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """The accuracies of an `evaluation.json`, beside those of a guess without a look."""
+    """The accuracies of a `TASK.json`, beside those of an answer without the image."""
     limited = "" if record["complete"] else f", the first {record['n']} questions"
     shown = Table(title=f"{record['model']['name']} on {record['task']}{limited}", title_justify="left")
-    for name in ("", "accuracy", "95% interval", "questions", "without a look"):
+    for name in ("", record["metric"], "95% interval", "questions", "without image"):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
-    majority = record["majority"]
+    baseline = record["baseline"]
     rows = [("overall", record["overall"]), *record["groups"].items()]
     for name, part in rows:
-        guess = f"{majority[name]:.1%}" if name in majority else ""
+        guess = f"{baseline[name]:.1%}" if name in baseline else ""
         shown.add_row(name.replace("_", "/"), *_cells(part), guess)
-    shown.add_section()
-    for kind, part in record["kinds"].items():
-        shown.add_row(kind, *_cells(part), "")
+    for section in (record["kinds"], record["metrics"]):
+        if section:
+            shown.add_section()
+        for name, part in section.items():
+            shown.add_row(name, *(_cells(part) if isinstance(part, dict) else (f"{part:.4g}", "", "")), "")
     return shown
 
 

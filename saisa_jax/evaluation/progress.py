@@ -18,16 +18,20 @@ class Progress:
     Args:
       name: of what is evaluated.
       total: questions.
+      before: (questions, sum of their scores) that an earlier start has answered; they say nothing about the time left.
     """
 
-    def __init__(self, name: str, total: int, console: Console | None = None):
+    def __init__(
+        self, name: str, total: int, console: Console | None = None, before: tuple[int, float] = (0, 0.0)
+    ) -> None:
         self.name, self.total = name, total
-        self._done = self._right = 0
+        self._before, self._scores = before
+        self._done = self._before
         self._console = console or Console()
         self._started = self._last_line = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=self._console) if self._console.is_terminal else None
-        self._row = self._bar.add_task(name, total=total) if self._bar else None
+        self._row = self._bar.add_task(name, total=total, completed=self._before) if self._bar else None
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -40,10 +44,16 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, questions: int, right: int) -> None:
-        """So many questions more were answered, so many of them rightly."""
-        self._done, self._right = self._done + questions, self._right + right
-        share = f"{self.name}: {self._right / self._done:.1%} right"
+    @property
+    def seconds_left(self) -> float:
+        """At the rate of this start."""
+        answered = max(1, self._done - self._before)
+        return (time.monotonic() - self._started) / answered * (self.total - self._done)
+
+    def update(self, questions: int, score: float) -> None:
+        """So many questions more were answered, with that sum of scores."""
+        self._done, self._scores = self._done + questions, self._scores + score
+        share = f"{self.name}: {self._scores / self._done:.1%} right"
         if self._bar and self._row is not None:
             self._bar.update(self._row, completed=self._done, description=share)
             return
@@ -51,5 +61,5 @@ class Progress:
         if now - self._last_line < SECONDS_BETWEEN_LINES and self._done < self.total:
             return
         self._last_line = now
-        left = (now - self._started) / self._done * (self.total - self._done)
-        self._console.print(f"{share}, {self._done} of {self.total} questions, {left:.0f} s left", highlight=False)
+        line = f"{share}, {self._done} of {self.total} questions, {self.seconds_left:.0f} s left"
+        self._console.print(line, highlight=False)

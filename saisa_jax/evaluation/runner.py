@@ -1,11 +1,13 @@
 """Runs a benchmark on a finished model: every question by free generation, scored, written down.
 
-    OUTPUT/predictions.jsonl            one question a line, in the benchmark's order
-    OUTPUT/evaluation.json              the accuracies, with intervals, and what an answer costs
-    OUTPUT/predictions.partial.jsonl    while it runs, and after a run that was stopped: a line that says what is
-                                        answered with what, and the answers so far, in any order
+    OUTPUT/evaluation/TASK.jsonl            one question a line, in the benchmark's order
+    OUTPUT/evaluation/TASK.json             the accuracies, with intervals, and what an answer costs
+    OUTPUT/evaluation/TASK.partial.jsonl    while it runs, and after a run that was stopped: a line that says what is
+                                            answered with what, and the answers so far, in any order
 
-Both files appear when all is answered, `evaluation.json` last; it is never there without the predictions it is of.
+The first two appear when all is answered, `TASK.json` last; it is never there without the predictions it is of. A
+question that is too long, or whose picture cannot be read, is a line with an `error` and without a score; such are
+counted, and no accuracy is of them.
 Stopped or killed, the same evaluation goes on: batches that were answered are not answered again, and the others are
 the same batches, so that the answers are those of an undisturbed one.
 """
@@ -13,7 +15,9 @@ the same batches, so that the answers are those of an undisturbed one.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -22,6 +26,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,11 +38,11 @@ import saisa_jax
 from saisa_jax import flops
 from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
-from saisa_jax.data.sample import USER, Turn
+from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
-from saisa_jax.evaluation.tasks import Item, Task
-from saisa_jax.inference.model import VisionLanguageModel
+from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
+from saisa_jax.inference.model import Conversation, VisionLanguageModel
 
 INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
 
@@ -50,12 +56,16 @@ class Settings:
       max_new_tokens: of an answer.
       limit: only the first so many questions; None: all.
       quantize: how the weights were rounded; for the record.
+      data: a file or folder that holds the questions; "": the task's own, or what the recipe names.
+      images: what the names of its pictures lead into; "": beside it.
     """
 
     batch_size: int = 64
     max_new_tokens: int = 16
     limit: int | None = None
     quantize: str | None = None
+    data: str = ""
+    images: str = ""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -63,6 +73,8 @@ class Settings:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit={self.limit} must be at least 1; leave it out for all questions")
+        if self.images and not self.data:
+            raise ConfigError(f"--images={self.images} needs --data=FILE, whose pictures it holds")
 
 
 class Interrupted(RuntimeError):
@@ -70,58 +82,100 @@ class Interrupted(RuntimeError):
 
 
 def evaluate(
-    model: VisionLanguageModel, task: Task, settings: Settings, output: epath.Path, checkpoint: str
+    model: VisionLanguageModel, name: str, settings: Settings, output: epath.Path, checkpoint: str
 ) -> dict[str, Any]:
-    """Answers a benchmark's questions and writes `predictions.jsonl` and `evaluation.json` into `output`.
+    """Answers a benchmark's questions and writes `NAME.jsonl` and `NAME.json` into `output/evaluation`.
 
     Args:
       model: the model.
-      task: the benchmark.
-      settings: batch size and limits.
+      name: of a registered task.
+      settings: batch size, limits, where the data lie.
       output: a directory; made if it is not there. A former evaluation in it is replaced when this one is complete.
       checkpoint: where the model lies; goes into the record.
 
     Returns:
-      what is in `evaluation.json`.
+      what is in `NAME.json`.
 
     Raises:
+      UnknownNameError, ConfigError: no such task, or one that has nothing to ask.
+      DataError: data that cannot be read, or pictures that are not there; the message names the flag that mends it.
       Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run goes on.
     """
-    items = task.items()[: settings.limit]
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / "predictions.partial.jsonl"
+    task = TASKS[name]
+    items = _items(model, name, task, settings)
     started = time.monotonic()
-    header = {"of": _identity(model, task, settings)}
+    folder = output / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{name}.partial.jsonl"
+    header = {"of": _identity(model, name, items, settings)}
     rows = _answered_before(partial, header)
     try:
         with partial.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in (header, *rows.values()))
-            for batch in _answers(model, task, items, settings, rows.copy()):
+            for batch in _answers(model, name, task, items, settings, rows.copy()):
                 rows |= {row["id"]: row for row in batch}
                 file.writelines(json.dumps(row) + "\n" for row in batch)
                 file.flush()
     except KeyboardInterrupt as error:
         raise Interrupted(
-            f"stopped after {len(rows)} of {len(items)} questions. The answers so far are in {partial}; "
+            f"stopped after {len(rows)} of {len(items)} questions of {name}. The answers so far are in {partial}; "
             "the same command goes on"
         ) from error
     predictions = [rows[item.id] for item in items]
-    record = _summary(task, predictions)
+    record = _summary(name, task, predictions)
     record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
     record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
     record |= _origin(model, checkpoint)
-    _commit(output, predictions, record)
+    _commit(folder, name, predictions, record)
     partial.unlink()
     return record
 
 
-def _identity(model: VisionLanguageModel, task: Task, settings: Settings) -> dict[str, Any]:
+# --- the questions ---------------------------------------------------------------------------------------------------
+
+
+def _items(model: VisionLanguageModel, name: str, task: Task, settings: Settings) -> list[Item]:
+    """The questions to ask; DataError if some cannot be, because they or their pictures are not there."""
+    data = TaskData(settings.data, settings.images, model.stage_config.validation, model.stage)
+    found = list(islice(task.items(data), settings.limit))
+    items = [item for item in found if isinstance(item, Item)]
+    reasons = [(item.sample_id, item.reason) for item in found if isinstance(item, DataError)]
+    for item in items:
+        paths = [os.fspath(image) for image in item.images if isinstance(image, str | os.PathLike)]
+        reasons += [(item.id, f"there is no image {path}") for path in paths if not Path(path).exists()][:1]
+    if reasons:
+        raise DataError(
+            f"{len(reasons)} of {len(found)} questions of {name} cannot be asked: {_some(reasons)}. "
+            "--data=FILE with --images=FOLDER says where questions and pictures lie"
+        )
+    if not items:
+        raise DataError(f"{name} has no questions{f' in --data={settings.data}' if settings.data else ''}")
+    if len({item.id for item in items}) < len(items):
+        raise DataError(f"{name} has two questions of one id: {_repeated(items)!r}")
+    return items
+
+
+def _some(reasons: Sequence[tuple[str, str]], count: int = 3) -> str:
+    """A few ids with their reasons, and how many more there are."""
+    shown = [f"{name} ({reason[:200]})" if name else reason[:200] for name, reason in reasons[:count]]
+    more = len(reasons) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _repeated(items: Sequence[Item]) -> str:
+    seen: set[str] = set()
+    return next(item.id for item in items if item.id in seen or seen.add(item.id))
+
+
+def _identity(model: VisionLanguageModel, name: str, items: Sequence[Item], settings: Settings) -> dict[str, Any]:
     """What all answers of one evaluation have in common."""
     identity = {"config": to_dict(model.config), "stage": model.stage, "params": checksums(model.params)}
+    asked = [(item.id, item.question, item.answers, [image_name(image) for image in item.images]) for item in items]
     return {
-        "task": task.name,
+        "task": name,
         "settings": dataclasses.asdict(settings),
         "model": zlib.crc32(json.dumps(identity, sort_keys=True).encode()),
+        "questions": zlib.crc32(json.dumps(asked).encode()),
         "version": saisa_jax.__version__,
     }
 
@@ -132,15 +186,19 @@ def _answered_before(partial: epath.Path, header: dict[str, Any]) -> dict[str, d
         return {}
     first, *lines = partial.read_text().splitlines(keepends=True) or [""]
     if first.rstrip() != json.dumps(header):
-        logging.warning("%s is of another model or other settings, and is written anew", partial)
+        logging.warning("%s is of another model, other questions or other settings, and is written anew", partial)
         return {}
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
     logging.warning("%d questions were answered before; the evaluation goes on", len(rows))
     return {row["id"]: row for row in rows}
 
 
+# --- the answers -----------------------------------------------------------------------------------------------------
+
+
 def _answers(
     model: VisionLanguageModel,
+    name: str,
     task: Task,
     items: Sequence[Item],
     settings: Settings,
@@ -148,100 +206,136 @@ def _answers(
 ) -> Iterator[list[dict[str, Any]]]:
     """Predictions of a batch after the other, shortest prompts first: a batch is compiled for a bucket of lengths, so
     there are few kinds. A batch that was answered `before` as a whole is left out."""
-    different = {_key(item): item for item in items}
-    prompts = {key: _prompt(model, item) for key, item in different.items()}
-    order = sorted(items, key=lambda item: len(prompts[_key(item)]))
-    size = min(settings.batch_size, len(order))
-    with Progress(task.name, len(order)) as progress:
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            if all(item.id in before for item in batch):
-                progress.update(len(batch), sum(before[item.id]["correct"] for item in batch))
-                continue
+    prompts: dict[Any, Any] = {}  # token ids, or a DataError
+    for item in items:
+        if _key(item) not in prompts:
+            prompts[_key(item)] = _prompt(model, item)
+    unasked = [item for item in items if isinstance(prompts[_key(item)], DataError)]
+    if unasked:
+        yield [_prediction(model, task, item, prompts[_key(item)], ()) for item in unasked]
+    length = lambda item: len(prompts[_key(item)])  # noqa: E731
+    order = sorted((item for item in items if not isinstance(prompts[_key(item)], DataError)), key=length)
+    size = min(settings.batch_size, len(order)) or 1
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    left = [batch for batch in batches if not all(item.id in before for item in batch)]
+    done = [before[item.id] for batch in batches for item in batch if all(other.id in before for other in batch)]
+    with Progress(name, len(order), before=(len(done), _sum(done))) as progress:
+        for batch in left:
             # The last batch is filled up, so that it needs no program of its own.
             filled = [*batch, *batch[-1:] * (size - len(batch))]
-            outputs = model.generate(
-                [item.question for item in filled], [list(item.images) for item in filled], settings.max_new_tokens
-            )
+            outputs = model.answer([_conversation(item) for item in filled], settings.max_new_tokens, on_error="return")
             rows = [
                 _prediction(model, task, item, output, prompts[_key(item)])
                 for item, output in zip(batch, outputs, strict=False)
             ]
             yield rows
-            progress.update(len(batch), sum(row["correct"] for row in rows))
+            progress.update(len(batch), _sum(rows))
 
 
-def _prediction(
-    model: VisionLanguageModel, task: Task, item: Item, output: str, prompt: Sequence[int]
-) -> dict[str, Any]:
-    return {
+def _sum(rows: Sequence[dict[str, Any]]) -> float:
+    return sum(row["score"] or 0.0 for row in rows)
+
+
+def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any, prompt: Any) -> dict[str, Any]:
+    """The line of a question. `output`: what the model says, or the DataError that says why it was not asked."""
+    images = [image_name(image) for image in item.images]
+    row = {
         "id": item.id,
-        "image": item.images[0] if item.images else None,
-        "images": list(item.images),
+        "image": images[0] if images else None,
+        "images": images,
         "question": item.question,
         "prompt": model.tokenizer.decode(list(prompt), skip_special_tokens=False),
         "prompt_tokens": len(prompt),
-        "output": output,
-        "answer": metrics.normalise(output),
-        "truth": item.truth,
-        "correct": task.score(output, item.truth),
+        "answers": list(item.answers),
         "kind": item.kind,
-    }
+    } | ({"extra": dict(item.extra)} if item.extra else {})
+    if isinstance(output, DataError):
+        return row | {"output": None, "prediction": None, "score": None, "error": output.reason}
+    score = float(task.score(output, item))
+    if not 0 <= score <= 1:
+        raise ValueError(f"the score of {item.id} is {score}, not from 0 to 1")
+    return row | {"output": output, "prediction": task.parse(output, item), "score": score}
 
 
-def _key(item: Item) -> tuple[str, int]:
+def image_name(image: ImageSource) -> str:
+    """Where an image lies; of one that is given as bytes, a name by content."""
+    if isinstance(image, bytes):
+        return f"bytes:{hashlib.blake2b(image, digest_size=16).hexdigest()}"
+    return image.name if isinstance(image, StoredImage) else os.fspath(image)
+
+
+def _key(item: Item) -> tuple[Any, ...]:
     """What an item's prompt depends on."""
-    return item.question, len(item.images)
+    return item.question, len(item.images), item.before, item.system
 
 
-def _prompt(model: VisionLanguageModel, item: Item) -> list[int]:
-    """The text tokens of an item's prompt."""
-    return model.prompt((Turn(USER, item.question),), len(item.images), name=item.id).tokens.tolist()
+def _conversation(item: Item) -> Conversation:
+    return Conversation((*item.before, Turn(USER, item.question)), item.images, item.system, item.id)
+
+
+def _prompt(model: VisionLanguageModel, item: Item) -> list[int] | DataError:
+    """The text tokens of an item's prompt, or why it has none."""
+    turns = _conversation(item).turns
+    try:
+        return model.prompt(turns, len(item.images), name=item.id, system=item.system).tokens.tolist()
+    except DataError as error:
+        return error
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def _summary(task: Task, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies in 0..1: overall, of the task's groups, of every kind; and of a guess without a look."""
+def _summary(name: str, task: Task, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies in 0..1, the means of scores: overall, of the task's groups, of every kind; and of an answer without
+    the image."""
+    scored = [row for row in predictions if row["score"] is not None]
+    failed = {row["id"]: row["error"] for row in predictions if row["score"] is None}
+    if not scored:
+        raise DataError(f"none of the {len(failed)} questions of {name} could be asked: {_some(list(failed.items()))}")
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in predictions:
-        kinds[row["kind"]].append(row)
-    overall = _accuracy(predictions)
+    for row in scored:
+        if row["kind"]:
+            kinds[row["kind"]].append(row)
+    overall = _accuracy(scored)
     groups = {
-        name: _accuracy(rows)
-        for name, belongs in task.groups.items()
-        if (rows := [row for row in predictions if belongs(row["kind"])])
+        group: _accuracy(rows)
+        for group, belongs in task.groups.items()
+        if (rows := [row for row in scored if belongs(row["kind"])])
     }
     return {
-        "task": task.name,
+        "task": name,
         "title": task.title,
-        "n": len(predictions),
+        "metric": task.metric,
+        "n": len(scored),
+        "failed": failed,
         "accuracy": overall["accuracy"],
         "interval": overall["interval"],
         **{name: group["accuracy"] for name, group in groups.items()},
+        "metrics": dict(task.metrics(scored)),
         "overall": overall,
         "groups": groups,
         "kinds": {kind: _accuracy(rows) for kind, rows in sorted(kinds.items())},
         "interval_method": INTERVAL,
-        "majority": task.baseline(),
+        "baseline": dict(task.baseline()),
     }
 
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    correct = [bool(row["correct"]) for row in rows]
-    images = [tuple(row["images"]) for row in rows]
+    scores = [row["score"] for row in rows]
+    # What shares pictures is right or wrong together; a question of text alone stands for itself.
+    clusters = [tuple(row["images"]) or row["id"] for row in rows]
     return {
-        "accuracy": sum(correct) / len(correct),
-        "n": len(correct),
-        "interval": list(metrics.clustered_interval(correct, images)),
-        "effective_n": metrics.effective_size(correct, images),
-        "interval_if_independent": list(metrics.wilson(sum(correct), len(correct))),
+        "accuracy": sum(scores) / len(scores),
+        "n": len(scores),
+        "interval": list(metrics.clustered_interval(scores, clusters)),
+        "effective_n": metrics.effective_size(scores, clusters),
+        "interval_if_independent": list(metrics.wilson(sum(scores), len(scores))),
     }
 
 
 def _costs(model: VisionLanguageModel, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """FLOPs of reading the mean question. The image slots of a blind run are empty, and computed all the same."""
+    predictions = [row for row in predictions if row["score"] is not None]
     tokens = statistics.fmean(row["prompt_tokens"] for row in predictions)
     images = max(len(row["images"]) for row in predictions)
     flops_of = {
@@ -269,13 +363,13 @@ def _origin(model: VisionLanguageModel, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def _commit(output: epath.Path, predictions: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
+def _commit(folder: epath.Path, name: str, predictions: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
     files = {
-        "predictions.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
-        "evaluation.json": json.dumps(record, indent=2) + "\n",
+        f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
+        f"{name}.json": json.dumps(record, indent=2) + "\n",
     }
-    for name, text in files.items():
-        (output / f"{name}.tmp").write_text(text)
-    (output / "evaluation.json").unlink(missing_ok=True)
-    for name in files:
-        (output / f"{name}.tmp").replace(output / name)
+    for file, text in files.items():
+        (folder / f"{file}.tmp").write_text(text)
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    for file in files:
+        (folder / f"{file}.tmp").replace(folder / file)

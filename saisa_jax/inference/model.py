@@ -22,7 +22,7 @@ from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
-from saisa_jax.inference.generate import Generator, ImageSlots, Sampling, bucket, check_sampling
+from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
 from saisa_jax.inference.quantize import quantize as quantize_params
 from saisa_jax.inference.quantize import variables_of
@@ -31,6 +31,19 @@ from saisa_jax.models.saisa import Saisa, abstract_params
 AnyImage = ImageSource | Image.Image | EncodedImage
 
 IMAGES_AT_ONCE = 16  # so many go through the vision encoder together
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What is asked: turns that end with the user's, their images, and a system prompt of its own (None: the model's).
+
+    `name` is for errors.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[AnyImage, ...] = ()
+    system: str | None = None
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +122,7 @@ class VisionLanguageModel:
           temperature: 0 is greedy.
           top_p: sample among the most likely tokens that hold this much of the probability.
           seed: of the sampling.
-          on_error: "raise": nothing is answered if a question cannot be, and the error names all of these;
+          on_error: "raise": nothing is answered if a question cannot be, and the error names the first ten of these;
             "return": the others are answered, and the error stands in the place of the answer.
 
         Returns:
@@ -118,21 +131,33 @@ class VisionLanguageModel:
         Raises:
           DataError: a question that is empty, too long, or does not fit its images; an image that cannot be read.
         """
+        asked = [
+            Conversation((Turn(USER, question),), tuple(sources), name=f"question {number}")
+            for number, (question, sources) in enumerate(_paired(questions, images))
+        ]
+        return self.answer(asked, max_new_tokens, Sampling(temperature, top_p), seed, on_error)
+
+    def answer(
+        self,
+        conversations: Sequence[Conversation],
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        on_error: str = "raise",
+    ) -> list[Any]:
+        """The next answer in each of several conversations, as one batch. The rest is as in `generate`."""
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r} is neither raise nor return")
-        sampling = Sampling(temperature, top_p)
         check_sampling(sampling)
-        requests = self._requests(questions, [[]] * len(questions) if images is None else images, max_new_tokens)
+        requests = self._requests(conversations, max_new_tokens)
         good = [request for request in requests if isinstance(request, Request)]
         bad = [error for error in requests if isinstance(error, DataError)]
         if bad and on_error == "raise":
-            raise (
-                bad[0]
-                if len(requests) == 1
-                else DataError(
-                    f"{len(bad)} of {len(requests)} questions cannot be answered: {'; '.join(map(str, bad))}"
-                )
-            )
+            if len(requests) == 1:
+                raise bad[0]
+            more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+            some = "; ".join(map(str, bad[:10]))
+            raise DataError(f"{len(bad)} of {len(requests)} questions cannot be answered: {some}{more}")
         answers = iter(self._answers(good, max_new_tokens, sampling, seed) if good else ())
         return [next(answers) if isinstance(request, Request) else request for request in requests]
 
@@ -163,12 +188,24 @@ class VisionLanguageModel:
     # --- from questions to batches ------------------------------------------------------------------------------------
 
     def request(
-        self, turns: Sequence[Turn], images: Sequence[EncodedImage], max_new_tokens: int = 0, name: str = ""
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[EncodedImage],
+        max_new_tokens: int = 0,
+        name: str = "",
+        system: str | None = None,
     ) -> Request:
         """A conversation, ending with the user's turn, as the model reads it. Errors as of `prompt`."""
-        return Request(self.prompt(turns, len(images), max_new_tokens, name), tuple(images))
+        return Request(self.prompt(turns, len(images), max_new_tokens, name, system), tuple(images))
 
-    def prompt(self, turns: Sequence[Turn], num_images: int, max_new_tokens: int = 0, name: str = "") -> Encoded:
+    def prompt(
+        self,
+        turns: Sequence[Turn],
+        num_images: int,
+        max_new_tokens: int = 0,
+        name: str = "",
+        system: str | None = None,
+    ) -> Encoded:
         """The text of a conversation that ends with the user's turn, and the places of its images.
 
         Raises:
@@ -184,7 +221,7 @@ class VisionLanguageModel:
             self.tokenizer,
             self.model_config.vision.num_patches,
             num_images=num_images,
-            system_prompt=self.config.data.system_prompt,
+            system_prompt=self.config.data.system_prompt if system is None else system,
             sample_id=name,
         )
         check_length(encoded, len(encoded.tokens), self.model_config.max_length)
@@ -196,24 +233,15 @@ class VisionLanguageModel:
             )
         return encoded
 
-    def _requests(
-        self, questions: Sequence[str], images: Sequence[Sequence[AnyImage]], max_new_tokens: int
-    ) -> list[Request | DataError]:
-        """One request for each question, or why there is none. All new images are encoded together."""
-        if not questions:
+    def _requests(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Request | DataError]:
+        """One request for each conversation, or why there is none. All new images are encoded together."""
+        if not conversations:
             raise ValueError("no questions")
-        if isinstance(questions, str):
-            raise ValueError("questions is a string; give a list of questions, and a list of images for each")
-        if len(questions) != len(images):
-            raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
-        if any(isinstance(sources, str | bytes | Image.Image | EncodedImage) for sources in images):
-            raise ValueError("images holds a list for each question: [['table.jpg']], not ['table.jpg']")
         requests: list[Request | DataError] = []
-        for number, (question, sources) in enumerate(zip(questions, images, strict=True)):
-            name = f"question {number}"
+        for asked in conversations:
             try:
-                prepared = [self._pixels(source, name) for source in sources]
-                requests.append(self.request((Turn(USER, question),), prepared, max_new_tokens, name))
+                prepared = [self._pixels(image, asked.name) for image in asked.images]
+                requests.append(self.request(asked.turns, prepared, max_new_tokens, asked.name, asked.system))
             except DataError as error:
                 requests.append(error)
         different = {image.key: image for r in requests if isinstance(r, Request) for image in r.images}
@@ -304,6 +332,23 @@ class VisionLanguageModel:
         if self.mesh is None:
             return contextlib.nullcontext()
         return parallel.use(self.mesh, parallel.make_rules(self.model_config, self.mesh))
+
+
+def _paired(
+    questions: Sequence[str], images: Sequence[Sequence[AnyImage]] | None
+) -> list[tuple[str, Sequence[AnyImage]]]:
+    """Each question with its images."""
+    if not questions:
+        raise ValueError("no questions")
+    if isinstance(questions, str):
+        raise ValueError("questions is a string; give a list of questions, and a list of images for each")
+    if images is None:
+        images = [[]] * len(questions)
+    if len(questions) != len(images):
+        raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
+    if any(isinstance(sources, str | bytes | Image.Image | EncodedImage) for sources in images):
+        raise ValueError("images holds a list for each question: [['table.jpg']], not ['table.jpg']")
+    return list(zip(questions, images, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)

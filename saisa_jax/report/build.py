@@ -83,7 +83,8 @@ def _figures(runs: Sequence[Run], shown: Run | None) -> dict[str, bytes]:
             "Decoder and projectors", evaluated, "decoder"
         )
         figures["flops_by_part"] = plots.cost_by_part("Where the FLOPs of a prefill go, by formula", shown)
-        figures["accuracy_by_kind"] = plots.accuracy_by_kind("By kind of question, with 95% intervals", evaluated)
+        if shown.evaluation and shown.evaluation["kinds"]:
+            figures["accuracy_by_kind"] = plots.accuracy_by_kind("By kind of question, with 95% intervals", evaluated)
         of_run = f", {shown.label}" if len(runs) > 1 else ""
         figures["confusion"] = plots.confusion(f"Answers{of_run}", shown.predictions)
     return figures

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Prediction = dict[str, Any]
+
+
+def is_right(row: Mapping[str, Any]) -> bool:
+    """Whether an answer is right, or by a soft score (VQA) more right than wrong."""
+    return row["score"] >= 0.5
 
 
 def choose(predictions: Sequence[Prediction], count: int = 12, wrong: int = 3) -> list[Prediction]:
     """`count` predictions about different images, kinds in turn; `wrong` of them wrong ones, if there are as many."""
     shuffled = sorted(predictions, key=_digest)
     seen: set[str | None] = set()
-    bad = _in_turn([row for row in shuffled if not row["correct"]], wrong, seen)
-    good = _in_turn([row for row in shuffled if row["correct"]], count - len(bad), seen)
-    more = _in_turn([row for row in shuffled if not row["correct"]], count - len(bad) - len(good), seen)
+    bad = _in_turn([row for row in shuffled if not is_right(row)], wrong, seen)
+    good = _in_turn([row for row in shuffled if is_right(row)], count - len(bad), seen)
+    more = _in_turn([row for row in shuffled if not is_right(row)], count - len(bad) - len(good), seen)
     return sorted([*bad, *good, *more], key=_digest)
 
 
@@ -24,7 +29,7 @@ def choose_for_attention(shown: Sequence[Prediction], count: int = 3) -> list[Pr
     """Those of the shown questions whose attention is drawn: of different kinds, right ones first, and yes/no last."""
 
     def rank(row: Prediction) -> tuple[bool, bool]:
-        return not row["correct"], row["truth"] in ("yes", "no")
+        return not is_right(row), row["answers"][0] in ("yes", "no")
 
     ranked = sorted((row for row in shown if row["image"]), key=rank)
     kinds: set[str] = set()

@@ -13,6 +13,7 @@ import saisa_jax
 from saisa_jax.config import Config, to_dict
 from saisa_jax.report import pictures, units
 from saisa_jax.report.attention import Looked
+from saisa_jax.report.examples import is_right
 from saisa_jax.report.plots import COLORS, by_formula
 from saisa_jax.report.runs import NAMES, TITLES, Run
 from saisa_jax.report.style import CSS
@@ -23,7 +24,7 @@ class Card:
     """A test question: the prediction of the run that is shown, its image, and all runs' answers.
 
     Attributes:
-      prediction: a row of predictions.jsonl.
+      prediction: a row of TASK.jsonl.
       image: a PNG file; None if it could not be read.
       answers: (label of the run, its row).
     """
@@ -139,16 +140,18 @@ def _results(content: Content) -> str:
     record = content.shown.evaluation if content.shown else None
     note = ""
     if record:
-        majority = record["majority"]
-        guesses = [majority.get(name) for name in ("overall", *record["groups"])]
-        cells = "".join(f"<td>{units.percent(guess)}</td>" for guess in guesses)
-        cells += "<td></td>" * (len(columns) - 1 - len(guesses))
-        body += f'<tr class="guess"><th scope="row">most frequent answer, no image</th>{cells}</tr>'
+        baseline = record["baseline"]
+        if baseline:
+            guesses = [baseline.get(name) for name in ("overall", *record["groups"])]
+            cells = "".join(f"<td>{units.percent(guess)}</td>" for guess in guesses)
+            cells += "<td></td>" * (len(columns) - 1 - len(guesses))
+            body += f'<tr class="guess"><th scope="row">most frequent answer, no image</th>{cells}</tr>'
+        further = "".join(f" {name} {value:.4g}." for name, value in record["metrics"].items())
         note = (
-            f'<p class="note">Exact match of freely generated answers to {record["n"]:,} test questions; below each '
-            "accuracy its 95% interval, which allows for questions that share an image. Prefill: reading one question "
-            f"of {record['prompt_tokens']:.0f} text tokens with its image, end to end and for the decoder with its "
-            "projectors alone.</p>"
+            f'<p class="note">{escape(record["metric"].capitalize())} of freely generated answers to '
+            f"{record['n']:,} test questions; below each accuracy its 95% interval, which allows for questions that "
+            f"share an image.{escape(further)} Prefill: reading one question of {record['prompt_tokens']:.0f} text "
+            "tokens with its image, end to end and for the decoder with its projectors alone.</p>"
         )
     return (
         f'{numbers}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}'
@@ -163,7 +166,7 @@ def _numbers(content: Content) -> str:
         return ""
     boxes = [(units.percent(record["accuracy"]), "right in all", f"of {record['n']:,} test questions")]
     for name, part in record["groups"].items():
-        guess = record["majority"].get(name)
+        guess = record["baseline"].get(name)
         small = f"{units.percent(guess)} without the image" if guess is not None else f"{part['n']:,} questions"
         boxes.append((units.percent(part["accuracy"]), f"{name.replace('_', '/')} questions", small))
     costs = by_formula(run, "decoder")
@@ -225,7 +228,7 @@ def _curves(content: Content) -> str:
 
 
 def _mistakes(content: Content) -> str:
-    if "accuracy_by_kind" not in content.figures:
+    if "confusion" not in content.figures:
         return ""
     return f"<h2>Right and wrong</h2>\n{_figures(content, 'accuracy_by_kind', 'confusion')}"
 
@@ -234,7 +237,7 @@ def _examples(content: Content) -> str:
     if not content.examples or content.shown is None or content.shown.evaluation is None:
         return ""
     count, share = len(content.examples), content.shown.evaluation["accuracy"]
-    wrong = sum(not example.prediction["correct"] for example in content.examples)
+    wrong = sum(not is_right(example.prediction) for example in content.examples)
     more = ", more than their share" if wrong / count > 1 - share else ""
     among = f"{wrong} with a wrong answer{more}: {units.percent(share)} of all questions are answered correctly"
     of_run = "" if len(content.runs) == 1 else f" The choice goes by the answers of {content.shown.label}."
@@ -251,12 +254,12 @@ def _card(example: Card) -> str:
     lines = "".join(_answer(label if several else "", answer) for label, answer in example.answers)
     return (
         f'<article class="card">{image}<div><p class="question">{escape(row["question"])}</p>{lines}'
-        f'<div class="truth">truth: {escape(row["truth"])}</div></div></article>'
+        f'<div class="truth">truth: {escape(" | ".join(dict.fromkeys(row["answers"])))}</div></div></article>'
     )
 
 
 def _answer(label: str, row: Mapping[str, Any]) -> str:
-    state, mark = ("right", "✓") if row["correct"] else ("wrong", "✗")
+    state, mark = ("right", "✓") if is_right(row) else ("wrong", "✗")
     small = f"<i>{escape(label)}</i>" if label else f"<i>{state}</i>"
     return f'<div class="answer {state}"><b>{mark} {escape(row["output"] or "(nothing)")}</b> {small}</div>'
 
@@ -273,7 +276,7 @@ def _attention(content: Content) -> str:
             f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
             for picture in looked.pictures
         )
-        state = "right" if row["correct"] else f"wrong, it is {row['truth']}"
+        state = "right" if is_right(row) else f"wrong, it is {row['answers'][0]}"
         parts.append(
             f'<div class="looked"><b>{escape(row["question"])}</b> <span class="note">{escape(row["output"])} '
             f'({escape(state)})</span><div class="tiles">{tiles}</div></div>'

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from saisa_jax import flops
 from saisa_jax.config import ModelConfig, ProjectorConfig
+from saisa_jax.evaluation.metrics import normalise
 from saisa_jax.report import units
 from saisa_jax.report.runs import NAMES, Run, StageRecord
 
@@ -180,8 +181,10 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
             label=f"{run.label}: {accuracy:.1%}",
             zorder=4,
         )
-    guess = first["majority"]["overall"]
-    axes.axhline(guess, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=f"most frequent answer: {guess:.1%}")
+    guess = first["baseline"].get("overall", 1.0)
+    if first["baseline"]:
+        label = f"most frequent answer: {guess:.1%}"
+        axes.axhline(guess, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
     present = {run.model.alignment for _, run in runs}
     for name, cost in costs.items():
         if name not in present:
@@ -290,16 +293,17 @@ def confusion(title: str, predictions: Sequence[dict[str, Any]], most: int = 20)
     """
     kinds: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for row in predictions:
-        kinds[row["truth"]] = min(row["kind"], kinds.get(row["truth"], row["kind"]))
-        counts[row["truth"]] = counts.get(row["truth"], 0) + 1
+    said = [(normalise(row["answers"][0]), row) for row in predictions]
+    for truth, row in said:
+        kinds[truth] = min(row["kind"], kinds.get(truth, row["kind"]))
+        counts[truth] = counts.get(truth, 0) + 1
     frequent = sorted(counts, key=lambda truth: (-counts[truth], truth))[:most]
     truths = sorted(frequent, key=lambda truth: (kinds[truth], truth))
     table = np.zeros((len(truths), len(truths) + 1), int)
-    for row in predictions:
-        if row["truth"] in truths:
-            column = truths.index(row["answer"]) if row["answer"] in truths else len(truths)
-            table[truths.index(row["truth"]), column] += 1
+    for truth, row in said:
+        if truth in truths:
+            column = truths.index(row["prediction"]) if row["prediction"] in truths else len(truths)
+            table[truths.index(truth), column] += 1
     if not table[:, -1].any():
         table = table[:, :-1]
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -310,6 +314,7 @@ def confusion(title: str, predictions: Sequence[dict[str, Any]], most: int = 20)
         if number:
             color = "white" if share[row, column] > 0.4 else INK
             axes.text(column, row, f"{number}", ha="center", va="center", fontsize=7, color=color)
+    truths = [truth if len(truth) <= 24 else f"{truth[:23]}…" for truth in truths]
     columns = [*truths, "else"][: table.shape[1]]
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(truths)), truths, fontsize=8)

@@ -46,8 +46,8 @@ class Run:
       label: its name on the page, unlike those of the other runs.
       config: its configuration; `raw` is the file as it stands.
       stages: those that have begun.
-      evaluation: evaluation.json, or None.
-      predictions: the lines of predictions.jsonl that belong to it.
+      evaluation: evaluation/TASK.json of one benchmark, or None.
+      predictions: the lines of its TASK.jsonl that have a score.
       notices: what is missing, and which command makes it.
     """
 
@@ -97,12 +97,15 @@ class Run:
 
 
 def read_runs(directories: Sequence[str]) -> list[Run]:
-    """Reads runs, and gives those of the same label their directory's name.
+    """Reads runs, with the benchmark of the first that was evaluated; runs of one label get their directory's name.
 
     Raises:
       ReportError: one of them has not begun.
     """
-    runs = [read_run(directory) for directory in directories]
+    runs: list[Run] = []
+    for directory in directories:
+        task = next((run.evaluation["task"] for run in runs if run.evaluation), None)
+        runs.append(read_run(directory, task))
     labels = [run.label for run in runs]
     return [
         replace(run, label=f"{run.label} ({epath.Path(run.directory).name})") if labels.count(run.label) > 1 else run
@@ -110,8 +113,8 @@ def read_runs(directories: Sequence[str]) -> list[Run]:
     ]
 
 
-def read_run(directory: str) -> Run:
-    """Reads one run.
+def read_run(directory: str, task: str | None = None) -> Run:
+    """Reads one run, with its evaluation on `task`; None: on the recipe's first that is there, else on any.
 
     Raises:
       ReportError: no run has begun there, or a file is not what it should be.
@@ -133,8 +136,14 @@ def read_run(directory: str) -> Run:
     if unfinished:
         notices.append(f"{' and '.join(unfinished)} not finished: {make} resumes it")
     evaluation, predictions = None, ()
-    if (where / "evaluation.json").exists() and (where / "predictions.jsonl").exists():
-        evaluation, predictions = _json(where / "evaluation.json"), tuple(_lines(where / "predictions.jsonl"))
+    evaluated = _evaluated(where / "evaluation", config.evaluation.tasks)
+    chosen = task or next(iter(evaluated), None)
+    if chosen in evaluated:
+        path = where / "evaluation" / f"{chosen}.json"
+        evaluation = _json(path)
+        predictions = tuple(row for row in _lines(path.with_suffix(".jsonl")) if row["score"] is not None)
+        if others := [name for name in evaluated if name != chosen]:
+            notices.append(f"shown is {chosen}; also evaluated: {', '.join(others)}")
         if evaluation["stage"] != config.stages[-1]:
             notices.append(
                 f"the evaluation is of the model after {evaluation['stage']}: python eval.py --workdir={directory} "
@@ -142,9 +151,20 @@ def read_run(directory: str) -> Run:
             )
         if not evaluation["complete"]:
             notices.append(f"evaluated on the first {evaluation['n']} questions only (--limit)")
+        if evaluation["failed"]:
+            notices.append(f"{len(evaluation['failed'])} questions could not be asked and count nowhere")
     else:
-        notices.append(f"not evaluated yet: python eval.py --workdir={directory} does it")
+        on = f" on {chosen}" if chosen else ""
+        flag = f" --tasks={chosen or 'NAME'}" if chosen or not config.evaluation.tasks else ""
+        notices.append(f"not evaluated{on} yet: python eval.py --workdir={directory}{flag} does it")
     return Run(directory, _label(config), config, raw, stages, evaluation, predictions, tuple(notices))
+
+
+def _evaluated(folder: epath.Path, first: Sequence[str]) -> list[str]:
+    """Benchmarks whose results are in a folder, those named `first` before others."""
+    there = sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+    there = [name for name in there if (folder / f"{name}.jsonl").exists()]
+    return sorted(there, key=lambda name: first.index(name) if name in first else len(first))
 
 
 def _label(config: Config) -> str:

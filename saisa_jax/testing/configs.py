@@ -86,7 +86,7 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
         training=TrainingConfig(
             log_every=1, eval_every=2, eval_batches=1, eval_samples=1, checkpoint_every=2, tensorboard=False
         ),
-        evaluation=EvaluationConfig(batch_size=8, max_new_tokens=2, limit=8),
+        evaluation=EvaluationConfig(tasks=("easy_vqa",), batch_size=8, max_new_tokens=2, limit=8),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,17 +15,19 @@ from absl import logging
 from etils import epath
 
 from saisa_jax import flops, parallel
-from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
+from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, local_model, save_model
 from saisa_jax.config import Config, ConfigError, to_dict
-from saisa_jax.data.pipeline import TrainIterator, eval_batches, stage_rows, steps_in_stage, train_iterator
+from saisa_jax.data.pipeline import StageData, TrainIterator
+from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.errors import UserError
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.setup import setup_stage
-from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
+from saisa_jax.training.start import check_same_recipe, check_stages, starting_params
 from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
 from saisa_jax.training.telemetry.goodput import Goodput
@@ -55,34 +59,36 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
-        check_stages(config, tokenizer, workdir)
+        data = check_stages(config, tokenizer, workdir)
         for name in config.stages:
-            if model_directory(workdir, name).exists():
-                logging.info("%s is finished: %s", name, model_directory(workdir, name))
+            if local_model(workdir, name).exists():
+                logging.info("%s is finished: %s", name, local_model(workdir, name))
                 continue
             if stop.requested and jax.process_count() == 1:  # several agree on it, after a step
                 return int(signal.Signals[stop.requested])
-            stage = Stage(config, name, workdir, tokenizer)
+            stage = StageTrainer(config, name, workdir, tokenizer, data[name])
             if processes.is_first():
                 new = workdir / ".config.json.new"
                 new.write_text(json.dumps(to_dict(config), indent=2))
                 new.replace(workdir / "config.json")  # whole at any moment: the next start reads it
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
-    logging.info("finished: %s", model_directory(workdir, config.stages[-1]))
+    logging.info("finished: %s", local_model(workdir, config.stages[-1]))
     return 0
 
 
-class Stage:
-    """One stage: everything that stands before its first step."""
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on; the message names the step and its samples."""
 
-    def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
+
+class StageTrainer:
+    """Trains one stage. When it is made, everything is there that stands before the first step."""
+
+    def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any, data: StageData):
         self.clock = Goodput()
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.cache = str(self.directory)  # of the counts of its samples
-        self.rows = stage_rows(config, name, tokenizer, self.cache)
-        self.steps = steps_in_stage(config, name, tokenizer, self.cache)
+        self.data, self.rows, self.steps = data, data.rows, data.steps
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup_stage(
             config, name, self.steps
         )
@@ -95,7 +101,7 @@ class Stage:
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
-        self.journal = Journal(config, name, self.directory, self.rows, self.steps, self.clock)
+        self.journal = Journal(config, name, self.directory, self.steps, self.clock)
         self.evaluation_due = False  # it was put off when a signal came, since it takes its time
         logging.info("%s: %s", name, self.rows.describe(self.steps))
 
@@ -112,9 +118,9 @@ class Stage:
             RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
         ):
             own = parallel.own_rows(self.mesh, self.settings.batch_size)
-            data = train_iterator(self.config, self.name, self.tokenizer, own=own, cache=self.cache)
+            data = self.data.batches(own)
             closing.callback(data.close)
-            with processes.together():
+            with processes.exit_on_lost_process():
                 if checkpointer.latest_step() is None:
                     random = f"random weights (seed {self.config.seed})"
                     logging.info("%s starts from %s", self.name, random if self.source == "random" else self.source)
@@ -167,9 +173,9 @@ class Stage:
         train_step = make_train_step(
             self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
         )
-        held_out, crew, journal = self._held_out(), processes.Crew(self.mesh), self.journal
+        held_out, sync = self._held_out(), processes.ProcessSync(self.mesh)
         with (
-            journal.open(first, self.flops, crew, self.mesh.devices.flatten().tolist()),
+            self.journal.open(first, self.flops, self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
         ):
             clock.started()
@@ -178,21 +184,21 @@ class Stage:
             waiting, step = None, first
             for step in range(first + 1, self.steps + 1):
                 with clock("data"):
-                    host = crew.read(data)
+                    host = sync.read(data)
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
-                told = crew.tell(bool(stop.requested), host.lost, batch_size)
+                sent = sync.send(bool(stop.requested), host.lost, batch_size)
                 profiler.started(step, metrics)
                 if waiting:
-                    journal.log(*waiting)
-                waiting = step, metrics, host.dropped, told
-                stopping, last = crew.stopping, step == self.steps
+                    self._settle(sync, *waiting)
+                waiting = step, metrics, host.dropped, sent
+                stopping, last = sync.stopping, step == self.steps
                 save = stopping or last or step % habits.checkpoint_every == 0
                 evaluate = held_out is not None and (last or step % habits.eval_every == 0)
                 self.evaluation_due = evaluate and stopping
                 if save or evaluate:
-                    journal.log(*waiting)
+                    self._settle(sync, *waiting)
                     waiting = None
                 if held_out and evaluate and not stopping:
                     self._evaluate(held_out, step)
@@ -203,11 +209,61 @@ class Stage:
                             checkpointer.wait()
                 if stopping:
                     break
-            journal.close(step)
-        if crew.stopping:  # after the last step, too: the next start has only to write the model
+            self.journal.close(step)
+        if sync.stopping:  # after the last step, too: the next start has only to write the model
             by = stop.requested or "another process"
             logging.warning("stopped by %s after step %d; the same command goes on", by, step)
-        return not crew.stopping
+        return not sync.stopping
+
+    def _settle(
+        self, sync: processes.ProcessSync, step: int, metrics: Mapping[str, Any], dropped: tuple[str, ...], sent: Any
+    ) -> None:
+        """Reads a step's results, when the next one has been started, and decides what becomes of the run.
+
+        Args:
+          sync: of the run.
+          step: that the rest is of.
+          metrics: of `make_train_step`.
+          dropped: samples of this process's rows that could not be used, and why.
+          sent: of `sync.send`.
+
+        Raises:
+          TrainingError: the loss or the gradient is not finite, and that is to stop the run.
+          DataError: no sample of the step could be used.
+          Exception: a process has failed (`ProcessSync.receive`).
+        """
+        with self.clock("step"):
+            lost = sync.receive(sent)
+            values = {name: float(value) for name, value in metrics.items()}
+        self.journal.count(step, values, lost, dropped)
+        if not values["tokens"]:
+            raise DataError(f"no sample of the batch of step {step} can be used: {'; '.join(dropped[:5])}")
+        if values.pop("skipped"):
+            self._not_finite(step, values)
+        else:
+            self.journal.trained(step, values)
+
+    def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
+        """What becomes of a step that changed nothing, since its loss or gradient was not finite.
+
+        Raises:
+          TrainingError: it is to stop the run, or one too many was skipped.
+        """
+        habits = self.config.training
+        names = self.rows.names((step - 1) * self.settings.batch_size)
+        broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
+        advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
+        if habits.on_nan == "stop":
+            self.journal.failed(step, values)
+            raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
+        in_a_row = self.journal.skipped(step, values, names)
+        logging.warning("%s; it was skipped", what)
+        if in_a_row > habits.max_skips:
+            raise TrainingError(
+                f"{what}. {in_a_row} steps in a row were not finite, more than --config.training.max_skips="
+                f"{habits.max_skips}. {advice}"
+            )
 
     @property
     def _step(self) -> int:
@@ -228,7 +284,7 @@ class Stage:
         habits = self.config.training
         if not habits.eval_every or not self.settings.validation:
             return None
-        batches = eval_batches(self.config, self.name, self.tokenizer, habits.eval_batches)
+        batches = self.data.held_out(habits.eval_batches)
         return HeldOut(
             self.model,
             self.settings,
@@ -256,6 +312,6 @@ class Stage:
         if self.model.lora.rank:
             save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
             params = self._merged(params)
-        final = model_directory(self.directory.parent, self.name)
+        final = local_model(self.directory.parent, self.name)
         attach = None if self.source == "random" else copy_sidecar(self.source)
         save_model(final, params, self.config, self.tokenizer, summary, attach)

@@ -1,4 +1,4 @@
-"""The processes of a run: started together, and told of what happens to one of them."""
+"""The processes of a run: started together, and informed of what happens to one of them."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ class OtherProcessError(UserError, RuntimeError):
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What all processes do with each other; when one of them dies in it, this one ends at once, with status 1.
+def exit_on_lost_process() -> Iterator[None]:
+    """Around what all processes do with each other: when one of them dies, this one ends at once, with status 1.
 
     It says so and leaves: to unwind would be to wait for the dead one. (Where the devices do not notice, jax itself
     ends the others after 100 s without a sign of life.)
@@ -145,18 +145,18 @@ def together() -> Iterator[None]:
         os._exit(1)
 
 
-class News(NamedTuple):
-    """What all processes together have to say of a step."""
+class Lost(NamedTuple):
+    """What all processes together have lost of a step's data."""
 
-    dropped: int
-    cut_tokens: int
+    dropped: int  # samples that could not be used
+    cut_tokens: int  # text tokens cut off the ends of samples that were too long
 
 
-class Crew:
-    """What the processes of a run tell each other with every step, so that they all do the same.
+class ProcessSync:
+    """What the processes of a run send each other with every step, so that they all do the same.
 
-    A message goes through the devices like the step itself: it is sent when the step has been started, and heard when
-    its metrics are read. One process alone hears itself at once.
+    A message goes through the devices like the step itself: it is sent when the step has been started, and received
+    when its metrics are read. One process alone receives its own at once.
 
     Attributes:
       stopping: a process was asked to stop; all of them learn it at the same step.
@@ -171,7 +171,7 @@ class Crew:
         self._failure: Exception | None = None
 
     def read(self, data: TrainIterator) -> HostBatch:
-        """The next batch; or padding, when it cannot be read and others wait for this process: they will hear of it."""
+        """The next batch; if it cannot be read and others wait for this process, padding: they will learn of it."""
         try:
             return next(data)
         except Exception as error:  # whatever a disk or a decoder raises
@@ -180,7 +180,7 @@ class Crew:
             self._failure = error
             return data.padding()
 
-    def tell(self, stop: bool, lost: np.ndarray, rows: int) -> Any:
+    def send(self, stop: bool, lost: np.ndarray, rows: int) -> Any:
         """Sends this process's part of a step.
 
         Args:
@@ -189,7 +189,7 @@ class Crew:
           rows: of the whole batch.
 
         Returns:
-          what `hear` takes.
+          what `receive` takes.
         """
         if self._alone:
             self.stopping = stop
@@ -201,20 +201,20 @@ class Crew:
         )
         return self._gather(words, parallel.to_device(lost, self._mesh, rows))
 
-    def hear(self, told: Any) -> News:
+    def receive(self, sent: Any) -> Lost:
         """What all processes have sent.
 
         Raises:
           Exception: this process's own failure.
           OtherProcessError: another one has failed.
         """
-        stop, failed, *lost = np.asarray(told).tolist()
+        stop, failed, *lost = np.asarray(sent).tolist()
         if failed:
             raise self._failure or OtherProcessError(
                 f"process {failed - 1} could not read its part of the data; its own log says why"
             )
         self.stopping |= bool(stop)
-        return News(*lost)
+        return Lost(*lost)
 
 
 def _gather(words: Any, lost: Any) -> Any:

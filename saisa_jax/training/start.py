@@ -13,20 +13,15 @@ from etils import epath
 from jax.sharding import Mesh
 
 from saisa_jax import parallel
-from saisa_jax.checkpoints import load_model, read_account
+from saisa_jax.checkpoints import load_model, local_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
 from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig, to_dict, upgrade_saved
-from saisa_jax.data.pipeline import steps_in_stage
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.text.conversation import end_token_id
 from saisa_jax.models.lora import is_adapter
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
 from saisa_jax.training.state import param_shardings
-
-
-def model_directory(workdir: epath.Path, stage: str) -> epath.Path:
-    """Where a stage leaves its finished model."""
-    return workdir / stage / "model"
 
 
 class Start(NamedTuple):
@@ -52,7 +47,7 @@ def starting_params(
       ConfigError: weights whose shapes are not those of the configured model, all of them listed, or that were trained
         with another tokenizer.
     """
-    previous = [model_directory(workdir, name) for name in STAGES[: STAGES.index(stage)]]
+    previous = [local_model(workdir, name) for name in STAGES[: STAGES.index(stage)]]
     source = next((str(path) for path in reversed(previous) if path.exists()), config.init_from)
     if not source:
         return Start(functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random")
@@ -113,16 +108,20 @@ def _projects(params: Any) -> bool:
     return "visual_proj" in params or "visual_proj" in params.get("layers", {})
 
 
-def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> None:
+def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> dict[str, StageData]:
     """Finds what would stop a later stage before the first one trains: its data, template and groups.
+
+    Returns:
+      the data of each stage, counted.
 
     Raises:
       ConfigError, DataError: as the stage itself would.
     """
+    data = {name: StageData(config, name, tokenizer, str(workdir / name)) for name in config.stages}
     for name in config.stages:
         settings = config.stage(name)
         end_token_id(settings.template, tokenizer)
-        steps_in_stage(config, name, tokenizer, str(workdir / name))
+        _ = data[name].steps
         params = abstract_params(config.trained_model(name))
         rows = assign_groups(params, settings.groups)
         adapted = [path.removesuffix("_lora_a") for path in rows if path.endswith("_lora_a")]
@@ -132,6 +131,7 @@ def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> None:
                 f"{name}.lora.rank={settings.lora.rank} adapts kernels that are frozen, and {name}.groups train "
                 f"{', '.join(training)}; use groups=TRAIN_ADAPTERS, or --config.{name}.lora.rank=0"
             )
+    return data
 
 
 def check_same_recipe(config: Config, workdir: epath.Path) -> None:

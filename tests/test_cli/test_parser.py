@@ -12,8 +12,8 @@ from saisa_jax.convert.rows import ConvertError
 from saisa_jax.data.sample import DataError
 from saisa_jax.errors import UserError
 from saisa_jax.report.runs import ReportError
+from saisa_jax.training.loop import TrainingError
 from saisa_jax.training.preemption import RunLockedError
-from saisa_jax.training.telemetry.journal import TrainingError
 
 
 @pytest.mark.parametrize(

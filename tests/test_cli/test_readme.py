@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import saisa_jax
+from saisa_jax.config import Config
 from saisa_jax.testing.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,24 @@ def test_page(step: Step, directory: Path, capsys: pytest.CaptureFixture[str]) -
         assert "8.50" in out and "2.86" in out
     if "report" in step.text:
         assert (directory / "demo" / "report" / "index.html").stat().st_size > 1000
+
+
+ALL_PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md")))]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_what_a_page_names_exists(page: str) -> None:
+    """Options of the configuration, recipes and files, also in the commands that need a TPU or a cluster."""
+    text = (ROOT / page).read_text()
+    for option in re.findall(r"--config\.([a-z_0-9.]+[a-z_0-9])", text):
+        value: object = Config()
+        for name in option.split("."):
+            assert hasattr(value, name), f"{page}: --config.{option}"
+            value = getattr(value, name)
+    for recipe in re.findall(r"configs/\w+\.py", text):
+        assert (ROOT / recipe).exists(), f"{page}: {recipe}"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
 
 
 def test_make_demo_is_the_readmes_way_by_hand() -> None:

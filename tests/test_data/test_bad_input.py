@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from saisa_jax.config import ConfigError, SourceConfig, StageConfig
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.configs import tiny_config
@@ -74,7 +74,7 @@ def epoch(source: SourceConfig, packing: bool, **data: Any) -> tuple[dict[str, n
         data=dataclasses.replace(config.data, **data),
         finetune=stage,
     )
-    batches = train_iterator(config, "finetune", load_tokenizer("easy_vqa"))
+    batches = StageData(config, "finetune", load_tokenizer("easy_vqa")).batches()
     pictures: dict[str, np.ndarray] = {}
     dropped: list[str] = []
     for _ in range((GOOD + 1) // 2):

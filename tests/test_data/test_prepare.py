@@ -26,7 +26,7 @@ from saisa_jax.cli.flags import read_config
 from saisa_jax.config import SourceConfig
 from saisa_jax.data import prepare
 from saisa_jax.data.images import read_image
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counts import count, fingerprint
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source
@@ -113,7 +113,7 @@ def test_training_reads_the_same_batches(mine, tmp_path) -> None:
         config = read_config([argv[0], source, "--config.finetune.batch_size=2"])
         data = dataclasses.replace(config.data, packing=True, turns_per_sample=None)
         config = dataclasses.replace(config, data=data)
-        iterator = train_iterator(config, "finetune", tokenizer)
+        iterator = StageData(config, "finetune", tokenizer).batches()
         batches.append([next(iterator) for _ in range(4)])
     for one, two in zip(*batches, strict=True):
         assert one.sample_ids == two.sample_ids

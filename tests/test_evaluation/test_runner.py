@@ -23,19 +23,26 @@ from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import Config, ConfigError
 from saisa_jax.data.sample import Turn
 from saisa_jax.data.sources.easy_vqa import majority_baseline
-from saisa_jax.evaluation import command, runner, tasks
+from saisa_jax.errors import UserError
+from saisa_jax.evaluation import command, runner
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
-from saisa_jax.inference.model import VisionLanguageModel
+from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
+from saisa_jax.inference.model import Conversation, VisionLanguageModel
 from saisa_jax.testing.configs import tiny_config
 
 ROOT = Path(__file__).parents[2]
-TASK = tasks.get("easy_vqa")
+TASK = TASKS["easy_vqa"]
 
 
 @functools.cache
-def truths() -> dict[tuple[str, str], str]:
-    return {(item.question, item.images[0]): item.truth for item in TASK.items()}
+def questions() -> list[Item]:
+    return list(TASK.items(TaskData()))
+
+
+@functools.cache
+def truths() -> dict[tuple[str, Any], str]:
+    return {(item.question, item.images[0]): item.answers[0] for item in questions()}
 
 
 class Encoded(NamedTuple):
@@ -59,16 +66,26 @@ class Pretender(VisionLanguageModel):
     batches: list[list[str]] = dataclasses.field(default_factory=list)
     stop_after: int | None = None
 
-    def prompt(self, turns: Sequence[Turn], num_images: int, max_new_tokens: int = 0, name: str = "") -> Any:
+    def prompt(
+        self,
+        turns: Sequence[Turn],
+        num_images: int,
+        max_new_tokens: int = 0,
+        name: str = "",
+        system: str | None = None,
+    ) -> Any:
         return Encoded(np.arange(len(turns[-1].text.split())))
 
-    def generate(self, questions: list[str], images: list[list[str]], max_new_tokens: int) -> list[str]:
+    def answer(self, conversations: Sequence[Conversation], *rest: Any, **named: Any) -> list[str]:
+        assert len(rest) > 1 or named == {"on_error": "return"}
         if len(self.batches) == self.stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
-        self.batches.append(questions)
+        self.batches.append([asked.turns[-1].text for asked in conversations])
         return [
-            "something else" if path.endswith("7.png") else f"{truths()[question, path].capitalize()}. "
-            for question, (path,) in zip(questions, images, strict=True)
+            "something else"
+            if str(asked.images[0]).endswith("7.png")
+            else f"{truths()[asked.turns[-1].text, asked.images[0]].capitalize()}. "
+            for asked in conversations
         ]
 
 
@@ -78,18 +95,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_evaluation(tmp_path: Path) -> None:
     model = Pretender()
-    record = evaluate(model, TASK, Settings(batch_size=64, limit=500), epath.Path(tmp_path / "out"), "some/model")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "predictions.jsonl"]
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == record
+    record = evaluate(model, "easy_vqa", Settings(batch_size=64, limit=500), epath.Path(tmp_path / "out"), "some/model")
+    folder = tmp_path / "out" / "evaluation"
+    assert sorted(path.name for path in folder.iterdir()) == ["easy_vqa.json", "easy_vqa.jsonl"]
+    assert json.loads((folder / "easy_vqa.json").read_text()) == record
 
-    rows = read(tmp_path / "out" / "predictions.jsonl")
-    items = TASK.items()[:500]
+    rows = read(folder / "easy_vqa.jsonl")
+    items = questions()[:500]
     assert [row["id"] for row in rows] == [item.id for item in items]
-    assert [row["correct"] for row in rows] == [not item.images[0].endswith("7.png") for item in items]
-    assert rows[0].keys() >= {"id", "image", "question", "prompt", "output", "answer", "truth", "correct", "kind"}
-    right = [row for row in rows if row["correct"]]
+    assert [row["score"] for row in rows] == [float(not item.images[0].endswith("7.png")) for item in items]
+    assert rows[0].keys() >= {"id", "image", "question", "prompt", "output", "prediction", "answers", "score", "kind"}
+    right = [row for row in rows if row["score"] == 1]
     assert record["accuracy"] == len(right) / 500 and record["n"] == 500 and not record["complete"]
-    assert all(row["answer"] == row["truth"] for row in right)
+    assert all([row["prediction"]] == row["answers"] for row in right)
 
     # Batches are all of one size, and go from short prompts to long ones.
     assert {len(batch) for batch in model.batches} == {64}
@@ -104,7 +122,7 @@ def test_evaluation(tmp_path: Path) -> None:
     plain = record["overall"]["interval_if_independent"]
     assert low < plain[0] < record["accuracy"] < plain[1] < high  # whole images are wrong here
 
-    assert record["majority"] == dataclasses.asdict(majority_baseline())
+    assert record["baseline"] == dataclasses.asdict(majority_baseline())
     mean = sum(row["prompt_tokens"] for row in rows) / 500
     assert record["prompt_tokens"] == pytest.approx(mean)
     assert (
@@ -115,7 +133,7 @@ def test_evaluation(tmp_path: Path) -> None:
 
 
 def test_all_questions_are_the_test_set() -> None:
-    items = TASK.items()
+    items = questions()
     assert len(items) == 9673 == len({item.id for item in items})
     assert sum(TASK.groups["yes_no"](item.kind) for item in items) / 9673 == pytest.approx(0.738, abs=1e-3)
     assert TASK.baseline()["overall"] == pytest.approx(0.670, abs=1e-3)
@@ -123,25 +141,26 @@ def test_all_questions_are_the_test_set() -> None:
 
 def test_a_stopped_run_leaves_marked_answers_and_the_former_evaluation(tmp_path: Path) -> None:
     out = epath.Path(tmp_path)
-    former = evaluate(Pretender(), TASK, Settings(batch_size=8, limit=8), out, "m")
+    former = evaluate(Pretender(), "easy_vqa", Settings(batch_size=8, limit=8), out, "m")
     before = signal.getsignal(signal.SIGTERM)
-    message = r"stopped after 64 of 100 .*predictions\.partial\.jsonl.*goes on"
+    message = r"stopped after 64 of 100 .*easy_vqa\.partial\.jsonl.*goes on"
     with pytest.raises(Interrupted, match=message) as caught, command.terminable():
-        evaluate(Pretender(stop_after=2), TASK, Settings(batch_size=32, limit=100), out, "m")
+        evaluate(Pretender(stop_after=2), "easy_vqa", Settings(batch_size=32, limit=100), out, "m")
     assert isinstance(caught.value.__cause__, command.Terminated)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert len(read(tmp_path / "predictions.partial.jsonl")) == 1 + 64
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == former
-    assert len(read(tmp_path / "predictions.jsonl")) == 8
+    assert len(read(tmp_path / "evaluation" / "easy_vqa.partial.jsonl")) == 1 + 64
+    assert json.loads((tmp_path / "evaluation" / "easy_vqa.json").read_text()) == former
+    assert len(read(tmp_path / "evaluation" / "easy_vqa.jsonl")) == 8
 
 
 def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings, whole, partial = Settings(batch_size=32, limit=100), Pretender(), tmp_path / "predictions.partial.jsonl"
-    evaluate(whole, TASK, settings, epath.Path(tmp_path / "whole"), "m")
+    settings, whole, folder = Settings(batch_size=32, limit=100), Pretender(), tmp_path / "evaluation"
+    partial = folder / "easy_vqa.partial.jsonl"
+    evaluate(whole, "easy_vqa", settings, epath.Path(tmp_path / "whole"), "m")
 
     def stop() -> None:
         with pytest.raises(Interrupted), command.terminable():
-            evaluate(Pretender(stop_after=2), TASK, settings, epath.Path(tmp_path), "m")
+            evaluate(Pretender(stop_after=2), "easy_vqa", settings, epath.Path(tmp_path), "m")
 
     stop()
     with partial.open("a") as file:
@@ -150,17 +169,19 @@ def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog
         Pretender(config=dataclasses.replace(tiny_config(), name="other")),
         Pretender(params={"x": np.zeros(1, np.float32)}),
     ):
-        assert runner._answered_before(epath.Path(partial), {"of": runner._identity(changed, TASK, settings)}) == {}
-    assert caplog.text.count("is of another model or other settings") == 2
+        header = {"of": runner._identity(changed, "easy_vqa", questions()[:100], settings)}
+        assert runner._answered_before(epath.Path(partial), header) == {}
+    assert caplog.text.count("is of another model, other questions or other settings") == 2
     rest = Pretender()
-    evaluate(rest, TASK, settings, epath.Path(tmp_path), "m")
+    evaluate(rest, "easy_vqa", settings, epath.Path(tmp_path), "m")
     assert rest.batches == whole.batches[2:] and len(whole.batches) == 4
-    assert (tmp_path / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    answers = (place / "evaluation" / "easy_vqa.jsonl" for place in (tmp_path, tmp_path / "whole"))
+    assert next(answers).read_bytes() == next(answers).read_bytes()
     assert not partial.exists()
 
     stop()
     every = Pretender()
-    evaluate(every, TASK, Settings(batch_size=32, limit=99), epath.Path(tmp_path), "m")
+    evaluate(every, "easy_vqa", Settings(batch_size=32, limit=99), epath.Path(tmp_path), "m")
     assert len(every.batches) == 4
 
 
@@ -171,8 +192,8 @@ def test_bad_settings_name_their_flag(bad: dict[str, int]) -> None:
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(ConfigError, match=r"--task=easy_vqaa is not one of .*did you mean 'easy_vqa'"):
-        tasks.get("easy_vqaa")
+    with pytest.raises(UserError, match=r"tasks='easy_vqaa' is not one of .*source; did you mean easy_vqa\?"):
+        TASKS["easy_vqaa"]
 
 
 def test_table_and_progress() -> None:
@@ -182,12 +203,23 @@ def test_table_and_progress() -> None:
         progress.update(10, 9)
     part = {"accuracy": 0.9, "interval": [0.85, 0.93], "n": 20}
     record = {"task": "easy_vqa", "n": 20, "complete": False, "model": {"name": "demo"}, "overall": part}
-    record |= {"groups": {"yes_no": part}, "kinds": {"color": part}, "majority": {"overall": 0.67, "yes_no": 0.825}}
+    record |= {"metric": "exact match", "metrics": {"f1": 0.5}, "failed": {}}
+    record |= {"groups": {"yes_no": part}, "kinds": {"color": part}, "baseline": {"overall": 0.67, "yes_no": 0.825}}
     console.print(command.table(record))
     text = console.export_text()
     assert "easy_vqa: 90.0% right, 20 of 20 questions" in text
     assert "demo on easy_vqa, the first 20 questions" in text
-    assert "85.0% to 93.0%" in text and "82.5%" in text and "yes/no" in text
+    assert "85.0% to 93.0%" in text and "82.5%" in text and "yes/no" in text and "0.5" in text
+
+
+def test_what_an_earlier_start_answered_says_nothing_about_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("saisa_jax.evaluation.progress.time.monotonic", lambda: now[0])
+    progress = Progress("easy_vqa", 1000, Console(record=True, force_terminal=False), before=(900, 450.0))
+    now[0] = 20.0
+    progress.update(10, 10.0)
+    assert progress.seconds_left == pytest.approx(2.0 * 90)
+    assert "easy_vqa: 50.5% right, 910 of 1000 questions, 180 s left" in progress._console.export_text()
 
 
 def test_progress_bar_on_a_terminal() -> None:
@@ -210,10 +242,10 @@ def test_the_last_finished_stage_is_evaluated(tmp_path: Path) -> None:
 def test_run_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "load", lambda directory, quantize=None: Pretender())
     command.run("some/model", str(tmp_path), limit=10, batch_size=5)
-    assert "evaluation.json are in" in capsys.readouterr().out
-    assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["max_new_tokens"] > 0
-    item = next(item for item in TASK.items() if not item.images[0].endswith("7.png"))
-    assert command.ask("some/model", item.question, item.images) == f"{item.truth.capitalize()}. "
+    assert "easy_vqa.json with the answers" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluation" / "easy_vqa.json").read_text())["settings"]["max_new_tokens"] > 0
+    item = next(item for item in questions() if not item.images[0].endswith("7.png"))
+    assert command.ask("some/model", item.question, [str(item.images[0])]) == f"{item.answers[0].capitalize()}. "
 
 
 @pytest.mark.parametrize(
@@ -222,6 +254,8 @@ def test_run_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ([], "name either --workdir=RUN or --checkpoint=MODEL"),
         (["--workdir=a", "--checkpoint=b"], "name either --workdir=RUN or --checkpoint=MODEL"),
         (["--checkpoint=b", "--image=c.png"], "--image needs --question"),
+        (["--checkpoint=b", "--question=c", "--tasks=easy_vqa"], "--question is asked instead of a benchmark"),
+        (["--checkpoint=b", "--tasks=source", "--images=c"], "--images=c needs --data=FILE"),
     ],
 )
 def test_bad_flags(arguments: list[str], message: str) -> None:
@@ -231,8 +265,8 @@ def test_bad_flags(arguments: list[str], message: str) -> None:
 
 
 def test_bad_names(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--task=vqa is not one of easy_vqa"):
-        command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"), task="vqa")
+    with pytest.raises(UserError, match="tasks='vqa' is not one of easy_vqa"):
+        command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"), tasks=["vqa"])
     with pytest.raises(CheckpointError, match="nowhere"):
         command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -240,7 +274,7 @@ def test_bad_names(tmp_path: Path) -> None:
 
 def test_nothing_half_written(tmp_path: Path) -> None:
     out = epath.Path(tmp_path)
-    runner._commit(out, [{"id": 1}], {"n": 1})
+    runner._commit(out, "toy", [{"id": 1}], {"n": 1})
     with pytest.raises(TypeError):
-        runner._commit(out, [{"id": 2}], {"n": object()})
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"n": 1}
+        runner._commit(out, "toy", [{"id": 2}], {"n": object()})
+    assert json.loads((tmp_path / "toy.json").read_text()) == {"n": 1}

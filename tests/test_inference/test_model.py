@@ -11,9 +11,9 @@ from PIL import Image
 from saisa_jax import parallel
 from saisa_jax.checkpoints import save_model
 from saisa_jax.config import MeshConfig
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.inference.image_cache import EncodedImage, ImageCache
-from saisa_jax.inference.model import Request, load
+from saisa_jax.inference.model import Conversation, Request, load
 from saisa_jax.models.kv_cache import ImageKV
 
 QUESTIONS = [
@@ -51,7 +51,8 @@ def test_a_handle_of_another_model_is_encoded_anew(tiny_model, pictures):
 
 def test_encoded_images_give_the_logits_of_new_ones(model, pictures):
     images = images_for(pictures)
-    requests = model._requests(QUESTIONS, images, 4)
+    asked = [Conversation((Turn(USER, q),), tuple(i)) for q, i in zip(QUESTIONS, images, strict=True)]
+    requests = model._requests(asked, 4)
     slots = model.image_slots(model.batch(requests), requests)
     anew = [Request(r.encoded, tuple(dataclasses.replace(i, kv=None) for i in r.images)) for r in requests]
     batch = model.batch(anew)

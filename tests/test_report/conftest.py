@@ -16,7 +16,7 @@ from saisa_jax import flops
 from saisa_jax.config import Config, to_dict
 from saisa_jax.data.sources import easy_vqa
 from saisa_jax.evaluation import runner
-from saisa_jax.evaluation.tasks.easy_vqa import TASK
+from saisa_jax.evaluation.tasks import TASKS, TaskData
 from saisa_jax.testing.configs import tiny_config
 
 
@@ -44,25 +44,26 @@ def write_evaluation(directory: Path, config: Config, *, accuracy: float = 0.9, 
     rng = np.random.default_rng(config.seed)
     words = (*easy_vqa.COLORS, *easy_vqa.SHAPES)
     predictions = []
-    for item in TASK.items()[:questions]:
+    for item in list(TASKS["easy_vqa"].items(TaskData()))[:questions]:
         right = rng.uniform() < accuracy
-        wrong = {"yes": "no", "no": "yes"}.get(item.truth) or str(rng.choice([w for w in words if w != item.truth]))
-        output = item.truth if right else wrong
+        (truth,) = item.answers
+        wrong = {"yes": "no", "no": "yes"}.get(truth) or str(rng.choice([w for w in words if w != truth]))
+        output = truth if right else wrong
         predictions.append(
             {"id": item.id, "image": item.images[0], "images": list(item.images), "question": item.question}
-            | {"prompt": "", "prompt_tokens": 12, "output": output, "answer": output, "truth": item.truth}
-            | {"correct": bool(right), "kind": item.kind}
+            | {"prompt": "", "prompt_tokens": 12, "output": output, "prediction": output, "answers": [truth]}
+            | {"score": float(right), "kind": item.kind}
         )
     model = config.model_for("finetune")
-    record = runner._summary(TASK, predictions) | {
+    record = runner._summary("easy_vqa", TASKS["easy_vqa"], predictions) | {
         "prompt_tokens": 11.7,
         "images_per_question": 1,
         "prefill_flops": {name: flops.prefill(model, 12, 1, convention=name).total for name in flops.CONVENTIONS},
         "stage": "finetune",
         "complete": True,
     }
-    write_jsonl(directory / "predictions.jsonl", predictions)
-    (directory / "evaluation.json").write_text(json.dumps(record))
+    write_jsonl(directory / "evaluation" / "easy_vqa.jsonl", predictions)
+    (directory / "evaluation" / "easy_vqa.json").write_text(json.dumps(record))
 
 
 def write_run(
@@ -88,7 +89,7 @@ def write_run(
     return directory
 
 
-class FakeBundle:
+class FakeModel:
     """Attends to the middle of the image, more so in later layers."""
 
     def __init__(self, config: Config):
@@ -112,12 +113,12 @@ def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model directory holds a FakeBundle of its run's configuration."""
+    """Every model directory holds a FakeModel of its run's configuration."""
 
-    def load(directory: str) -> FakeBundle:
+    def load(directory: str) -> FakeModel:
         from saisa_jax.report.runs import read_run
 
-        return FakeBundle(read_run(str(Path(directory).parents[1])).config)
+        return FakeModel(read_run(str(Path(directory).parents[1])).config)
 
     monkeypatch.setattr("saisa_jax.inference.model.load", load)
 

@@ -66,7 +66,7 @@ def test_one_run(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.C
     assert "accuracy" in out and str(run / "report" / "index.html") in out.replace("\n", "")
 
     page = check(run / "report" / "index.html")
-    accuracy = json.loads((run / "evaluation.json").read_text())["accuracy"]
+    accuracy = json.loads((run / "evaluation" / "easy_vqa.json").read_text())["accuracy"]
     assert f"{accuracy:.1%}" in page.text and "SAISA on easy-VQA" in page.text and "67.0%" in page.text
     assert page.tags.count("article") == 12
     assert page.text.count("✗") == 3 and page.text.count("✓") == 9
@@ -94,7 +94,7 @@ def test_several_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
     page = check(tmp_path / "report" / "index.html")
     for label in ("SAISA, blind", "SAISA, seed 1", "LLaVA"):
         assert label in page.text
-    assert "LLaVA: not evaluated yet: python eval.py --workdir=" in page.text
+    assert "LLaVA: not evaluated on easy_vqa yet: python eval.py --workdir=" in page.text
     assert page.tags.count("article") == 12
     assert len(re.findall("[✓✗]", page.text)) == 36  # the answers of the three that were evaluated
     assert (tmp_path / "report" / "attention_1.png").exists()  # of the one that sees
@@ -133,7 +133,7 @@ def test_without_the_model_there_is_no_attention(make_run: Callable[..., Path], 
 
 def test_an_evaluation_of_another_stage_is_pointed_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo")
-    path = run / "evaluation.json"
+    path = run / "evaluation" / "easy_vqa.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stage": "pretrain", "complete": False}))
     first, second = read_run(str(run)).notices
     assert "the evaluation is of the model after pretrain" in first and "on the first 400 questions only" in second
@@ -142,7 +142,7 @@ def test_an_evaluation_of_another_stage_is_pointed_out(make_run: Callable[..., P
 @pytest.mark.usefixtures("fake_model")
 def test_text_is_escaped(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "a<b>&c")
-    path = run / "predictions.jsonl"
+    path = run / "evaluation" / "easy_vqa.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row |= {"question": '<script>alert("1")</script>', "output": "<b>&", "image": "/gone.png"}

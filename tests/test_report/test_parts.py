@@ -12,7 +12,7 @@ from PIL import Image
 
 from saisa_jax import flops
 from saisa_jax.report import attention, pictures, units
-from saisa_jax.report.examples import choose, choose_for_attention
+from saisa_jax.report.examples import choose, choose_for_attention, is_right
 from saisa_jax.report.page import changed
 from saisa_jax.report.plots import alignment_like, smooth
 from saisa_jax.testing.configs import tiny_config
@@ -21,7 +21,7 @@ from saisa_jax.testing.configs import tiny_config
 def predictions(count: int, wrong: int) -> list[dict[str, object]]:
     kinds = ("color", "shape", "yes/no")
     return [
-        {"id": f"q{i}", "image": f"{i // 2}.png", "kind": kinds[i % 3], "correct": i >= wrong, "truth": "no"}
+        {"id": f"q{i}", "image": f"{i // 2}.png", "kind": kinds[i % 3], "score": float(i >= wrong), "answers": ["no"]}
         for i in range(count)
     ]
 
@@ -31,7 +31,7 @@ def test_examples_are_mixed_and_the_same_every_time() -> None:
     chosen = choose(rows)
     assert chosen == choose(list(reversed(rows)))
     assert len(chosen) == 12 == len({row["image"] for row in chosen})
-    assert sum(not row["correct"] for row in chosen) == 3
+    assert sum(not is_right(row) for row in chosen) == 3
     kinds = [row["kind"] for row in chosen]
     assert {kinds.count(kind) for kind in set(kinds)} == {4}
 
@@ -39,7 +39,7 @@ def test_examples_are_mixed_and_the_same_every_time() -> None:
 @pytest.mark.parametrize(("wrong", "expected"), [(0, 0), (1, 1), (300, 12)])
 def test_examples_of_good_and_of_bad_models(wrong: int, expected: int) -> None:
     chosen = choose(predictions(300, wrong))
-    assert len(chosen) == 12 and sum(not row["correct"] for row in chosen) == expected
+    assert len(chosen) == 12 and sum(not is_right(row) for row in chosen) == expected
 
 
 def test_few_examples() -> None:
@@ -50,7 +50,7 @@ def test_few_examples() -> None:
 def test_attention_is_shown_for_different_kinds_and_right_answers_first() -> None:
     rows = choose(predictions(300, wrong=30))
     looked = choose_for_attention(rows)
-    assert {row["kind"] for row in looked} == {"color", "shape", "yes/no"} and all(row["correct"] for row in looked)
+    assert {row["kind"] for row in looked} == {"color", "shape", "yes/no"} and all(is_right(row) for row in looked)
     assert len(choose_for_attention(rows[:2])) == 2
     assert choose_for_attention([rows[0] | {"image": None}]) == []
 

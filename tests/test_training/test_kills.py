@@ -221,7 +221,7 @@ def test_a_stopped_evaluation_goes_on(undisturbed, tmp_path):
     whole = evaluation(undisturbed, tmp_path / "whole")
     assert whole.wait() == 0
     stopped = evaluation(undisturbed, tmp_path / "stopped")
-    partial = tmp_path / "stopped" / "predictions.partial.jsonl"
+    partial = tmp_path / "stopped" / "evaluation" / "easy_vqa.partial.jsonl"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         before = lines_of(partial)
         while lines_of(partial) <= max(1, before):
@@ -231,12 +231,12 @@ def test_a_stopped_evaluation_goes_on(undisturbed, tmp_path):
         output, _ = stopped.communicate()
         assert stopped.returncode == (-number if number == signal.SIGKILL else 128 + number)
         if number != signal.SIGKILL:
-            assert re.search(r"stopped after \d+ of 400 questions\. .*the same command goes on", output)
+            assert re.search(r"stopped after \d+ of 400 questions of easy_vqa\. .*the same command goes on", output)
         assert "Traceback" not in output
         stopped = evaluation(undisturbed, tmp_path / "stopped")
     output, _ = stopped.communicate()
     assert stopped.returncode == 0 and "questions were answered before; the evaluation goes on" in output
-    answers = (tmp_path / name / "predictions.jsonl" for name in ("stopped", "whole"))
+    answers = (tmp_path / name / "evaluation" / "easy_vqa.jsonl" for name in ("stopped", "whole"))
     assert next(answers).read_bytes() == next(answers).read_bytes()
 
 

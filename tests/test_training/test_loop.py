@@ -15,8 +15,8 @@ from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError,
 from saisa_jax.data.sample import DataError
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
+from saisa_jax.training.loop import TrainingError
 from saisa_jax.training.optimizer import flatten
-from saisa_jax.training.telemetry.journal import TrainingError
 
 
 def rows(workdir, stage: str, kind: str = "train") -> list[dict]:

@@ -23,7 +23,7 @@ from saisa_jax.data.text.encoder import Encoder
 ENDLESS = 2**40  # rows
 
 
-class Row(NamedTuple):
+class BatchRow(NamedTuple):
     """One row of a batch (B = 1), with what was dropped or cut in making it."""
 
     batch: Batch
@@ -44,7 +44,7 @@ class Reader:
 
     def row(
         self, samples: Sequence[tuple[Any, np.random.Generator]], text_length: int, max_images: int, source: Any
-    ) -> Row:
+    ) -> BatchRow:
         """The samples of the given numbers in one row.
 
         Args:
@@ -70,7 +70,7 @@ class Reader:
             examples.append(example)
             ids.append(name)
         size = self.config.model.vision.image_size
-        return Row(pack_rows([examples], text_length, max_images, size), tuple(ids), tuple(dropped), cut_tokens)
+        return BatchRow(pack_rows([examples], text_length, max_images, size), tuple(ids), tuple(dropped), cut_tokens)
 
     def _may_drop(self, error: DataError) -> bool:
         data = self.config.data
@@ -91,8 +91,8 @@ class Reader:
 
 
 @dataclass
-class Rows:
-    """The rows of a stage, endless, by number; may be shared by threads and sent to other processes."""
+class StageRows:
+    """The rows of a stage, endless, by number; may be shared by threads and handed to other processes."""
 
     reader: Reader
     samples: Concatenated
@@ -114,7 +114,7 @@ class Rows:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, row: int) -> Row:
+    def __getitem__(self, row: int) -> BatchRow:
         epoch, order, places = self._places(int(row))
         samples = [(int(order[place]), np.random.default_rng([self.order.seed, 1, epoch, place])) for place in places]
         return self.reader.row(samples, *self.shape(int(row)), self.samples)

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 
+from saisa_jax.config import ConfigError
 from saisa_jax.data.sources import easy_vqa
 from saisa_jax.evaluation.metrics import exact_match
-from saisa_jax.evaluation.tasks.task import Item, Task
+from saisa_jax.evaluation.tasks import TASKS
+from saisa_jax.evaluation.tasks.task import Item, Task, TaskData
 
 
-def items() -> list[Item]:
-    """All test questions in the package's order; 74% of them want a yes or a no."""
+def items(data: TaskData) -> list[Item]:
+    """All test questions in the package's order; 74% of them want a yes or a no.
+
+    Raises:
+      ConfigError: another place is named.
+    """
+    if data.data:
+        raise ConfigError(
+            f"--data={data.data}: easy_vqa asks the questions of the package easy-vqa and no others; leave --data out, "
+            "or evaluate a file of your own with --tasks=source"
+        )
     return [
-        Item(f"easy_vqa/test/{q.id}", (q.image_path,), q.question, q.answer, q.kind) for q in easy_vqa.questions("test")
+        Item(f"easy_vqa/test/{q.id}", q.question, (q.answer,), (q.image_path,), q.kind)
+        for q in easy_vqa.questions("test")
     ]
+
+
+def score(output: str, item: Item) -> float:
+    return exact_match(output, item.answers)
 
 
 def baseline() -> dict[str, float]:
@@ -21,11 +37,12 @@ def baseline() -> dict[str, float]:
     return dataclasses.asdict(easy_vqa.majority_baseline())
 
 
-TASK = Task(
-    name="easy_vqa",
-    title="easy-VQA",
-    items=items,
-    score=exact_match,
-    groups={"yes_no": easy_vqa.is_yes_no, "other": lambda kind: not easy_vqa.is_yes_no(kind)},
-    baseline=baseline,
+TASKS.register("easy_vqa")(
+    Task(
+        title="easy-VQA",
+        items=items,
+        score=score,
+        groups={"yes_no": easy_vqa.is_yes_no, "other": lambda kind: not easy_vqa.is_yes_no(kind)},
+        baseline=baseline,
+    )
 )

@@ -1,20 +1,65 @@
-"""What a benchmark is: questions with images and truths, a score, and what to set beside it."""
+"""What a benchmark is: questions about images with their answers, a score of each, and metrics of the whole set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from saisa_jax.config import SourceConfig
+from saisa_jax.data.sample import DataError, ImageSource, Turn
+from saisa_jax.evaluation.metrics import normalise
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a benchmark."""
+    """One question of a benchmark.
+
+    Attributes:
+      id: its own within the benchmark.
+      question: the user's last words; `<image>` in them says where an image stands, else the images stand in front.
+      answers: those that are right; a score may weigh them (VQA: ten annotators).
+      images: of the whole conversation, in their order.
+      kind: what is asked; an accuracy is given for each kind. "": of no kind.
+      before: the turns before the question, ending with the assistant's.
+      system: the conversation's own system prompt; None: the model's.
+      extra: what the score needs besides (choices, a category); it goes into the record of the question.
+    """
 
     id: str
-    images: tuple[str, ...]  # paths
     question: str
-    truth: str
-    kind: str  # what is asked; accuracies are given for each kind
+    answers: tuple[str, ...]
+    images: tuple[ImageSource, ...] = ()
+    kind: str = ""
+    before: tuple[Turn, ...] = ()
+    system: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Where the questions lie.
+
+    Attributes:
+      data: `--data`: a file or a folder; "": none was named.
+      images: `--images`: what the names of pictures lead into; "": beside `data`.
+      validation: the held-out sources of the recipe's stage that made the model.
+      stage: that stage.
+    """
+
+    data: str = ""
+    images: str = ""
+    validation: tuple[SourceConfig, ...] = ()
+    stage: str = ""
+
+
+Row = Mapping[str, Any]  # of TASK.jsonl: the item's fields, and `output`, `prediction`, `score`
+
+
+def parse(output: str, item: Item) -> str:
+    """An answer as it is compared, where a task says nothing else."""
+    del item
+    return normalise(output)
 
 
 @dataclass(frozen=True)
@@ -22,17 +67,22 @@ class Task:
     """A benchmark.
 
     Attributes:
-      name: as in `--task`.
       title: as one writes it.
-      items: all its questions, in a fixed order.
-      score: is an answer (first argument) to a question whose truth is the second one right?
+      items: its questions, in a fixed order. One that cannot be asked is a DataError in its place, or raises one.
+      score: of an answer as the model gave it, a number from 0 to 1.
+      metric: what the mean of the scores is called.
+      parse: an answer as it was understood, for the record and for `metrics`.
+      metrics: further numbers of the whole set, from its scored rows; they need not be means of items.
       groups: parts of the questions to report besides the whole: a name, and whether a kind belongs to it.
-      baseline: accuracies in 0..1 of guessing without a look, on all items: "overall" and one for each group.
+      baseline: accuracies in 0..1 of an answer without the image, on all items: "overall" and one for each group; {}:
+        it is not known.
     """
 
-    name: str
     title: str
-    items: Callable[[], list[Item]]
-    score: Callable[[str, str], bool]
-    groups: Mapping[str, Callable[[str], bool]]
-    baseline: Callable[[], dict[str, float]]
+    items: Callable[[TaskData], Iterable[Item | DataError]]
+    score: Callable[[str, Item], float]
+    metric: str = "exact match"
+    parse: Callable[[str, Item], str] = parse
+    metrics: Callable[[Sequence[Row]], Mapping[str, float]] = lambda rows: {}
+    groups: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
+    baseline: Callable[[], Mapping[str, float]] = dict

@@ -59,7 +59,6 @@ def table(monkeypatch) -> dict[str, list[Sample]]:
     named = Named()
     named.table["vqa"] = make_samples(40)
     monkeypatch.setitem(sources.SOURCES._entries, "easy_vqa", named)
-    pipeline.stage_rows.cache_clear()
     return named.table
 
 
@@ -84,7 +83,7 @@ def make_config(
 
 
 def iterator(config: Config, tokenizer, **shard) -> pipeline.TrainIterator:
-    return pipeline.train_iterator(config, "finetune", tokenizer, **shard)
+    return pipeline.StageData(config, "finetune", tokenizer).batches(**shard)
 
 
 def take(batches, count: int) -> list[HostBatch]:
@@ -175,12 +174,12 @@ def test_packed_rows_hold_what_single_rows_hold(tokenizer) -> None:
 
 def test_packed_epochs(tokenizer) -> None:
     config = make_config(epochs=2.0)
-    rows = pipeline.stage_rows(config, "finetune", tokenizer)
+    rows = pipeline.StageData(config, "finetune", tokenizer).rows
     ids = [
         [name for row in range(rows.rows_in(e), rows.rows_in(e + 1)) for name in rows[row].sample_ids] for e in (0, 1)
     ]
     assert sorted(ids[0]) == sorted(ids[1]) == sorted(f"s/{i}" for i in range(40)) and ids[0] != ids[1]
-    assert pipeline.steps_in_stage(config, "finetune", tokenizer) == rows.rows_in(2) // 3
+    assert pipeline.StageData(config, "finetune", tokenizer).steps == rows.rows_in(2) // 3
     assert rows.samples_before(rows.rows_in(1)) == 40 and rows.samples_before(rows.rows_in(2) - 1) < 80
     assert rows.rows_in(0.5) == rows.rows_in(1) // 2
 
@@ -252,10 +251,9 @@ def test_resume_with_other_workers_and_hosts(tokenizer) -> None:
 
 
 def test_counts_are_kept_from_one_start_to_the_next(tokenizer, tmp_path, monkeypatch) -> None:
-    reference = pipeline.stage_rows(make_config(), "finetune", tokenizer, str(tmp_path))
-    pipeline.stage_rows.cache_clear()
+    reference = pipeline.StageData(make_config(), "finetune", tokenizer, str(tmp_path)).rows
     monkeypatch.setattr(counts, "count", None)  # may not be called
-    again = pipeline.stage_rows(make_config(), "finetune", tokenizer, str(tmp_path))
+    again = pipeline.StageData(make_config(), "finetune", tokenizer, str(tmp_path)).rows
     assert again.epoch(0)[1].places.tolist() == reference.epoch(0)[1].places.tolist()
     other = dataclasses.replace(make_config(), data=dataclasses.replace(make_config().data, system_prompt="be kind"))
     assert counts.fingerprint(other, "finetune", tokenizer) != counts.fingerprint(make_config(), "finetune", tokenizer)
@@ -276,7 +274,7 @@ def broken(table) -> None:
 def test_dropped_samples_leave_empty_segments(tokenizer, table, packing: bool) -> None:
     broken(table)
     config = make_config(4, packing=packing, on_error="drop")
-    rows = pipeline.stage_rows(config, "finetune", tokenizer)
+    rows = pipeline.StageData(config, "finetune", tokenizer).rows
     hosts = take(iterator(config, tokenizer), rows.rows_in(1) // 4)
     dropped = [reason for host in hosts for reason in host.dropped]
     known = ["s/4"] if packing else ["s/4", "s/7", "s/9"]  # packed: the others are not in the plan
@@ -306,12 +304,12 @@ def test_long_samples(tokenizer, table, packing: bool) -> None:
     long = " ".join(["red"] * 150)
     table["vqa"][5] = Sample("s/5", (Turn("user", "what?"), Turn("assistant", long)), ())
     config = make_config(4, packing=packing)
-    hosts = take(iterator(config, tokenizer), pipeline.stage_rows(config, "finetune", tokenizer).rows_in(1) // 4)
+    hosts = take(iterator(config, tokenizer), pipeline.StageData(config, "finetune", tokenizer).rows.rows_in(1) // 4)
     assert sum(host.cut_tokens for host in hosts) > 50
     with pytest.raises(DataError, match=r"sample 's/5': .* raise the stage's text_length"):
         take(iterator(make_config(4, packing=packing, on_long="raise"), tokenizer), 10)
     config = make_config(4, packing=packing, on_long="drop")
-    hosts = take(iterator(config, tokenizer), pipeline.stage_rows(config, "finetune", tokenizer).rows_in(1) // 4)
+    hosts = take(iterator(config, tokenizer), pipeline.StageData(config, "finetune", tokenizer).rows.rows_in(1) // 4)
     assert not any(host.cut_tokens for host in hosts)
     assert sum("s/5" in reason for host in hosts for reason in host.dropped) == (0 if packing else 1)
 
@@ -319,5 +317,5 @@ def test_long_samples(tokenizer, table, packing: bool) -> None:
 def test_more_images_than_slots(tokenizer) -> None:
     with pytest.raises(DataError, match=r"2 images in a row of 1 slots; raise finetune.max_images"):
         iterator(make_config(max_images=1), tokenizer)
-    rows = pipeline.stage_rows(make_config(max_images=1, on_error="drop"), "finetune", tokenizer)
+    rows = pipeline.StageData(make_config(max_images=1, on_error="drop"), "finetune", tokenizer).rows
     assert len(rows.epoch(0)[1].places) == 27
