@@ -360,11 +360,9 @@ def test_turns_per_sample_is_a_flag() -> None:
 
 @pytest.mark.parametrize(("answer", "told"), [("a zebra", True), ("a red circle", False)])
 def test_words_that_the_tokenizer_does_not_know_are_told_of(tokenizer, monkeypatch, caplog, answer, told) -> None:
-    turns = (Turn("user", "is it red?"), Turn("assistant", answer))
+    turns = (Turn("user", "is there a red shape?"), Turn("assistant", answer))
     monkeypatch.setitem(sources.SOURCES._entries, "easy_vqa", lambda config: [Sample("one", turns, ())] * 3)
     with caplog.at_level("WARNING", "absl"):
         _ = pipeline.StageData(_config(), "finetune", tokenizer).rows
-    text = (
-        r"finetune: 7.7% of 39 text tokens that were looked at are '<unk>'.* is data.tokenizer='easy_vqa' the model's"
-    )
+    text = r"finetune: 7.1% of 42 text tokens .* are '<unk>'.* is data.tokenizer='easy_vqa' the model's own"
     assert bool(re.search(text, caplog.text)) == told

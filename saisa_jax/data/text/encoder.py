@@ -85,8 +85,8 @@ def warn_of_unknown_words(opened: Sequence[Samples], encoder: Encoder, look_at: 
             unknown, total = unknown + int((tokens == number).sum()), total + len(tokens)
     if unknown:
         logging.warning(
-            "%s: %.1f%% of %s text tokens that were looked at are %r, words that the tokenizer does not know: "
-            "nothing is learned from them; is data.tokenizer=%r the model's own?",
+            "%s: %.1f%% of %s text tokens that were looked at are %r, words that the tokenizer does not know; is "
+            "data.tokenizer=%r the model's own?",
             encoder.stage,
             100 * unknown / total,
             f"{total:,}",
