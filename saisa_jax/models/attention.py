@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from saisa_jax.models.attention_gpu import cudnn_attention
 from saisa_jax.models.attention_tpu import flash_attention
+from saisa_jax.models.layers import for_float32_product
 from saisa_jax.models.mask import MASKED, KeyBlock, Mask, PackedPositions
 
 KERNELS = {"flash": flash_attention, "cudnn": cudnn_attention}
@@ -60,7 +61,8 @@ def _xla_attention(q: Any, blocks: Sequence[KeyBlock]) -> tuple[Any, Any]:
 
     scores = []
     for block in blocks:
-        score = jnp.einsum("btkgh,bksh->bkgts", grouped, block.k, preferred_element_type=jnp.float32)
+        operands = for_float32_product(grouped, block.k)
+        score = jnp.einsum("btkgh,bksh->bkgts", *operands, preferred_element_type=jnp.float32)
         scores.append(jnp.where(block.mask.allowed[:, None, None], score, MASKED))
     highest = jnp.max(jnp.stack([jnp.max(score, axis=-1) for score in scores]), axis=0)[..., None]
     highest = jax.lax.stop_gradient(jnp.maximum(highest, MASKED / 2))  # a query without a legal key: exp() gives 0
@@ -69,7 +71,11 @@ def _xla_attention(q: Any, blocks: Sequence[KeyBlock]) -> tuple[Any, Any]:
     inverse = 1.0 / jnp.where(total == 0, 1.0, total)
 
     out = sum(
-        jnp.einsum("bkgts,bksh->btkgh", weight.astype(q.dtype), block.v, preferred_element_type=jnp.float32)
+        jnp.einsum(
+            "bkgts,bksh->btkgh",
+            *for_float32_product(weight.astype(q.dtype), block.v),
+            preferred_element_type=jnp.float32,
+        )
         for weight, block in zip(weights, blocks, strict=True)
     )
     out = out * jnp.moveaxis(inverse, 3, 1)  # [B, K, G, T, 1] -> [B, T, K, G, 1]

@@ -62,7 +62,7 @@ def dense(
     """A projection with logical axes `axes`, one name for each dimension of its kernel."""
     features = (features,) if isinstance(features, int) else tuple(features)
     # Products of 16-bit inputs may be returned as accumulated, in float32 (the LM head).
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32) if float32_output else None
+    dot = _float32_product if float32_output else None
     return nn.DenseGeneral(
         features,
         axis=axis,
@@ -74,6 +74,26 @@ def dense(
         dot_general=dot,
         name=name,
     )
+
+
+def for_float32_product(*operands: Any) -> tuple[Any, ...]:
+    """Operands of a product whose result is float32, as the device can multiply them.
+
+    XLA's CPU backend has no product of 16-bit numbers with a float32 result inside a loop or over several batch
+    dimensions ("Unsupported element type for DotThunk"), so there they become float32 first, which changes none of
+    them. Elsewhere, and where they are float32, they stay as they are.
+    """
+    return tuple(x.astype(jnp.float32) for x in operands) if _on_cpu() else operands
+
+
+def _on_cpu() -> bool:
+    """Whether the program is for CPUs: those of the mesh (`plan` compiles for devices that are not here), or ours."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() == "cpu" if device is None else device.platform == "cpu"
+
+
+def _float32_product(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+    return jax.lax.dot_general(*for_float32_product(a, b), *args, **kwargs | {"preferred_element_type": jnp.float32})
 
 
 def look_up(table: nn.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

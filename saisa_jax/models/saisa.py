@@ -45,6 +45,7 @@ from saisa_jax.models.layers import (
     constrain,
     dense,
     dequantized,
+    for_float32_product,
     init_stack,
     look_up,
     named,
@@ -162,7 +163,8 @@ class Saisa(nn.Module):
         """float32 logits; the padding of the vocabulary gets -inf."""
         if self.config.tie_embeddings:
             embedding = self.embed_tokens.embedding.astype(x.dtype)
-            logits = jnp.einsum("btd,wd->btw", x, embedding, preferred_element_type=jnp.float32)
+            operands = for_float32_product(x, embedding)
+            logits = jnp.einsum("btd,wd->btw", *operands, preferred_element_type=jnp.float32)
         else:
             logits = self.lm_head(x)
         logits = constrain(logits, "activation_batch", "activation_length", "activation_vocab")

@@ -18,7 +18,16 @@ from jaxtyping import Array, Float, UInt8
 from saisa_jax.config import VisionConfig
 from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.encoders.vit import VisionMLP, convolution, cut_patches, normalized, scaled, split_by_image
-from saisa_jax.models.layers import Params, dequantized, init_stack, layer_norm, named, scan_stack, with_scales
+from saisa_jax.models.layers import (
+    Params,
+    dequantized,
+    for_float32_product,
+    init_stack,
+    layer_norm,
+    named,
+    scan_stack,
+    with_scales,
+)
 
 KERNEL = 7  # of the depthwise convolutions
 EXPANSION = 4  # of the MLPs
@@ -48,8 +57,7 @@ def _depthwise_backward(saved: tuple[Any, Any], gradient: Any) -> tuple[Any, Any
     taps = [
         jnp.einsum(
             "ihwc,ihwc->c",
-            padded[:, row : row + height, column : column + width],
-            gradient,
+            *for_float32_product(padded[:, row : row + height, column : column + width], gradient),
             preferred_element_type=jnp.float32,
         )
         for row in range(kernel.shape[0])
