@@ -32,9 +32,16 @@ def test_a_run_is_its_last_finished_model(run: Path, monkeypatch: pytest.MonkeyP
     assert "in float32, computed in float32)" in repr(model)
     monkeypatch.setenv("HOME", str(run.parent))
     assert import_cache.find_model("~/run") == str(run / "finetune" / "model")
-    assert import_cache.find_model("gs://bucket/run") == "gs://bucket/run"
     with pytest.raises(CheckpointError, match="nowhere"):
         saisa_jax.load(run / "nowhere")
+
+
+def test_a_bucket_is_no_local_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"gs://bucket/run/finetune/model/model.json"}
+    monkeypatch.setattr("etils.epath.gpath.PosixGPath.exists", lambda path: str(path) in there)
+    assert import_cache.find_model("gs://bucket/run") == "gs://bucket/run/finetune/model"
+    assert import_cache.find_model("gs://bucket/run/finetune/model") == "gs://bucket/run/finetune/model"
+    assert import_cache.find_model("gs://bucket/other") == "gs://bucket/other"
 
 
 def test_foreign_files_are_imported_once(
