@@ -20,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax.config import ATTENTION_IMPLS, ConfigError, MeshConfig, ModelConfig
+from saisa_jax.models.layers import on_platform
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -137,7 +138,7 @@ def check_attention(config: ModelConfig, mesh: Mesh) -> None:
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Runs the body on the mesh, with logical names resolved by `rules`."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules), on_platform(mesh.devices.flat[0].platform):
         yield
 
 

@@ -22,7 +22,7 @@ from saisa_jax.convert.configs import decoder_to_hf
 from saisa_jax.convert.families import DECODERS
 from saisa_jax.convert.families import ENCODERS as FAMILIES
 from saisa_jax.convert.layouts import decoder_family, layout_for
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.text.conversation import encode
@@ -119,9 +119,9 @@ def test_data_source(run: Run, tmp_path: Path) -> None:
     source = SourceConfig("words", path=str(tmp_path / "words.txt"))
     finetune = dataclasses.replace(config.finetune, sources=(source,), validation=())
     data = dataclasses.replace(config.data, turns_per_sample=None)
-    iterator = train_iterator(
+    iterator = StageData(
         dataclasses.replace(config, finetune=finetune, data=data), "finetune", load_tokenizer("easy_vqa")
-    )
+    ).batches()
     batch = next(iterator)
     iterator.close()
     assert {name.split("/")[0] for row in batch.sample_ids for name in row} == {"words"}

@@ -17,8 +17,8 @@ from saisa_jax.config import ConfigError, MeshConfig, ModelConfig, VisionConfig
 from saisa_jax.models.encoders.convnext import ConvNext
 from saisa_jax.models.layers import NamedAxes, constrain, look_up
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params
-from saisa_jax.planning.counted import traffic
 from saisa_jax.planning.topologies import devices, parse
+from saisa_jax.planning.traffic import traffic
 from saisa_jax.testing.batches import make_batch
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.optimizer import flatten

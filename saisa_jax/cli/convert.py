@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m saisa_jax convert", description="weights in, weights out")
+    parser = Parser("convert", __doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|inspect")
     where = "a directory, a .gguf file or a repository of the hub (org/name)"
 

@@ -1,4 +1,4 @@
-"""`python -m saisa_jax flops`: the three alignments side by side, by formula and as counted.
+"""`python -m saisa_jax flops`: what a prompt costs under the three alignments, side by side.
 
 python -m saisa_jax flops --model=vicuna-7b --vision=clip-vit-l-336 --text=64
 """
@@ -29,35 +29,33 @@ def layer_table(configs: Mapping[str, ModelConfig], text: int, images: int = 1) 
     layers = {name: flops.layer(config, text, images) for name, config in configs.items()}
     unit, scale = _unit(layers.values())
     table = _new_table(f"One decoder layer ({unit})", configs)
-    for part in ("projectors", "q", "kv", "o", "attention", "mlp", "total"):
+    parts = (part for part in flops.PARTS if any(layer.parts[part] for layer in layers.values()))
+    for part in (*parts, "total"):
         table.add_row(part, *(_number(getattr(layer, part) / scale) for layer in layers.values()))
     return table
 
 
-def total_table(
-    configs: Mapping[str, ModelConfig], text: int, images: int = 1, counted: Mapping[str, float] | None = None
-) -> Table:
-    """What reading a prompt costs: by part, summed in the three conventions of `flops.CONVENTIONS`, and as counted.
+def total_table(configs: Mapping[str, ModelConfig], text: int, images: int, by_xla: Mapping[str, float]) -> Table:
+    """What reading a prompt costs: by part, summed in the three conventions of `flops.CONVENTIONS`, and as XLA counts.
 
     Args:
       configs: by alignment; reductions are relative to the first.
       text: text tokens of the prompt.
       images: its images.
-      counted: `flops.counted_prefill` of each, if it was run.
+      by_xla: `flops.xla_prefill` of each.
     """
     totals = {name: flops.prefill(config, text, images) for name, config in configs.items()}
     unit, scale = _unit(totals.values())
     table = _new_table(f"Prefill of the whole model ({unit})", configs)
-    for part in flops.PARTS:
+    for part in (part for part in flops.PARTS if any(total.parts[part] for total in totals.values())):
         table.add_row(part, *(_number(getattr(total, part) / scale) for total in totals.values()))
     table.add_section()
     for convention, title in CONVENTIONS.items():
         sums = [flops.prefill(config, text, images, convention=convention).total for config in configs.values()]
         table.add_row(title, *_with_reductions(sums, scale))
-    if counted is not None:
-        table.add_section()
-        table.add_row("all, as XLA counts it", *_with_reductions(list(counted.values()), scale))
-        table.add_row("counted / formula", *(f"{counted[name] / total.total:.3f}" for name, total in totals.items()))
+    table.add_section()
+    table.add_row("all, as XLA counts it", *_with_reductions(list(by_xla.values()), scale))
+    table.add_row("XLA's count / ours", *(f"{by_xla[name] / total.total:.3f}" for name, total in totals.items()))
     return table
 
 
@@ -91,12 +89,11 @@ def main(argv: Sequence[str]) -> int:
     Raises:
       ConfigError: an unknown model or encoder, or numbers that make no prompt.
     """
-    parser = Parser(prog="python -m saisa_jax flops", description="what the alignments cost")
+    parser = Parser("flops", "what the alignments cost")
     parser.add_argument("--model", default="vicuna-7b", help=", ".join(presets.LLMS))
     parser.add_argument("--vision", default="clip-vit-l-336", help=", ".join(presets.VISIONS))
     parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt (default 64, the authors')")
     parser.add_argument("--images", type=int, default=1, help="images in the prompt (default 1)")
-    parser.add_argument("--no-count", action="store_true", help="formula alone: do not lower the programs")
     args = parser.parse_args(argv)
     if args.text < 1 or args.images < 0:
         raise ConfigError(f"--text={args.text} must be at least 1 and --images={args.images} at least 0")
@@ -104,15 +101,12 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed: leave accelerators alone
     configs = {name: presets.make(args.model, args.vision, alignment=name) for name in NAMES}
     visual = args.images * presets.VISIONS[args.vision].num_patches
-    console = Console()
+    console, start = Console(), time.perf_counter()
     console.print(f"{args.model}, {args.vision}: {args.text} text and {visual} visual tokens")
     console.print(layer_table(configs, args.text, args.images))
-    counted, start = None, time.perf_counter()
-    if not args.no_count:
-        counted = {name: flops.counted_prefill(config, args.text, args.images) for name, config in configs.items()}
-    console.print(total_table(configs, args.text, args.images, counted))
-    if counted is not None:
-        seconds = time.perf_counter() - start
-        console.print(f"Counted in our own prefill, lowered with abstract arrays (no weights), in {seconds:.1f} s.")
-        console.print("XLA counts element-wise arithmetic as well, the formula matrix products alone.")
+    by_xla = {name: flops.xla_prefill(config, args.text, args.images) for name, config in configs.items()}
+    console.print(total_table(configs, args.text, args.images, by_xla))
+    seconds = time.perf_counter() - start
+    console.print(f"Counted in the model's own prefill, traced with abstract arrays (no weights), in {seconds:.1f} s.")
+    console.print("Products of matrices alone are counted; XLA counts element-wise arithmetic as well.")
     return 0

@@ -1,4 +1,4 @@
-"""Weights in, weights out: the one room that knows how others spell their tensors and configs.
+"""Import and export of weights: the only package that knows other programs' names of tensors and config fields.
 
 families/   one file a family of encoders or decoders: its config both ways, its tensors, its published sizes
 rows        one parameter of ours and the tensors of theirs that it is made of

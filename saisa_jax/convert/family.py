@@ -1,7 +1,7 @@
-"""What a family of weights is: how its files spell a config and the tensors, and its published sizes.
+"""What a family of weights is: its names of config fields and tensors, and its published sizes.
 
-A family is one file in `families/` that registers one object. An encoder of one's own is a module in `models/encoders/`
-and such a file; a decoder of one's own, which our one decoder can compute, is the file alone.
+A family is one file in `families/` that registers one object. A new encoder is a module in `models/encoders/`
+and such a file; a new family of decoders that `models/decoder.py` can compute is the file alone.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class EncoderFamily(Family):
       image_processor: in preprocessor_config.json.
       image_mean, image_std: of a directory without a preprocessor_config.json.
       switches: fields of `VisionConfig` that all of the family have in common; an encoder with others is none of it.
-      select_layer: of an import that nobody tells which hidden state to take; LLaVA's choice.
-      in_llava_hf: whether transformers' LLaVA can have it for its tower: it wants a row of patches.
+      select_layer: the hidden state to use where an import does not say; LLaVA's choice.
+      in_llava_hf: whether transformers' LLaVA supports it as its tower, which takes a row of patches.
       presets: published encoders by name.
     """
 
@@ -113,7 +113,7 @@ class EncoderFamily(Family):
         Args:
           fields: of config.json, with `defaults`.
           preprocessor: of preprocessor_config.json; empty: there is none.
-          select_layer: the hidden state that is put out.
+          select_layer: the hidden state that is the output.
 
         Raises:
           ConfigError: an option that the encoder does not have.

@@ -1,4 +1,4 @@
-"""What a whole checkpoint holds: the rows of all its parts, what else its files may contain, and what it cannot say.
+"""What a whole checkpoint holds: the rows of all its parts, what else its files may hold, and what it cannot express.
 
     saisa      the official SAISA code: decoder keys of Hugging Face, `model.layers.{i}.mm_projector.{0,2}`
     llava      the original LLaVA code: the same with one `model.mm_projector.{0,2}`
@@ -6,7 +6,7 @@
     hf-llm     a decoder alone (the families of `families/`)
     hf-vision  an encoder alone (likewise)
 
-The first three may carry the vision tower or leave it to a directory of its own. Everything here follows from a
+The first three may include the vision tower or leave it in a separate directory. Everything here follows from a
 `ModelConfig`; no file is opened.
 """
 
@@ -50,7 +50,7 @@ class Layout:
         return key
 
     def ignores(self, key: str) -> bool:
-        """Whether a file may hold `key` (canonical) although the model has no use for it."""
+        """Whether a file may hold `key` (canonical) although the model does not use it."""
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
     def part_of(self, key: str) -> str:
@@ -83,7 +83,7 @@ def encoder_family(config: VisionConfig) -> EncoderFamily:
     """The family that `model.vision.family` names.
 
     Raises:
-      ConvertError: this encoder is none of it.
+      ConvertError: this encoder does not belong to it.
       UnknownNameError: nothing is registered under that name.
     """
     family = ENCODERS[config.family]
@@ -182,10 +182,10 @@ def _projector(config: ModelConfig, name: str) -> Iterator[TensorRow]:
 
 
 def check_says(config: ModelConfig, name: str) -> None:
-    """Checks that a layout says all there is to say of a model, so that its readers compute the same.
+    """Checks that a layout can express the whole model, so that programs which read it compute the same.
 
     Raises:
-      ConvertError: every reason why it does not.
+      ConvertError: every reason why it cannot.
     """
     if name not in MULTIMODAL:
         return

@@ -1,4 +1,4 @@
-"""How a source's tensors meet the rows of a layout: which layout it is, and everything that does not fit, by name."""
+"""Matches a source's tensors to the rows of a layout: which layout it is, and everything that does not fit, by name."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def _model_type(tensors: CheckpointSource) -> str | None:
 
 @dataclass(frozen=True)
 class Match:
-    """How a source's tensors meet the rows of a layout."""
+    """The result of matching a source's tensors to the rows of a layout."""
 
     spelt: dict[str, str]  # canonical key -> the source's spelling, of all its tensors
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]  # as the source spells them
-    ignored: tuple[str, ...]  # likewise: nobody reads them
+    ignored: tuple[str, ...]  # likewise: not used
     problems: tuple[str, ...]  # a line each: missing, unexpected, misshaped, ...
     summary: str
 
@@ -73,7 +73,7 @@ class Match:
 
 
 def match(tensors: TensorSource, layout: Layout, parts: Sequence[str], dtype: Any = None) -> Match:
-    """Compares names, shapes and dtypes with what the rows of the parts want; reads no tensor but a tied head."""
+    """Compares names, shapes and dtypes with the rows of the parts; reads no tensor except a tied head."""
     spelt, problems = _spellings(tensors, layout)
     wanted = {key: row for row in layout.only(parts) for key in row.keys}
     others = {key for row in layout.rows for key in row.keys} - set(wanted)

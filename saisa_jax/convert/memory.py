@@ -13,7 +13,7 @@ SLACK = 2 * 2**30
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far; 0 where the system does not say."""
+    """The most memory that this process has held so far; 0 where the system does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

@@ -1,7 +1,7 @@
-"""One row a parameter: where it stands here, where in somebody else's checkpoint, and how one becomes the other.
+"""One row per parameter: its path here, its name in another program's checkpoint, and how one becomes the other.
 
 A `TensorRow` says that our parameter `path`, stacked over `layers`, is made of the tensors `key.format(i=layer)`, each
-of which is transposed by `axes`, padded with zeros where the vocabulary is, and reshaped. All of that can be undone, so
+of which is transposed by `axes`, padded with zeros where the vocabulary is, and reshaped. All of that is invertible, so
 the same row serves import and export, bit for bit.
 
 The functions below make rows of torch's layers; `families/` and `layouts.py` name them.

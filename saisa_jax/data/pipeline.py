@@ -1,6 +1,6 @@
 """From sources to batches: planned rows, read at random by Grain, resumable to the row.
 
-    sources -> order of an epoch (order.py) -> plan of its rows (plan.py) -> read a row -> batch
+    sources -> order of an epoch (order.py) -> plan of its rows (packing.py) -> read a row -> batch
 
 Everything is a function of numbers: row i of a stage is a function of (seed, stage, i), and so is every random choice
 in it. Step k reads the rows k * batch_size ... (k + 1) * batch_size - 1; a process reads those that its devices hold.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import grain
@@ -23,84 +23,158 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.batch import Batch, HostBatch
-from saisa_jax.config import STAGES, Config
+from saisa_jax.config import STAGES, Config, SourceConfig, StageConfig
 from saisa_jax.data.rows.collate import pack_rows
-from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
+from saisa_jax.data.rows.counts import Counts, Unusable, check_unusable, counts_of_sources, room_needed
+from saisa_jax.data.rows.mark import content_mark, counts_mark
 from saisa_jax.data.rows.order import Concatenated, Order
-from saisa_jax.data.rows.reader import ENDLESS, Reader, Row, Rows
+from saisa_jax.data.rows.reader import ENDLESS, BatchRow, Reader, StageRows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source, warn_of_text_alone
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 
 
-@lru_cache(maxsize=4)
-def stage_rows(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, cache: str | None = None) -> Rows:
-    """The training rows of a stage; its samples are counted once.
+class StageData:
+    """The data of a stage. Samples are counted and rows planned once, when they are first asked for.
 
     Args:
       config: the run's.
       stage: pretrain or finetune.
       tokenizer: the run's.
       cache: a directory where counts are kept from one start to the next.
-
-    Raises:
-      DataError: no source, or one that cannot be read; a sample that cannot be used, where rows are planned.
     """
-    settings = config.stage(stage)
+
+    def __init__(
+        self, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, cache: str | None = None
+    ) -> None:
+        self._config, self._stage, self._tokenizer, self._cache = config, stage, tokenizer, cache
+        self._settings = config.stage(stage)
+
+    @cached_property
+    def rows(self) -> StageRows:
+        """The training rows.
+
+        Raises:
+          DataError: no source, or one that cannot be read; a sample that cannot be used, where rows are planned.
+        """
+        config, stage, settings, tokenizer = self._config, self._stage, self._settings, self._tokenizer
+        chosen = _chosen_sources(settings, stage)
+        opened = [open_source(source) for source in chosen]
+        warn_of_text_alone(opened, chosen)
+        warn_of_unknown_words(opened, Encoder(config, stage, tokenizer))
+        counts = None
+        if config.data.packing or config.data.group_by_length:
+            whole, unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, self._cache)
+            counts = room_needed(whole, Concatenated(opened), Encoder(config, stage, tokenizer), unusable)
+        return StageRows(
+            Reader(config, stage, tokenizer, training=True),
+            Concatenated(opened),
+            Order(tuple(map(len, opened)), tuple(source.weight for source in chosen), _seed(config, stage)),
+            counts,
+            settings.text_length,
+            settings.max_images,
+            settings.batch_size,
+        )
+
+    @cached_property
+    def steps(self) -> int:
+        """Training steps: the stage's `steps`, or as many whole batches as its `epochs` hold.
+
+        Raises:
+          DataError: as `rows`; or there is not one batch.
+        """
+        settings, rows = self._settings, self.rows
+        if settings.steps is not None:
+            return settings.steps
+        size = rows.rows_in(settings.epochs)
+        if size < settings.batch_size:
+            raise DataError(
+                f"{self._stage}.epochs={settings.epochs} of {len(rows.samples)} samples hold {size} rows and no batch "
+                f"of {settings.batch_size}; lower {self._stage}.batch_size, or raise {self._stage}.epochs or "
+                f"{self._stage}.steps"
+            )
+        return size // settings.batch_size
+
+    @cached_property
+    def mark(self) -> dict[str, Any]:
+        """What the training samples are, for a checkpoint: {"samples", "content"} of each source, "counts" of all.
+
+        It does not depend on where they lie. Of pictures it knows only how many a sample has.
+        """
+        rows, sources = self.rows, _chosen_sources(self._settings, self._stage)
+        return {
+            "samples": list(map(len, rows.samples.sources)),
+            "content": [content_mark(*each) for each in zip(rows.samples.sources, sources, strict=True)],
+            "counts": None if rows.counts is None else counts_mark(rows.counts),
+        }
+
+    def batches(self, own: Sequence[int] | None = None) -> TrainIterator:
+        """Endless training batches.
+
+        Args:
+          own: which rows of every batch this process reads (`parallel.own_rows`); None: all.
+
+        Raises:
+          DataError: as `rows`; rows that a batch does not have; and from `next`, a sample that cannot be used.
+        """
+        size = self._settings.batch_size
+        own = range(size) if own is None else own
+        if not own or not set(own) <= set(range(size)):
+            raise DataError(
+                f"rows {list(own)} are not among those of {self._stage}.batch_size={size}, which count from 0"
+            )
+        return TrainIterator(self.rows, own)
+
+    def held_out(self, limit: int) -> list[HostBatch]:
+        """The first `limit` batches of what the stage holds out, one sample a row, always in the same order.
+
+        Fewer if there is less. The last one is filled with rows of padding, which have no sample.
+
+        Raises:
+          DataError: a sample that cannot be used (or, with `data.on_error=drop`, too many), or a batch without one that
+            can.
+        """
+        config, settings = self._config, self._settings
+        source = Concatenated([open_source(held_out) for held_out in settings.validation])
+        reader = Reader(config, self._stage, self._tokenizer, training=False)
+        size, shape = settings.batch_size, (settings.text_length, settings.max_images)
+        order = np.random.default_rng(0).permutation(len(source))[: limit * size]
+        padding = _padding_row(*shape, config.model.vision.image_size)
+        batches: list[HostBatch] = []
+        unusable = Unusable()
+        for start in range(0, len(order), size):
+            rows = [
+                reader.row([(i, np.random.default_rng(i))], *shape, source)
+                for i in order[start : start + size].tolist()
+            ]
+            batches.append(_batched(rows + [padding] * (size - len(rows))))
+            if not batches[-1].batch["loss_weights"].any():
+                raise DataError(f"no held-out sample of a batch can be used: {'; '.join(batches[-1].dropped[:5])}")
+            unusable.add(*(reason for row in rows if row.unusable for reason in row.dropped))
+        check_unusable(unusable, len(order), config.data, f"{self._stage}.validation")
+        return batches
+
+
+def _chosen_sources(settings: StageConfig, stage: str) -> list[SourceConfig]:
+    """Those that an epoch goes through."""
     if not settings.sources:
         raise DataError(f"{stage}.sources is empty: name what to train on; configs/demo.py and docs/data.md show how")
-    chosen = [source for source in settings.sources if source.weight > 0]
-    opened = [open_source(source) for source in chosen]
-    warn_of_text_alone(opened, chosen)
-    counts = None
-    if config.data.packing or config.data.group_by_length:
-        whole = counts_of_sources(opened, chosen, config, stage, tokenizer, cache)
-        counts = room_needed(whole, Concatenated(opened), Encoder(config, stage, tokenizer))
-    return Rows(
-        Reader(config, stage, tokenizer, training=True),
-        Concatenated(opened),
-        Order(tuple(map(len, opened)), tuple(source.weight for source in chosen), _seed(config, stage)),
-        counts,
-        settings.text_length,
-        settings.max_images,
-        settings.batch_size,
-    )
+    return [source for source in settings.sources if source.weight > 0]
 
 
 def stage_counts(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
-    """Text tokens and images of all samples of a stage that can be used, in full length; errors as `stage_rows`."""
-    chosen = [source for source in config.stage(stage).sources if source.weight > 0]
-    if not chosen:
-        raise DataError(f"{stage}.sources is empty: name what to train on")
-    tokens, images = counts_of_sources(
-        [open_source(source) for source in chosen], chosen, config, stage, tokenizer, None
-    )
+    """Text tokens and images of all samples of a stage that can be used, in full length; errors as `StageData.rows`."""
+    chosen = _chosen_sources(config.stage(stage), stage)
+    opened = [open_source(source) for source in chosen]
+    (tokens, images), unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, None)
+    check_unusable(unusable, len(tokens), config.data, stage)
     return tokens[tokens > 0], images[tokens > 0]
-
-
-def steps_in_stage(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, cache: str | None = None) -> int:
-    """Training steps of a stage: `steps`, or as many whole batches as its `epochs` hold.
-
-    Raises:
-      DataError: there is none.
-    """
-    settings = config.stage(stage)
-    rows = stage_rows(config, stage, tokenizer, cache)
-    if settings.steps is not None:
-        return settings.steps
-    size = rows.rows_in(settings.epochs)
-    if size < settings.batch_size:
-        raise DataError(
-            f"{stage}.epochs={settings.epochs} of {len(rows.samples)} samples hold {size} rows and no batch of "
-            f"{settings.batch_size}; lower {stage}.batch_size, or raise {stage}.epochs or {stage}.steps"
-        )
-    return size // settings.batch_size
 
 
 class TrainIterator(Iterator[HostBatch]):
     """A process's rows of the training batches, endless; its state is the number of the next global row."""
 
-    def __init__(self, rows: Rows, own: Sequence[int]) -> None:
+    def __init__(self, rows: StageRows, own: Sequence[int]) -> None:
         self._rows, self._own = rows, tuple(own)
         self._next_row = 0  # of all processes together
         self._batches: Any = None
@@ -115,7 +189,7 @@ class TrainIterator(Iterator[HostBatch]):
     def padding(self) -> HostBatch:
         """Empty rows in the shape of the next batch."""
         shape = self._rows.shape(self._next_row)
-        empty = Row(pack_rows([[]], *shape, self._rows.reader.config.model.vision.image_size), (), (), 0)
+        empty = _padding_row(*shape, self._rows.reader.config.model.vision.image_size)
         return _batched([empty] * len(self._own))
 
     def get_state(self) -> dict[str, int]:
@@ -155,75 +229,26 @@ class TrainIterator(Iterator[HostBatch]):
 class _Share:
     """One process's rows, from a row on: of every batch the rows that its devices hold."""
 
-    rows: Rows
+    rows: StageRows
     own: tuple[int, ...]  # within a batch
     start: int
 
     def __len__(self) -> int:
         return ENDLESS // self.rows.batch_size * len(self.own)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> BatchRow:
         step, within = divmod(int(index), len(self.own))
         return self.rows[self.start + step * self.rows.batch_size + self.own[within]]
 
 
-def train_iterator(
-    config: Config,
-    stage: str,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    own: Sequence[int] | None = None,
-    cache: str | None = None,
-) -> TrainIterator:
-    """Endless training batches of a stage.
-
-    Args:
-      config: the run's.
-      stage: pretrain or finetune.
-      tokenizer: the run's.
-      own: which rows of every batch this process reads (`parallel.own_rows`); None: all.
-      cache: as in `stage_rows`.
-
-    Raises:
-      DataError: rows that a batch does not have; and from `next`, a sample that cannot be used.
-    """
-    size = config.stage(stage).batch_size
-    own = range(size) if own is None else own
-    if not own or not set(own) <= set(range(size)):
-        raise DataError(f"rows {list(own)} are not among those of {stage}.batch_size={size}, which count from 0")
-    return TrainIterator(stage_rows(config, stage, tokenizer, cache), own)
+def _padding_row(text_length: int, max_images: int, image_size: int) -> BatchRow:
+    return BatchRow(pack_rows([[]], text_length, max_images, image_size), (), (), 0)
 
 
-def eval_batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> list[HostBatch]:
-    """The first `limit` batches of what a stage holds out, one sample a row, always in the same order.
-
-    Fewer if there is less. The last one is filled with rows of padding, which have no sample.
-
-    Raises:
-      DataError: a sample that cannot be used, or a batch without one that can.
-    """
-    settings = config.stage(stage)
-    source = Concatenated([open_source(held_out) for held_out in settings.validation])
-    reader = Reader(config, stage, tokenizer, training=False)
-    size = settings.batch_size
-    order = np.random.default_rng(0).permutation(len(source))[: limit * size]
-    padding = Row(pack_rows([[]], settings.text_length, settings.max_images, config.model.vision.image_size), (), (), 0)
-    batches: list[HostBatch] = []
-    for start in range(0, len(order), size):
-        rows = [
-            reader.row([(i, np.random.default_rng(i))], settings.text_length, settings.max_images, source)
-            for i in order[start : start + size].tolist()
-        ]
-        batches.append(_batched(rows + [padding] * (size - len(rows))))
-        if not batches[-1].batch["loss_weights"].any():
-            raise DataError(f"no held-out sample of a batch can be used: {'; '.join(batches[-1].dropped[:5])}")
-    return batches
-
-
-def _batched(rows: Sequence[Row]) -> HostBatch:
+def _batched(rows: Sequence[BatchRow]) -> HostBatch:
     """Rows as a batch."""
     batch: Batch = {name: np.concatenate([row.batch[name] for row in rows]) for name in rows[0].batch}  # type: ignore
-    lost = [(len(row.dropped), row.cut_tokens) for row in rows]
+    lost = [(len(row.dropped), row.cut_tokens, row.unusable) for row in rows]
     dropped = tuple(reason for row in rows for reason in row.dropped)
     return HostBatch(batch, tuple(row.sample_ids for row in rows), dropped, np.asarray(lost, np.int32))
 

@@ -12,6 +12,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES, ConfigError
 from saisa_jax.evaluation import runner
 from saisa_jax.evaluation.tasks import TASKS
@@ -90,7 +91,7 @@ def model_of(workdir: str) -> str:
       ConfigError: no stage of it is finished.
     """
     for stage in reversed(STAGES):
-        directory = epath.Path(workdir) / stage / "model"
+        directory = local_model(workdir, stage)
         if directory.exists():
             return str(directory)
     raise ConfigError(

@@ -1,1 +1,1 @@
-"""Asking a finished model: prefill, decode, sample."""
+"""Inference with a finished model: prefill, decode, sample."""

@@ -1,8 +1,8 @@
-"""A conversation with a model: what was read in earlier turns is not read again.
+"""A conversation with a model: earlier turns are not processed again.
 
 `Chat` keeps the keys and values of the conversation so far. A new turn is tokenised with all that came before; the
-longest beginning that the cache already holds, tokens, positions and images alike, is kept, and the rest is read after
-it. So an edited, a cut or an interrupted conversation needs no case of its own.
+longest prefix that the cache already holds, tokens, positions and images alike, is kept, and the rest is processed
+after it. So an edited, a cut or an interrupted conversation needs no special case.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chat:
     Attributes:
       turns: of user and assistant, `<image>` where an image stands.
       images: of all turns, in their order.
-      reused: text tokens of the last prompt that were not read again.
+      reused: text tokens of the last prompt that were in the cache.
       generated: tokens of the last answer.
     """
 
@@ -61,7 +61,7 @@ class Chat:
     _read: _Read | None = None
 
     def __post_init__(self) -> None:
-        _ = self.model.generator  # a model without a tokenizer says so now
+        _ = self.model.generator  # raises now if the model has no tokenizer
         if self.model.row_ways != 1:
             raise ValueError("a conversation is one row: load the model on a mesh with data=1 and fsdp=1, or without")
 
@@ -76,7 +76,7 @@ class Chat:
     def ask(
         self, question: str, max_new_tokens: int | None = None, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Generator[str, None, None]:
-        """The answer, in pieces of text as they come. A caller who stops early leaves the answer as far as it got.
+        """The answer, in pieces of text as they come. If the caller stops early, the answer so far is kept.
 
         Args:
           question: may say `<image>` where the images added since the last one stand; else they stand before it.
@@ -122,7 +122,7 @@ class Chat:
         finally:
             answer = self.model.text(tokens)
             if answer:
-                # In a turn `<image>` means a picture; a model may say the word.
+                # In a turn `<image>` stands for an image; a model may generate the word.
                 said = Turn(ASSISTANT, answer.replace(IMAGE, "< image >"))
                 self.turns, self.images, self._pending = [*turns, said], images, []
             self.generated = len(tokens)
@@ -142,7 +142,7 @@ class Chat:
             yield number
             if n == max_new_tokens:
                 return
-            self._read = None  # whoever interrupts the next lines leaves no cache that was used up
+            self._read = None  # an interrupt in the next lines must not leave a donated cache
             with model.on_mesh():
                 now = np.asarray([position], np.int32)
                 token, read.cache = generator.step(
@@ -183,11 +183,11 @@ class Chat:
         kept = _common(list(zip(old.tokens, old.positions, strict=True)), list(zip(tokens, positions, strict=True)))
         kept = sum(position < limit for position in positions[:kept])
         if not self.model.generator.caches_images:
-            # LLaVA's visual tokens are in the cache themselves, and have read what stands before them.
+            # LLaVA's visual tokens are in the cache themselves, and have attended to what precedes them.
             last = max((place for _, place in (*old.images, *images)), default=-1)
             if changed or kept < sum(position < last for position in positions):
                 return 0
-        return min(kept, len(tokens) - 1)  # the logits are those after the last token: one at least is read
+        return min(kept, len(tokens) - 1)  # the logits are those after the last token: at least one is processed
 
     def _prefill(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
         model = self.model
@@ -226,5 +226,5 @@ class Chat:
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:
-    """The length of the longest common beginning."""
+    """The length of the longest common prefix."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

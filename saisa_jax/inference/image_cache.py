@@ -1,8 +1,8 @@
 """Images that were encoded once: their keys and values for all layers, found again by content.
 
-Under SAISA and NAAViT what the text reads of an image depends on the image alone, so every further question and turn
-about it reuses this. Under LLaVA it cannot be done across different prefixes: an image's keys in layer l depend on what
-its tokens read in the layers below, which is everything before it.
+Under SAISA and NAAViT an image's keys and values depend on the image alone, so every further question and turn
+about it reuses them. Under LLaVA this is impossible across different prefixes: an image's keys in layer l depend on
+what its tokens attended to in the layers below, which is everything before it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DEFAULT_BYTES = 2**30
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EncodedImage:
-    """An image, ready to be asked about: give it to `generate` in place of the picture.
+    """An encoded image: give it to `generate` in place of the image.
 
     Attributes:
       key: a hash of its pixels.
       pixels: as prepared for the vision encoder.
       kv: keys, not rotated, and values [Lv, 1, K, P, H]; None where they depend on the prompt (LLaVA).
-      model: the parameters that made `kv`; another model encodes the pixels anew.
+      model: the parameters that made `kv`; another model encodes the pixels again.
     """
 
     key: str
@@ -47,7 +47,7 @@ class EncodedImage:
 
 
 def content_key(pixels: UInt8[np.ndarray, "size size 3"]) -> str:
-    """The same for the same pixels, whatever file they came from."""
+    """A hash of the pixels: the same whichever file they came from."""
     return hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=16).hexdigest()
 
 
@@ -64,7 +64,7 @@ class ImageCache:
         return len(self._images)
 
     def get(self, key: str) -> EncodedImage | None:
-        """The image of that key, now the one used last."""
+        """The image of that key, marked as the one used last."""
         with self._lock:
             image = self._images.get(key)
             if image is None:
@@ -75,7 +75,7 @@ class ImageCache:
             return image
 
     def put(self, image: EncodedImage) -> None:
-        """Keeps an image, and lets go of those that were used longest ago until all fit."""
+        """Keeps an image, and evicts the least recently used ones until all fit."""
         with self._lock:
             if image.key in self._images:
                 self.nbytes -= self._images.pop(image.key).nbytes

@@ -1,8 +1,8 @@
 """int8 weights for inference, through qwix: half the bytes of bfloat16, a scale for every output channel.
 
 Only stacked projections are quantised (decoder, per-layer projectors, vision encoder), which is nearly all of a model.
-They stay int8 in memory; each layer's are made floating point when that layer runs. Activations, embedding, head and
-norms are as they were.
+They stay int8 in memory; each layer's are converted to floating point when that layer runs. Activations, embedding,
+head and norms are as they were.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUANTIZATIONS = ("int8",)
 
 
 class Quantized(NamedTuple):
-    """What `quantize` makes of parameters: int8 kernels among the others, and their scales."""
+    """Quantised parameters: int8 kernels among the others, and their scales."""
 
     params: Any
     scales: Any
@@ -45,7 +45,7 @@ def quantize(params: Any, kind: str = "int8") -> Quantized:
     for path, leaf in flatten(params).items():
         stacked = "layers/" in path and path.endswith("/kernel") and "/depthwise/" not in path
         if stacked:
-            inputs = (1, 2) if "/o_proj/" in path else (1,)  # axis 0 is the layer, what is left are outputs
+            inputs = (1, 2) if "/o_proj/" in path else (1,)  # axis 0 is the layer, the rest are outputs
             outputs = [axis for axis in range(leaf.ndim) if axis not in inputs]
             array = qwix.quantize(leaf, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
             leaf, scales[path] = array.qvalue, array.scale

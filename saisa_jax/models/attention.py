@@ -31,6 +31,7 @@ from saisa_jax.models.mask import MASKED, KeyBlock, Mask, PackedPositions
 KERNELS = {"flash": flash_attention, "cudnn": cudnn_attention}
 
 
+@jax.named_scope("attend")
 def attend(
     q: Float[Array, "B T N H"], blocks: Sequence[KeyBlock], impl: str = "xla"
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T _"] | None]:

@@ -5,8 +5,10 @@ Parameters carry logical axis names (`parallel.py` maps them to the mesh); activ
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -48,6 +50,35 @@ def constrain(x: Any, *axes: str | None) -> Any:
     return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
 
 
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def on_platform(platform: str) -> Iterator[None]:
+    """What is traced inside is meant for `platform`, though jax's own backend is another: compiling ahead of time."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def for_float32_product(*operands: Any) -> tuple[Any, ...]:
+    """Operands of a product with `preferred_element_type=float32`.
+
+    Accelerators accumulate products of 16-bit numbers in float32. XLA for CPUs has no such product ("Unsupported
+    element type for DotThunk"), so there the operands become float32 first, which gives the same numbers.
+    """
+    if (_platform.get() or jax.default_backend()) != "cpu":
+        return operands
+    return tuple(jnp.asarray(operand).astype(jnp.float32) for operand in operands)
+
+
+def _float32_dot_general(left: Any, right: Any, *args: Any, **kwargs: Any) -> Any:
+    left, right = for_float32_product(left, right)
+    return jax.lax.dot_general(left, right, *args, **{**kwargs, "preferred_element_type": jnp.float32})
+
+
 def dense(
     features: int | Sequence[int],
     axes: Sequence[str | None],
@@ -62,7 +93,7 @@ def dense(
     """A projection with logical axes `axes`, one name for each dimension of its kernel."""
     features = (features,) if isinstance(features, int) else tuple(features)
     # Products of 16-bit inputs may be returned as accumulated, in float32 (the LM head).
-    dot = _float32_product if float32_output else None
+    dot = _float32_dot_general if float32_output else None
     return nn.DenseGeneral(
         features,
         axis=axis,
@@ -74,26 +105,6 @@ def dense(
         dot_general=dot,
         name=name,
     )
-
-
-def for_float32_product(*operands: Any) -> tuple[Any, ...]:
-    """Operands of a product whose result is float32, as the device can multiply them.
-
-    XLA's CPU backend has no product of 16-bit numbers with a float32 result inside a loop or over several batch
-    dimensions ("Unsupported element type for DotThunk"), so there they become float32 first, which changes none of
-    them. Elsewhere, and where they are float32, they stay as they are.
-    """
-    return tuple(x.astype(jnp.float32) for x in operands) if _on_cpu() else operands
-
-
-def _on_cpu() -> bool:
-    """Whether the program is for CPUs: those of the mesh (`plan` compiles for devices that are not here), or ours."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() == "cpu" if device is None else device.platform == "cpu"
-
-
-def _float32_product(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
-    return jax.lax.dot_general(*for_float32_product(a, b), *args, **kwargs | {"preferred_element_type": jnp.float32})
 
 
 def look_up(table: nn.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

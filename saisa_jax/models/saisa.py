@@ -163,8 +163,7 @@ class Saisa(nn.Module):
         """float32 logits; the padding of the vocabulary gets -inf."""
         if self.config.tie_embeddings:
             embedding = self.embed_tokens.embedding.astype(x.dtype)
-            operands = for_float32_product(x, embedding)
-            logits = jnp.einsum("btd,wd->btw", *operands, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("btd,wd->btw", *for_float32_product(x, embedding), preferred_element_type=jnp.float32)
         else:
             logits = self.lm_head(x)
         logits = constrain(logits, "activation_batch", "activation_length", "activation_vocab")

@@ -13,8 +13,8 @@ import jax
 
 from saisa_jax import flops, parallel
 from saisa_jax.config import Config, StageConfig
-from saisa_jax.planning import counted
 from saisa_jax.planning.topologies import Topology, devices
+from saisa_jax.planning.traffic import Traffic, traffic
 from saisa_jax.training.setup import StageSetup, setup_stage
 from saisa_jax.training.step import make_train_step
 
@@ -41,8 +41,8 @@ class Program:
       topology: what for.
       prepared: the stage.
       memory: None: the compiler found that it does not fit, and `refused` is what it said.
-      formula_flops: of a step over all devices, by `models.flops`: what has to be computed.
-      counted_flops: of a step over all devices, in the program: with what is computed again (remat).
+      model_flops: of a step over all devices: what has to be computed (`flops.train_step`).
+      hardware_flops: of a step over all devices, in the program: with what is computed again (remat).
       traffic: of a device in a step, by kind of collective.
       seconds: that lowering and compiling took.
     """
@@ -51,9 +51,9 @@ class Program:
     prepared: StageSetup
     memory: Memory | None
     refused: str
-    formula_flops: float
-    counted_flops: float
-    traffic: Mapping[str, counted.Traffic]
+    model_flops: float
+    hardware_flops: float
+    traffic: Mapping[str, Traffic]
     seconds: float
 
     @property
@@ -89,11 +89,11 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
         prepared=prepared,
         memory=memory,
         refused=refused,
-        formula_flops=flops.train_step(
+        model_flops=flops.train_step(
             prepared.model, settings.groups, settings.batch_size, settings.text_length, settings.max_images
         ),
-        counted_flops=counted.flops(traced.jaxpr.jaxpr),
-        traffic=counted.traffic(hlo, prepared.mesh.size) if hlo else {},
+        hardware_flops=flops.count(traced.jaxpr.jaxpr),
+        traffic=traffic(hlo, prepared.mesh.size) if hlo else {},
         seconds=time.monotonic() - started,
     )
 
@@ -113,7 +113,7 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str
         outputs=m.output_size_in_bytes,
         aliased=m.alias_size_in_bytes,
         temporaries=m.temp_size_in_bytes,
-        # 0: this compiler does not say. What is live at once is then everything.
+        # 0: this compiler does not tell. What is live at once is then everything.
         peak=m.peak_memory_in_bytes or m.argument_size_in_bytes + m.temp_size_in_bytes,
     )
     return memory, "", compiled.as_text()

@@ -17,9 +17,9 @@ from rich.table import Table
 from saisa_jax import flops
 from saisa_jax.config import STAGES, Config, ConfigError, to_dict
 from saisa_jax.planning import tables, topologies
-from saisa_jax.planning.command import plan_stage
 from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import Length, length
+from saisa_jax.planning.stage import plan_stage
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.setup import StageSetup, setup_stage
 
@@ -66,7 +66,7 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def _length(config: Config, stage: str) -> Length | None:
-    """None: nobody knows without the data."""
+    """None: unknown without the data."""
     try:
         return length(config.stage(stage), config.data.packing)
     except ConfigError:
@@ -94,7 +94,7 @@ def heading(prepared: StageSetup, known: Length | None, topology: str | None, pa
     if known is None:
         return f"{where}: {rows} rows a step; how many steps is unknown without the data"
     samples = f"about {known.samples_per_step:.0f} samples, as far as their lengths are known without the data"
-    if packing and known.samples_per_step == rows:  # nobody knows how many share a row
+    if packing and known.samples_per_step == rows:  # how many share a row is unknown
         samples = f"{rows} samples or more"
     return f"{where}: {known.steps:,} steps, {rows} rows a step, which hold {samples}"
 

@@ -68,13 +68,13 @@ def length(settings: StageConfig, packing: bool, samples: int | None = None, per
       per_row: samples of a row; None: as many as packing finds room for in rows of its T and M.
 
     Raises:
-      ConfigError: nobody says how many samples there are.
+      ConfigError: how many samples there are is unknown.
     """
     names = [PurePath(source.path).name for source in settings.sources]
     known = [STAND_INS[name]() for name in names if name in STAND_INS]
     total = sum(len(tokens) for tokens, _ in known)
     if settings.steps is None and samples is None and len(known) < len(names):
-        raise ConfigError(f"nobody knows how many samples {', '.join(map(str, settings.sources))} hold: set --samples")
+        raise ConfigError(f"it is unknown how many samples {', '.join(map(str, settings.sources))} hold: set --samples")
     if per_row is None and packing and known:
         tokens, images = some((np.concatenate([of[0] for of in known]), np.concatenate([of[1] for of in known])))
         tokens, images = np.minimum(tokens, settings.text_length), np.minimum(images, settings.max_images)

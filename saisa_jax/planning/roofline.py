@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 
 from saisa_jax.planning.compile import Program, device_bytes
-from saisa_jax.planning.counted import BETWEEN_SLICES
+from saisa_jax.planning.traffic import BETWEEN_SLICES
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def roofline(program: Program) -> Roofline:
     chip, chips = program.topology.chip, program.topology.chips
     received = sum(kind.bytes for name, kind in program.traffic.items() if name != BETWEEN_SLICES) * chip.devices
     return Roofline(
-        compute=program.counted_flops / chips / chip.flops,
+        compute=program.hardware_flops / chips / chip.flops,
         memory=state_traffic(program) * chip.devices / chip.hbm_bandwidth,
         links=received / chip.link_bandwidth,
     )
@@ -62,4 +62,4 @@ def state_traffic(program: Program) -> float:
 
 def seconds_at(program: Program, mfu: float) -> float:
     """Of a step, if that share of the peak goes into FLOPs that are needed (recomputed ones are not)."""
-    return program.formula_flops / program.topology.chips / program.topology.chip.flops / mfu
+    return program.model_flops / program.topology.chips / program.topology.chip.flops / mfu

@@ -1,33 +1,27 @@
-"""`python -m saisa_jax rows`: which rows, of T text tokens and M image slots, cost least for a stage's samples.
+"""Which rows, of T text tokens and M image slots, cost least for a stage's samples.
 
 A step computes whole rows: padding and empty image slots cost what full ones do (an empty slot goes through vision
 encoder, projectors, keys and values). So the cheapest (T, M) is the one that costs least in executed FLOPs per sample,
 everything included; long rows fill better and attend over more that is masked.
-
-Without the sources of the recipe, `--lengths=llava-pretrain` and `--lengths=llava-finetune` stand for the paper's data.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Float64
-from rich.console import Console
 from rich.table import Table
 
 from saisa_jax import flops
-from saisa_jax.cli.flags import read_config
-from saisa_jax.config import STAGES, Config, ConfigError
-from saisa_jax.data.pipeline import stage_counts
+from saisa_jax.config import Config, ConfigError
 from saisa_jax.data.rows.packing import pack
-from saisa_jax.data.sample import DataError
-from saisa_jax.data.text.tokenizer import load_tokenizer
-from saisa_jax.planning.lengths import LENGTHS, Counts, some
-from saisa_jax.planning.tables import console
+from saisa_jax.planning.lengths import Counts, some
 
 TEXT_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 SLOTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
@@ -51,31 +45,6 @@ class Choice:
     flops_per_sample: float  # executed, forward and backward
 
 
-def main(argv: Sequence[str]) -> int:
-    """The verb; 2 if the data cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m saisa_jax rows", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=RECIPE[:ARGUMENT] [--config.NAME=VALUE ...] [options]",
-    )  # fmt: skip
-    parser.add_argument("--stage", choices=STAGES, default="finetune", help="default: finetune")
-    parser.add_argument("--lengths", choices=sorted(LENGTHS), help="stand-ins for the recipe's sources")
-    options, rest = parser.parse_known_args(argv)
-    config = read_config(rest)
-    try:
-        counts = (
-            LENGTHS[options.lengths]()
-            if options.lengths
-            else stage_counts(config, options.stage, load_tokenizer(config.data.tokenizer))
-        )
-    except DataError as error:
-        Console(stderr=True).print(f"rows: {error}", style="red", highlight=False)
-        return 2
-    choices = compare(config, options.stage, counts)
-    console().print(table(choices, SAMPLES_PER_STEP[options.stage]))
-    return 0
-
-
 def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
     """Every legal shape of rows, the cheapest first; the recipe's own is among them.
 
@@ -90,7 +59,7 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
     if not len(counts[0]):
         raise ConfigError(f"{stage}.sources: no sample can be used")
     tokens, images = some(counts)
-    settings = config.stage(stage)
+    settings, cost = config.stage(stage), RowCost(config, stage)
     shapes = {(t, m) for t in TEXT_LENGTHS for m in SLOTS} | {(settings.text_length, settings.max_images)}
     found = []
     for text_length, max_images in sorted(shapes):
@@ -101,7 +70,7 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
         if cut > MAX_CUT:
             continue
         plan = pack(kept, images, text_length, max_images, [0])
-        executed = len(plan) * row_flops(config, stage, text_length, max_images)
+        executed = len(plan) * float(cost(text_length, max_images))
         found.append(
             Choice(
                 text_length,
@@ -111,7 +80,7 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
                 float(kept.sum() / (len(plan) * text_length)),
                 float(images.sum() / (len(plan) * max_images)),
                 float(cut),
-                float(sample_flops(config, stage, (kept, images)).sum() / executed),
+                float(cost(kept, images).sum() / executed),
                 executed / len(tokens),
             )
         )
@@ -124,23 +93,54 @@ def _balance(tokens: np.ndarray, images: np.ndarray, text_length: int, max_image
     return float(text / slots) if slots else 1.0
 
 
-@lru_cache(maxsize=4096)
-def row_flops(config: Config, stage: str, text_length: int, max_images: int) -> float:
-    """Forward and backward of one row, as the stage trains."""
-    return flops.train_step(config.model_for(stage), config.stage(stage).groups, 1, text_length, max_images)
+class RowCost:
+    """FLOPs of a row, forward and backward as a stage trains, by its text tokens T and images M.
+
+    They are a polynomial of second degree: products are linear in the tokens, attention is in their square. Six traces
+    of the model determine it, and three another one for rows without an image, which reach neither encoder nor
+    projectors. Differences of neighbouring sizes are integers, so Newton's interpolation between them is exact.
+    """
+
+    def __init__(self, config: Config, stage: str) -> None:
+        model, groups = config.trained_model(stage), config.stage(stage).groups
+        self._of = lambda text, images: int(flops.train_step(model, groups, 1, text, images))
+
+    def __call__(self, text: npt.ArrayLike, images: npt.ArrayLike) -> Float64[np.ndarray, ...]:
+        """Of rows of these sizes, which are broadcast against each other."""
+        text, images = np.broadcast_arrays(np.asarray(text), np.asarray(images))
+        cost = np.zeros(text.shape)
+        for first, chosen in enumerate((images == 0, images > 0)):
+            if chosen.any():
+                differences = self._with_image if first else self._without_image
+                cost[chosen] = sum(
+                    difference * _binomial(text[chosen] - 1, i) * _binomial(images[chosen] - first, j)
+                    for (i, j), difference in differences.items()
+                )
+        return cost
+
+    @functools.cached_property
+    def _with_image(self) -> dict[tuple[int, int], int]:
+        return self._differences([(i, j) for i in range(3) for j in range(3 - i)], 1)
+
+    @functools.cached_property
+    def _without_image(self) -> dict[tuple[int, int], int]:
+        return self._differences([(i, 0) for i in range(3)], 0)
+
+    def _differences(self, orders: Sequence[tuple[int, int]], first: int) -> dict[tuple[int, int], int]:
+        """Forward differences of these orders in T and M, at T = 1 and M = `first`."""
+        of = {(i, j): self._of(1 + i, first + j) for i, j in orders}
+        choices = lambda i, j: itertools.product(range(i + 1), range(j + 1))  # noqa: E731
+        return {
+            (i, j): sum(
+                (-1) ** (i - a + j - b) * math.comb(i, a) * math.comb(j, b) * of[a, b] for a, b in choices(i, j)
+            )
+            for i, j in orders
+        }
 
 
-def sample_flops(config: Config, stage: str, counts: Counts) -> Float64[np.ndarray, " n"]:
-    """What each sample costs in a row of exactly its size."""
-    tokens, images = counts
-    total = np.zeros(len(tokens))
-    for number in np.unique(images):
-        chosen = images == number
-        # For a number of images, the cost is a polynomial of second degree in the text (attention).
-        places = np.array([1, 512, 1024])
-        costs = [row_flops(config, stage, int(place), int(number)) for place in places]
-        total[chosen] = np.polyval(np.polyfit(places, costs, 2), tokens[chosen])
-    return total
+def _binomial(n: np.ndarray, k: int) -> np.ndarray:
+    """n over k, for k up to 2."""
+    return (np.ones(n.shape), n.astype(float), n * (n - 1.0) / 2)[k]
 
 
 def table(choices: Sequence[Choice], samples_per_step: int) -> Table:

@@ -111,8 +111,8 @@ def _work(plan: Plan) -> dict[str, str]:
         for kind, traffic in sorted(program.traffic.items())
     }
     return {
-        "TFLOPs of a step, formula": f"{program.formula_flops / 1e12:,.0f}",
-        "TFLOPs of a step, counted (with remat)": f"{program.counted_flops / 1e12:,.0f}",
+        "TFLOPs of a step, needed": f"{program.model_flops / 1e12:,.0f}",
+        "TFLOPs of a step, with remat": f"{program.hardware_flops / 1e12:,.0f}",
         **received,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 from saisa_jax.chips import CHIPS, Chip
 from saisa_jax.config import ConfigError
+from saisa_jax.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ def parse(name: str) -> Topology:
     kind, _, rest = name.partition(":")
     shape, several, slices = rest.partition("*")
     if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, n=2, cutoff=0.4)
-        examples = [f"{near_kind}:{CHIPS[near_kind].example}" for near_kind in near]
-        hint = f"did you mean {' or '.join(examples)}?" if near else f"known chips: {', '.join(CHIPS)}"
-        raise ConfigError(f"--topology={name!r} names no known chip; {hint}")
+        hint = did_you_mean(kind, CHIPS, n=2, otherwise=f"; known chips: {', '.join(CHIPS)}")
+        raise ConfigError(f"--topology={name!r} names no known chip{hint}")
     chip = CHIPS[kind]
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
         axes = "a number of GPUs" if chip.axes == 1 else f"a shape of {chip.axes} sides"

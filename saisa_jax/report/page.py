@@ -14,7 +14,7 @@ from saisa_jax.config import Config, to_dict
 from saisa_jax.report import pictures, units
 from saisa_jax.report.attention import Looked
 from saisa_jax.report.examples import is_right
-from saisa_jax.report.plots import COLORS, by_formula
+from saisa_jax.report.plots import COLORS, prefill_by_alignment
 from saisa_jax.report.runs import NAMES, TITLES, Run
 from saisa_jax.report.style import CSS
 
@@ -169,7 +169,7 @@ def _numbers(content: Content) -> str:
         guess = record["baseline"].get(name)
         small = f"{units.percent(guess)} without the image" if guess is not None else f"{part['n']:,} questions"
         boxes.append((units.percent(part["accuracy"]), f"{name.replace('_', '/')} questions", small))
-    costs = by_formula(run, "decoder")
+    costs = prefill_by_alignment(run, "decoder")
     mine = record["prefill_flops"]["decoder"]
     if run.model.alignment != "llava":
         boxes.append((units.change(mine / costs["llava"] - 1), "decoder FLOPs", "to read a question, against LLaVA"))
@@ -196,7 +196,7 @@ def _costs(content: Content) -> str:
     return (
         "<h2>Accuracy against FLOPs</h2>\n<p>What reading a question and its image costs before the first word of the "
         "answer: with the vision encoder and the head, which all alignments share, and for the decoder with its "
-        "projectors alone. What was not run is placed by formula.</p>"
+        "projectors alone. Alignments that were not run are placed by what they would cost.</p>"
         f"{_figures(content, 'accuracy_against_flops', 'accuracy_against_decoder_flops')}"
         f"{_wide(content, 'flops_by_part')}"
     )

@@ -26,7 +26,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#222222", "#8a8a8a"
 # Vision and head, which all alignments share, are grey; related parts are shades of one color.
-PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a")
+PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a", "#56B4E9")
 STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": "#9a9a9a",
@@ -143,7 +143,7 @@ def alignment_like(model: ModelConfig, alignment: str) -> ModelConfig:
     return dataclasses.replace(model, alignment=alignment, projector=projector, visual_layers=None)
 
 
-def by_formula(run: Run, convention: str) -> dict[str, float]:
+def prefill_by_alignment(run: Run, convention: str) -> dict[str, float]:
     """Prefill FLOPs of the run's mean question under each alignment; the run has been evaluated."""
     record: Any = run.evaluation
     text, images = round(record["prompt_tokens"]), record["images_per_question"]
@@ -153,7 +153,7 @@ def by_formula(run: Run, convention: str) -> dict[str, float]:
 
 @_figure
 def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], convention: str) -> Figure:
-    """The paper's figure 1 for these runs, and by formula what the alignments cost that were not run.
+    """The paper's figure 1 for these runs, and what the alignments cost that were not run.
 
     Args:
       title: of the figure.
@@ -162,7 +162,7 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
     """
     figure, axes = _axes(title)
     first: Any = runs[0][1].evaluation
-    costs = by_formula(runs[0][1], convention)
+    costs = prefill_by_alignment(runs[0][1], convention)
     unit, prefix = units.thousands(max(costs.values()))
     for number, run in runs:
         record: Any = run.evaluation
@@ -190,7 +190,7 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
         if name not in present:
             axes.axvline(cost / unit, color=FAINT, linestyle=":", linewidth=1.2)
             axes.annotate(
-                f"{NAMES[name]}, by formula",
+                f"{NAMES[name]}, not run",
                 (cost / unit, 0.5),
                 xycoords=("data", "axes fraction"),
                 xytext=(-4, 0),
@@ -213,7 +213,7 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
 
 @_figure
 def cost_by_part(title: str, run: Run) -> Figure:
-    """What the parts of a prefill cost under each alignment, by formula, for a model of the run's size."""
+    """What the parts of a prefill cost under each alignment, for a model of the run's size."""
     record: Any = run.evaluation
     text, images = round(record["prompt_tokens"]), record["images_per_question"]
     models = {name: alignment_like(run.model, name) for name in ("llava", "naavit", "saisa")}
@@ -222,6 +222,8 @@ def cost_by_part(title: str, run: Run) -> Figure:
     figure, axes = _axes(title, (10.8, 2.5))
     left = np.zeros(len(costs))
     for part, color in zip(flops.PARTS, PART_COLORS, strict=True):
+        if not any(cost.parts[part] for cost in costs.values()):
+            continue
         widths = np.array([cost.parts[part] for cost in costs.values()]) / unit
         axes.barh(range(len(costs)), widths, 0.62, left=left, color=color, edgecolor="white", linewidth=0.7, label=part)
         left += widths

@@ -1,15 +1,17 @@
 """A directory for one run where there are no locks: a small file that its holder keeps renewing.
 
-`DIRECTORY/.lease` is a JSON object {"holder", "host", "pid", "time", "token", "beat"}. Its holder writes it anew every
+`DIRECTORY/.lease` is a JSON object {"holder", "host", "pid", "time", "token", "beat"}. Its holder rewrites it every
 `renewal` seconds. Another run that finds it watches it: if it changes, its holder lives, and the run is refused; if it
 does not for 4 renewals by the *watcher's own* clock, its holder is dead, and the run takes over. (The time in it is for
 people alone: no two hosts' clocks are compared.)
 
 A file of a bucket is written whole and read as last written, but "create it unless it is there" is not to be had
 through `epath`. So whoever has written the lease waits a settling moment and reads it back: of several that start
-together, the last to write is the one that stays. What this guarantees: of two runs, one at most goes on. What it does
+together, the last to write is the one that stays. What this guarantees: of two runs, at most one continues. What it
+does
 not: a run that was frozen between looking and writing for longer than the settling moment, or through 4 renewals, works
-beside the other until its next renewal or check, `renewal` seconds at most, when it finds itself robbed and stops.
+beside the other until its next renewal or check, `renewal` seconds at most, when it finds that its lease was taken and
+stops.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class Lease:
             logging.warning("%s was not removed: %s", self._path, failure)
 
     def check(self) -> None:
-        """Whether this run may go on writing; reads the lease only if its renewal is overdue, as after a sleep.
+        """Checks that this run may continue to write; reads the lease only if its renewal is overdue, as after a sleep.
 
         Raises:
           RunLockedError: another run has taken it over.
@@ -92,18 +94,18 @@ class Lease:
             self._renew()
         if self._robber is not None:
             raise RunLockedError(
-                f"{self._directory} was taken over by {self._robber}, which must have seen no sign of life of this run "
+                f"{self._directory} was taken over by {self._robber}, which must have seen no renewal by this run "
                 f"for {LIFE * self._renewal:g} s; this one stops here, and writes nothing more"
             )
 
     def _wait_for_silence(self) -> None:
-        """Returns when there is no lease, or one that nobody renews."""
+        """Returns when there is no lease, or one that is not renewed."""
         found = self._read()
         if found is None:
             return
         life = LIFE * self._renewal
         logging.warning(
-            "%s is held by %s; if that shows no sign of life for %g s, this run takes over", self._directory,
+            "%s is held by %s; if its lease is not renewed for %g s, this run takes over", self._directory,
             _holder(found), life,
         )  # fmt: skip
         until = time.monotonic() + life
@@ -136,7 +138,7 @@ class Lease:
                 elif self._robber is None:
                     self._robber = _holder(seen)
                     logging.error("%s was taken over by %s", self._directory, self._robber)
-            except Exception as error:  # a bucket may be out of reach for a while; nobody else can write to it either
+            except Exception as error:  # a bucket may be out of reach for a while; no other run can write to it either
                 logging.warning("the lease %s was not renewed: %s", self._path, error)
 
     def _write(self) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,17 +15,20 @@ from absl import logging
 from etils import epath
 
 from saisa_jax import flops, parallel
-from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, save_model
+from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, local_model, save_model
 from saisa_jax.config import Config, ConfigError, to_dict
-from saisa_jax.data.pipeline import TrainIterator, eval_batches, stage_rows, steps_in_stage, train_iterator
+from saisa_jax.data.pipeline import StageData, TrainIterator
+from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.errors import UserError
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
+from saisa_jax.training.recipe import check_same_recipe
 from saisa_jax.training.setup import setup_stage
-from saisa_jax.training.start import check_same_recipe, check_stages, model_directory, starting_params
+from saisa_jax.training.start import check_projectors, check_stages, starting_params
 from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
 from saisa_jax.training.telemetry.goodput import Goodput
@@ -36,7 +41,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     """Trains the configured stages that are not finished yet.
 
     Returns:
-      0, or the number of the signal that stopped the run; started again, it goes on from there.
+      0, or the number of the signal that stopped the run; started again, it resumes from there.
     """
     processes.start(config.distributed)
     try:
@@ -48,6 +53,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)
+        check_projectors(config, workdir)
         check_wandb(config.training.wandb)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
@@ -55,34 +61,36 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
-        check_stages(config, tokenizer, workdir)
+        data = check_stages(config, tokenizer, workdir)
         for name in config.stages:
-            if model_directory(workdir, name).exists():
-                logging.info("%s is finished: %s", name, model_directory(workdir, name))
+            if local_model(workdir, name).exists():
+                logging.info("%s is finished: %s", name, local_model(workdir, name))
                 continue
             if stop.requested and jax.process_count() == 1:  # several agree on it, after a step
                 return int(signal.Signals[stop.requested])
-            stage = Stage(config, name, workdir, tokenizer)
+            stage = StageTrainer(config, name, workdir, tokenizer, data[name])
             if processes.is_first():
                 new = workdir / ".config.json.new"
                 new.write_text(json.dumps(to_dict(config), indent=2))
                 new.replace(workdir / "config.json")  # whole at any moment: the next start reads it
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
-    logging.info("finished: %s", model_directory(workdir, config.stages[-1]))
+    logging.info("finished: %s", local_model(workdir, config.stages[-1]))
     return 0
 
 
-class Stage:
-    """One stage: everything that stands before its first step."""
+class TrainingError(UserError, RuntimeError):
+    """Training cannot continue; the message names the step and its samples."""
 
-    def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any):
+
+class StageTrainer:
+    """Trains one stage. When it is made, everything is there that stands before the first step."""
+
+    def __init__(self, config: Config, name: str, workdir: epath.Path, tokenizer: Any, data: StageData):
         self.clock = Goodput()
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
-        self.cache = str(self.directory)  # of the counts of its samples
-        self.rows = stage_rows(config, name, tokenizer, self.cache)
-        self.steps = steps_in_stage(config, name, tokenizer, self.cache)
+        self.data, self.rows, self.steps = data, data.rows, data.steps
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup_stage(
             config, name, self.steps
         )
@@ -95,7 +103,8 @@ class Stage:
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
-        self.journal = Journal(config, name, self.directory, self.rows, self.steps, self.clock)
+        self.journal = Journal(config, name, self.directory, self.steps, self.clock)
+        self.data_mark = data.mark  # as the data are now: a file may be rewritten while the run reads it
         self.evaluation_due = False  # it was put off when a signal came, since it takes its time
         logging.info("%s: %s", name, self.rows.describe(self.steps))
 
@@ -112,9 +121,9 @@ class Stage:
             RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
         ):
             own = parallel.own_rows(self.mesh, self.settings.batch_size)
-            data = train_iterator(self.config, self.name, self.tokenizer, own=own, cache=self.cache)
+            data = self.data.batches(own)
             closing.callback(data.close)
-            with processes.together():
+            with processes.exit_on_lost_process():
                 if checkpointer.latest_step() is None:
                     random = f"random weights (seed {self.config.seed})"
                     logging.info("%s starts from %s", self.name, random if self.source == "random" else self.source)
@@ -138,9 +147,28 @@ class Stage:
                 f"{', '.join(differing)}; bring them back, or start in another --workdir"
             )
         self.state = TrainState(frozen=frozen, **saved)
-        self.journal.remembered, self.evaluation_due = metadata["journal"], metadata["evaluation_due"]
+        self._check_same_data(metadata.get("data"))  # versions before there was a mark wrote none
+        self.journal.remembered |= metadata["journal"]
+        self.evaluation_due = metadata["evaluation_due"]
         self.clock.go_on(metadata["goodput"])
-        logging.info("%s goes on from step %d", self.name, self._step)
+        logging.info("%s resumes from step %d", self.name, self._step)
+
+    def _check_same_data(self, saved: Mapping[str, Any] | None) -> None:
+        """Raises DataError where the data are not those that the checkpoint's position is one in."""
+        now = self.data_mark
+        if saved is None or saved == now:
+            return
+        then, there = (f"{sum(mark['samples']):,} samples" for mark in (saved, now))
+        if saved["samples"] != now["samples"]:
+            change = f"{then}, now {there}"
+        elif saved["content"] != now["content"]:
+            change = f"{then} of content {', '.join(saved['content'])}, now as many of {', '.join(now['content'])}"
+        else:
+            change = f"{then} whose lengths hash to {saved['counts']}, now {now['counts']}: other samples can be used"
+        raise DataError(
+            f"the data of {self.name} have changed since the checkpoint in {self.directory}: {change}. Bring them back "
+            f"(where they lie does not matter), or start in another --workdir"
+        )
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
@@ -154,6 +182,7 @@ class Stage:
     def _metadata(self) -> dict[str, Any]:
         """What a checkpoint says beside the state; `_resume` reads it."""
         return {
+            "data": self.data_mark,
             "frozen": self._frozen_checksums,
             "journal": self.journal.remembered,
             "evaluation_due": self.evaluation_due,
@@ -167,9 +196,9 @@ class Stage:
         train_step = make_train_step(
             self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
         )
-        held_out, crew, journal = self._held_out(), processes.Crew(self.mesh), self.journal
+        held_out, sync = self._held_out(), processes.ProcessSync(self.mesh)
         with (
-            journal.open(first, self.flops, crew, self.mesh.devices.flatten().tolist()),
+            self.journal.open(first, self.flops, self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
         ):
             clock.started()
@@ -177,37 +206,118 @@ class Stage:
                 self._evaluate(held_out, first)
             waiting, step = None, first
             for step in range(first + 1, self.steps + 1):
-                with clock("data"):
-                    host = crew.read(data)
+                try:
+                    with clock("data"):
+                        host = sync.read(data)
+                except Exception:
+                    if waiting:
+                        self._settle(sync, *waiting)
+                    self._save_before_error(checkpointer, data, step - 1, first)
+                    raise
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
-                told = crew.tell(bool(stop.requested), host.lost, batch_size)
+                sent = sync.send(bool(stop.requested), host.lost, batch_size)
                 profiler.started(step, metrics)
                 if waiting:
-                    journal.log(*waiting)
-                waiting = step, metrics, host.dropped, told
-                stopping, last = crew.stopping, step == self.steps
-                save = stopping or last or step % habits.checkpoint_every == 0
+                    self._settle(sync, *waiting)
+                waiting = step, metrics, host.dropped, sent
+                stopping, last, over = sync.stopping, step == self.steps, self._dropped_too_many() != ""
+                save = stopping or last or over or step % habits.checkpoint_every == 0
                 evaluate = held_out is not None and (last or step % habits.eval_every == 0)
                 self.evaluation_due = evaluate and stopping
                 if save or evaluate:
-                    journal.log(*waiting)
-                    waiting = None
+                    self._settle(sync, *waiting)
+                    waiting, over = None, self._dropped_too_many() != ""
                 if held_out and evaluate and not stopping:
                     self._evaluate(held_out, step)
                 if save:
                     with clock("save"):
                         checkpointer.save(step, self._saved(), data, self._metadata())
-                        if stopping or last:
+                        if stopping or last or over:
                             checkpointer.wait()
+                if over:
+                    raise DataError(self._dropped_too_many())
                 if stopping:
                     break
-            journal.close(step)
-        if crew.stopping:  # after the last step, too: the next start has only to write the model
+            self.journal.close(step)
+        if sync.stopping:  # after the last step, too: the next start has only to write the model
             by = stop.requested or "another process"
-            logging.warning("stopped by %s after step %d; the same command goes on", by, step)
-        return not crew.stopping
+            logging.warning("stopped by %s after step %d; the same command resumes", by, step)
+        return not sync.stopping
+
+    def _save_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, step: int, first: int) -> None:
+        """What was trained is kept when the data of the next step cannot be read; a failure to save is only logged."""
+        if step == first:
+            return
+        try:
+            with self.clock("save"):
+                checkpointer.save(step, self._saved(), data, self._metadata())
+                checkpointer.wait()
+            logging.warning("%s: the data of step %d cannot be read; step %d was saved", self.name, step + 1, step)
+        except CheckpointError as failure:
+            logging.error("%s", failure)
+
+    def _dropped_too_many(self) -> str:
+        """Says so when more samples could not be used than `data.max_drop` of all that the stage reads; else ""."""
+        number, limit = self.journal.remembered["unusable"], self.config.data.max_drop
+        total = self.rows.samples_before(self.steps * self.settings.batch_size) if number else 0
+        if number <= limit * total:
+            return ""
+        return (
+            f"{number:,} samples could not be used, more than --config.data.max_drop={limit} of the {total:,} that "
+            f"{self.name} reads; metrics.jsonl names them (kind dropped). Mend them, or raise it: the run goes on"
+        )
+
+    def _settle(
+        self, sync: processes.ProcessSync, step: int, metrics: Mapping[str, Any], dropped: tuple[str, ...], sent: Any
+    ) -> None:
+        """Reads a step's results, when the next one has been started, and decides what becomes of the run.
+
+        Args:
+          sync: of the run.
+          step: that the rest is of.
+          metrics: of `make_train_step`.
+          dropped: samples of this process's rows that could not be used, and why.
+          sent: of `sync.send`.
+
+        Raises:
+          TrainingError: the loss or the gradient is not finite, and that is to stop the run.
+          DataError: no sample of the step could be used.
+          Exception: a process has failed (`ProcessSync.receive`).
+        """
+        with self.clock("step"):
+            lost = sync.receive(sent)
+            values = {name: float(value) for name, value in metrics.items()}
+        self.journal.count(step, values, lost, dropped)
+        if not values["tokens"]:
+            raise DataError(f"no sample of the batch of step {step} can be used: {'; '.join(dropped[:5])}")
+        if values.pop("skipped"):
+            self._not_finite(step, values)
+        else:
+            self.journal.trained(step, values)
+
+    def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
+        """What becomes of a step that changed nothing, since its loss or gradient was not finite.
+
+        Raises:
+          TrainingError: it is to stop the run, or one too many was skipped.
+        """
+        habits = self.config.training
+        names = self.rows.names((step - 1) * self.settings.batch_size)
+        broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
+        advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
+        if habits.on_nan == "stop":
+            self.journal.failed(step, values)
+            raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
+        in_a_row = self.journal.skipped(step, values, names)
+        logging.warning("%s; it was skipped", what)
+        if in_a_row > habits.max_skips:
+            raise TrainingError(
+                f"{what}. {in_a_row} steps in a row were not finite, more than --config.training.max_skips="
+                f"{habits.max_skips}. {advice}"
+            )
 
     @property
     def _step(self) -> int:
@@ -228,7 +338,7 @@ class Stage:
         habits = self.config.training
         if not habits.eval_every or not self.settings.validation:
             return None
-        batches = eval_batches(self.config, self.name, self.tokenizer, habits.eval_batches)
+        batches = self.data.held_out(habits.eval_batches)
         return HeldOut(
             self.model,
             self.settings,
@@ -240,10 +350,15 @@ class Stage:
         )
 
     def _finish(self) -> None:
+        dropped = self.journal.remembered["dropped"]
+        if dropped:
+            logging.warning("%s: %s samples were dropped; metrics.jsonl names them", self.name, f"{dropped:,}")
         values = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.rows.samples_before(self.steps * self.settings.batch_size),
+            "samples": self.rows.samples_before(self.steps * self.settings.batch_size) - dropped,
+            "dropped": dropped,
+            "left_out": self.rows.left_out,
             "train_flops": self.flops * self.steps,
             "parameters": self.parameters,
             "alignment": self.model.alignment,
@@ -256,6 +371,6 @@ class Stage:
         if self.model.lora.rank:
             save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
             params = self._merged(params)
-        final = model_directory(self.directory.parent, self.name)
+        final = local_model(self.directory.parent, self.name)
         attach = None if self.source == "random" else copy_sidecar(self.source)
         save_model(final, params, self.config, self.tokenizer, summary, attach)

@@ -1,4 +1,4 @@
-"""The processes of a run: started together, and told of what happens to one of them."""
+"""The processes of a run: started together, and informed of what happens to one of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start(config: DistributedConfig) -> None:
     """Joins the other processes of the run; nothing of jax may have run before. With one process it does nothing.
 
     Raises:
-      ConfigError: nobody says who the others are, or the coordinator cannot be reached. When the others do not come
+      ConfigError: the other processes are not known, or the coordinator cannot be reached. When the others do not come
         within `timeout`, the process ends with a message and status 1.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -125,11 +125,11 @@ class OtherProcessError(UserError, RuntimeError):
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What all processes do with each other; when one of them dies in it, this one ends at once, with status 1.
+def exit_on_lost_process() -> Iterator[None]:
+    """Around what all processes do with each other: when one of them dies, this one ends at once, with status 1.
 
     It says so and leaves: to unwind would be to wait for the dead one. (Where the devices do not notice, jax itself
-    ends the others after 100 s without a sign of life.)
+    ends the others after 100 s without a heartbeat.)
     """
     try:
         yield
@@ -137,26 +137,27 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(
-            f"OtherProcessError: process {jax.process_index()} cannot go on: {str(error).splitlines()[0]}. If another "
-            "one has ended, its log says why. The same command on every host goes on from the last checkpoint",
+            f"OtherProcessError: process {jax.process_index()} cannot continue: {str(error).splitlines()[0]}. If "
+            "another one has ended, its log says why. The same command on every host resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)
 
 
-class News(NamedTuple):
-    """What all processes together have to say of a step."""
+class Lost(NamedTuple):
+    """What all processes together have lost of a step's data."""
 
-    dropped: int
-    cut_tokens: int
+    dropped: int  # samples that could not be used
+    cut_tokens: int  # text tokens cut off the ends of samples that were too long
+    unusable: int  # of the dropped ones, those that `data.max_drop` limits
 
 
-class Crew:
-    """What the processes of a run tell each other with every step, so that they all do the same.
+class ProcessSync:
+    """What the processes of a run send each other with every step, so that they all do the same.
 
-    A message goes through the devices like the step itself: it is sent when the step has been started, and heard when
-    its metrics are read. One process alone hears itself at once.
+    A message goes through the devices like the step itself: it is sent when the step has been started, and received
+    when its metrics are read. One process alone receives its own at once.
 
     Attributes:
       stopping: a process was asked to stop; all of them learn it at the same step.
@@ -171,7 +172,7 @@ class Crew:
         self._failure: Exception | None = None
 
     def read(self, data: TrainIterator) -> HostBatch:
-        """The next batch; or padding, when it cannot be read and others wait for this process: they will hear of it."""
+        """The next batch; if it cannot be read and others wait for this process, padding: they will learn of it."""
         try:
             return next(data)
         except Exception as error:  # whatever a disk or a decoder raises
@@ -180,16 +181,16 @@ class Crew:
             self._failure = error
             return data.padding()
 
-    def tell(self, stop: bool, lost: np.ndarray, rows: int) -> Any:
+    def send(self, stop: bool, lost: np.ndarray, rows: int) -> Any:
         """Sends this process's part of a step.
 
         Args:
           stop: it was asked to stop.
-          lost: [own rows, 2]; see `HostBatch`.
+          lost: [own rows, 3]; see `HostBatch`.
           rows: of the whole batch.
 
         Returns:
-          what `hear` takes.
+          what `receive` takes.
         """
         if self._alone:
             self.stopping = stop
@@ -201,22 +202,22 @@ class Crew:
         )
         return self._gather(words, parallel.to_device(lost, self._mesh, rows))
 
-    def hear(self, told: Any) -> News:
+    def receive(self, sent: Any) -> Lost:
         """What all processes have sent.
 
         Raises:
           Exception: this process's own failure.
           OtherProcessError: another one has failed.
         """
-        stop, failed, *lost = np.asarray(told).tolist()
+        stop, failed, *lost = np.asarray(sent).tolist()
         if failed:
             raise self._failure or OtherProcessError(
                 f"process {failed - 1} could not read its part of the data; its own log says why"
             )
         self.stopping |= bool(stop)
-        return News(*lost)
+        return Lost(*lost)
 
 
 def _gather(words: Any, lost: Any) -> Any:
-    """[stop, failed, dropped, cut tokens] of all devices; rows that several of them hold count once."""
+    """[stop, failed, dropped, cut tokens, unusable] of all devices; rows that several of them hold count once."""
     return jnp.concatenate([words.max(axis=(0, 1, 2)), lost.sum(axis=0)])

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from saisa_jax.config import ConfigError, SourceConfig, StageConfig
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.configs import tiny_config
@@ -67,14 +67,14 @@ def epoch(source: SourceConfig, packing: bool, **data: Any) -> tuple[dict[str, n
     config = tiny_config()
     vision = dataclasses.replace(config.model.vision, image_size=SIZE, patch_size=8)
     stage = StageConfig(sources=(source,), batch_size=2, text_length=64)
-    data = {"packing": packing, "turns_per_sample": None, **data}
+    data = {"packing": packing, "turns_per_sample": None, "max_drop": 1.0, **data}
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vision=vision),
         data=dataclasses.replace(config.data, **data),
         finetune=stage,
     )
-    batches = train_iterator(config, "finetune", load_tokenizer("easy_vqa"))
+    batches = StageData(config, "finetune", load_tokenizer("easy_vqa")).batches()
     pictures: dict[str, np.ndarray] = {}
     dropped: list[str] = []
     for _ in range((GOOD + 1) // 2):

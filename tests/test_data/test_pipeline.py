@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
 
 import numpy as np
@@ -48,7 +49,6 @@ def pictures(tmp_path_factory, monkeypatch):
         colors = ("red", "blue", "green", "teal")
         turns = tuple(t for c in colors for t in (Turn("user", f"is it {c}?"), Turn("assistant", f"a {c} shape")))
         samples.append(Sample(f"tiny/{i}", turns, (str(folder / f"{i}.png"),), independent_turns=True))
-    pipeline.stage_rows.cache_clear()
     monkeypatch.setitem(
         sources.SOURCES._entries, "easy_vqa", lambda config: samples[:5] if config.split == "validation" else samples
     )
@@ -153,10 +153,10 @@ def test_a_batch_of_the_demo(tokenizer, monkeypatch) -> None:
         ),
         finetune=StageConfig(sources=(SourceConfig("easy_vqa"),), batch_size=8, text_length=300, epochs=2),
     )
-    assert pipeline.steps_in_stage(config, "pretrain", tokenizer) == 7
-    assert pipeline.steps_in_stage(config, "finetune", tokenizer) == 2 * 3800 // 8
+    assert pipeline.StageData(config, "pretrain", tokenizer).steps == 7
+    assert pipeline.StageData(config, "finetune", tokenizer).steps == 2 * 3800 // 8
     for stage, text in (("pretrain", (8, 16)), ("finetune", (8, 300))):
-        host = next(pipeline.train_iterator(config, stage, tokenizer))
+        host = next(pipeline.StageData(config, stage, tokenizer).batches())
         batch = host.batch
         assert {name: value.shape for name, value in batch.items()} == {
             **dict.fromkeys(("tokens", "targets", "loss_weights", "positions", "segment_ids"), text),
@@ -171,7 +171,7 @@ def test_a_batch_of_the_demo(tokenizer, monkeypatch) -> None:
 def test_every_epoch_shows_every_sample_once_in_another_order(tokenizer) -> None:
     ids = [
         name
-        for host in _take(pipeline.train_iterator(_config(), "finetune", tokenizer), 10)
+        for host in _take(pipeline.StageData(_config(), "finetune", tokenizer).batches(), 10)
         for (name,) in host.sample_ids
     ]
     epochs = [ids[start : start + 10] for start in range(0, 40, 10)]
@@ -182,14 +182,14 @@ def test_every_epoch_shows_every_sample_once_in_another_order(tokenizer) -> None
 def test_seeds_and_stages_differ_and_repeat(tokenizer) -> None:
     def ids(seed: int, stage: str) -> list[tuple[str, ...]]:
         config = dataclasses.replace(_config(), seed=seed)
-        return [host.sample_ids for host in _take(pipeline.train_iterator(config, stage, tokenizer), 5)]
+        return [host.sample_ids for host in _take(pipeline.StageData(config, stage, tokenizer).batches(), 5)]
 
     assert ids(0, "finetune") == ids(0, "finetune")
     assert len({str(ids(seed, stage)) for seed in (0, 1, 2) for stage in ("pretrain", "finetune")}) == 6
 
 
 def test_turns_are_shuffled_and_chosen_anew_in_each_epoch(tokenizer) -> None:
-    hosts = _take(pipeline.train_iterator(_config(10), "finetune", tokenizer), 6)
+    hosts = _take(pipeline.StageData(_config(10), "finetune", tokenizer).batches(), 6)
     orders = {_answers(host, host.sample_ids.index(("tiny/3",)), tokenizer) for host in hosts}
     assert len(orders) > 3
     words = Counter([*("a", "shape") * 4, "red", "blue", "green", "teal"])
@@ -198,7 +198,7 @@ def test_turns_are_shuffled_and_chosen_anew_in_each_epoch(tokenizer) -> None:
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_fewer_turns(tokenizer, limit: int) -> None:
-    hosts = _take(pipeline.train_iterator(_config(10, turns_per_sample=limit), "finetune", tokenizer), 8)
+    hosts = _take(pipeline.StageData(_config(10, turns_per_sample=limit), "finetune", tokenizer).batches(), 8)
     answers = [_answers(host, row, tokenizer).replace("</s>", "").split() for host in hosts for row in range(10)]
     assert all(words.count("shape") == limit for words in answers)
     seen = Counter(word for words in answers for word in words if word not in ("a", "shape"))
@@ -207,23 +207,24 @@ def test_fewer_turns(tokenizer, limit: int) -> None:
 
 def test_turns_that_depend_on_one_another_stay(tokenizer, pictures) -> None:
     pictures[:] = [dataclasses.replace(sample, independent_turns=False) for sample in pictures]
-    host = next(pipeline.train_iterator(_config(turns_per_sample=1), "finetune", tokenizer))
+    host = next(pipeline.StageData(_config(turns_per_sample=1), "finetune", tokenizer).batches())
     assert _answers(host, 0, tokenizer) == "a red shape</s> a blue shape</s> a green shape</s> a teal shape</s>"
 
 
 def test_threads_do_not_change_the_order(tokenizer) -> None:
-    alone = _take(pipeline.train_iterator(_config(num_threads=0, augment=True), "finetune", tokenizer), 12)
+    alone = _take(pipeline.StageData(_config(num_threads=0, augment=True), "finetune", tokenizer).batches(), 12)
     for threads in (1, 4):
         _assert_same(
-            alone, _take(pipeline.train_iterator(_config(num_threads=threads, augment=True), "finetune", tokenizer), 12)
+            alone,
+            _take(pipeline.StageData(_config(num_threads=threads, augment=True), "finetune", tokenizer).batches(), 12),
         )
 
 
 def test_processes_part_each_batch_as_their_devices_hold_it(tokenizer) -> None:
     config = _config(6, augment=True, turns_per_sample=2)
-    whole = _take(pipeline.train_iterator(config, "finetune", tokenizer), 7)
+    whole = _take(pipeline.StageData(config, "finetune", tokenizer).batches(), 7)
     owned = ((0, 1), (2, 3), (2, 3), (0, 4, 5))  # two processes may hold the same rows, and rows that lie apart
-    shares = [_take(pipeline.train_iterator(config, "finetune", tokenizer, own=own), 7) for own in owned]
+    shares = [_take(pipeline.StageData(config, "finetune", tokenizer).batches(own=own), 7) for own in owned]
     for own, share in zip(owned, shares, strict=True):
         for host, part in zip(whole, share, strict=True):
             assert part.sample_ids == tuple(host.sample_ids[row] for row in own)
@@ -233,7 +234,7 @@ def test_processes_part_each_batch_as_their_devices_hold_it(tokenizer) -> None:
 
 
 def test_padding_has_the_shape_of_the_next_batch(tokenizer) -> None:
-    data = pipeline.train_iterator(_config(), "finetune", tokenizer, own=(1, 2))
+    data = pipeline.StageData(_config(), "finetune", tokenizer).batches(own=(1, 2))
     padding, host = data.padding(), next(data)
     assert {n: (x.shape, x.dtype) for n, x in padding.batch.items()} == {
         n: (x.shape, x.dtype) for n, x in host.batch.items()
@@ -244,24 +245,26 @@ def test_padding_has_the_shape_of_the_next_batch(tokenizer) -> None:
 def test_impossible_rows(tokenizer) -> None:
     for own in ((), (3, 4)):
         with pytest.raises(DataError, match=r"are not among those of finetune.batch_size=4"):
-            pipeline.train_iterator(_config(), "finetune", tokenizer, own=own)
+            pipeline.StageData(_config(), "finetune", tokenizer).batches(own=own)
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
 def test_resume_after_any_count_with_any_threads(tokenizer) -> None:
-    reference = _take(pipeline.train_iterator(_config(augment=True, turns_per_sample=2), "finetune", tokenizer), 24)
+    reference = _take(
+        pipeline.StageData(_config(augment=True, turns_per_sample=2), "finetune", tokenizer).batches(), 24
+    )
     rng = np.random.default_rng(0)
     for before, after in ((2, 2), (0, 4), (4, 1), (1, 0)):
         count = int(rng.integers(0, 20))
-        first = pipeline.train_iterator(
+        first = pipeline.StageData(
             _config(augment=True, turns_per_sample=2, num_threads=before), "finetune", tokenizer
-        )
+        ).batches()
         _take(first, count)
-        second = pipeline.train_iterator(
+        second = pipeline.StageData(
             _config(augment=True, turns_per_sample=2, num_threads=after), "finetune", tokenizer
-        )
+        ).batches()
         second.set_state(first.get_state())
         _assert_same(reference[count : count + 4], _take(second, 4))
 
@@ -270,9 +273,9 @@ def test_resume_after_any_count_with_any_threads(tokenizer) -> None:
 
 
 def test_blind_leaves_the_slots_empty_and_the_positions_alone(tokenizer) -> None:
-    seeing = _take(pipeline.train_iterator(_config(), "finetune", tokenizer), 3)
+    seeing = _take(pipeline.StageData(_config(), "finetune", tokenizer).batches(), 3)
     for one, two in zip(
-        seeing, _take(pipeline.train_iterator(_config(blind=True), "finetune", tokenizer), 3), strict=True
+        seeing, _take(pipeline.StageData(_config(blind=True), "finetune", tokenizer).batches(), 3), strict=True
     ):
         assert not two.batch["image_segment_ids"].any() and not two.batch["images"].any()
         for name in ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_positions"):
@@ -280,7 +283,7 @@ def test_blind_leaves_the_slots_empty_and_the_positions_alone(tokenizer) -> None
 
 
 def test_augmented_pictures_change_from_epoch_to_epoch(tokenizer) -> None:
-    hosts = _take(pipeline.train_iterator(_config(10, augment=True), "finetune", tokenizer), 8)
+    hosts = _take(pipeline.StageData(_config(10, augment=True), "finetune", tokenizer).batches(), 8)
     seen = set()
     for host in hosts:
         picture = host.batch["images"][host.sample_ids.index(("tiny/3",)), 0]
@@ -288,19 +291,19 @@ def test_augmented_pictures_change_from_epoch_to_epoch(tokenizer) -> None:
         assert (picture == 255).all(-1).sum() == 12
         seen.add(picture.tobytes())
     assert len(seen) > 4
-    plain = next(pipeline.train_iterator(_config(10), "finetune", tokenizer))
+    plain = next(pipeline.StageData(_config(10), "finetune", tokenizer).batches())
     assert (plain.batch["images"][plain.sample_ids.index(("tiny/3",)), 0, 3:7, 2:5] == 255).all()
 
 
 def test_eval_batches_are_always_the_same(tokenizer) -> None:
     config = _config(augment=True, turns_per_sample=2)
-    batches = pipeline.eval_batches(config, "finetune", tokenizer, 8)
+    batches = pipeline.StageData(config, "finetune", tokenizer).held_out(8)
     assert [len(host.batch["tokens"]) for host in batches] == [4, 4]
     assert batches[1].sample_ids[1:] == ((), (), ())
     assert not batches[1].batch["segment_ids"][1:].any()
     assert sorted(batches[0].sample_ids + batches[1].sample_ids[:1]) == [(f"tiny/{i}",) for i in range(5)]
-    _assert_same(batches, pipeline.eval_batches(config, "finetune", tokenizer, 8))
-    _assert_same(batches[:1], pipeline.eval_batches(config, "finetune", tokenizer, 1))
+    _assert_same(batches, pipeline.StageData(config, "finetune", tokenizer).held_out(8))
+    _assert_same(batches[:1], pipeline.StageData(config, "finetune", tokenizer).held_out(1))
     assert all(
         (host.batch["images"][row, 0, 3:7, 2:5] == 255).all() for host, row in ((batches[0], 0), (batches[1], 0))
     )
@@ -308,14 +311,14 @@ def test_eval_batches_are_always_the_same(tokenizer) -> None:
 
 def test_steps_in_stage(tokenizer) -> None:
     config = _config(4)
-    assert pipeline.steps_in_stage(config, "finetune", tokenizer) == 2
+    assert pipeline.StageData(config, "finetune", tokenizer).steps == 2
     for change, expected in (({"epochs": 4.0}, 10), ({"epochs": 0.5}, 1), ({"steps": 77}, 77)):
         stage = dataclasses.replace(config.finetune, **change)
-        assert pipeline.steps_in_stage(dataclasses.replace(config, finetune=stage), "finetune", tokenizer) == expected
+        assert pipeline.StageData(dataclasses.replace(config, finetune=stage), "finetune", tokenizer).steps == expected
     with pytest.raises(
         DataError, match=r"finetune.epochs=1.0 of 10 samples hold 10 rows and no batch of 16; lower finetune.batch"
     ):
-        pipeline.steps_in_stage(_config(16), "finetune", tokenizer)
+        _ = pipeline.StageData(_config(16), "finetune", tokenizer).steps
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -326,23 +329,22 @@ def test_errors_come_out_of_the_threads(tokenizer, pictures, threads: int) -> No
     config = _config(num_threads=threads)
     os.remove(pictures[7].images[0])
     with pytest.raises(DataError, match=r"sample 'tiny/7': there is no image .*7.png"):
-        _take(pipeline.train_iterator(config, "finetune", tokenizer), 3)
+        _take(pipeline.StageData(config, "finetune", tokenizer).batches(), 3)
     with pytest.raises(DataError, match=r"sample 'tiny/.': .* raise the stage's text_length"):
-        next(pipeline.train_iterator(_config(text_length=40, num_threads=threads), "finetune", tokenizer))
+        next(pipeline.StageData(_config(text_length=40, num_threads=threads), "finetune", tokenizer).batches())
 
 
 def test_too_long_with_its_images(tokenizer) -> None:
     config = _config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_length=64))
     with pytest.raises(DataError, match=r"sample 'tiny/.': .* positions .* exceed model.max_length=64"):
-        next(pipeline.train_iterator(config, "finetune", tokenizer))
+        next(pipeline.StageData(config, "finetune", tokenizer).batches())
 
 
 def test_a_source_without_samples(tokenizer, monkeypatch) -> None:
-    pipeline.stage_rows.cache_clear()
     monkeypatch.setitem(sources.SOURCES._entries, "easy_vqa", lambda config: [])
     with pytest.raises(DataError, match=r"source easy_vqa:vqa holds no samples"):
-        pipeline.train_iterator(_config(), "finetune", tokenizer)
+        pipeline.StageData(_config(), "finetune", tokenizer).batches()
 
 
 def test_turns_per_sample_is_a_flag() -> None:
@@ -354,3 +356,13 @@ def test_turns_per_sample_is_a_flag() -> None:
     settings.data.turns_per_sample = 0
     with pytest.raises(ValueError, match=r"data.turns_per_sample=0 must be positive"):
         from_config_dict(Config, settings)
+
+
+@pytest.mark.parametrize(("answer", "told"), [("a zebra", True), ("a red circle", False)])
+def test_words_that_the_tokenizer_does_not_know_are_told_of(tokenizer, monkeypatch, caplog, answer, told) -> None:
+    turns = (Turn("user", "is there a red shape?"), Turn("assistant", answer))
+    monkeypatch.setitem(sources.SOURCES._entries, "easy_vqa", lambda config: [Sample("one", turns, ())] * 3)
+    with caplog.at_level("WARNING", "absl"):
+        _ = pipeline.StageData(_config(), "finetune", tokenizer).rows
+    text = r"finetune: 7.1% of 42 text tokens .* are '<unk>'.* is data.tokenizer='easy_vqa' the model's own"
+    assert bool(re.search(text, caplog.text)) == told

@@ -10,9 +10,9 @@ import pytest
 
 from saisa_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 from saisa_jax.planning import remedies
-from saisa_jax.planning.command import as_llava
 from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import length
+from saisa_jax.planning.stage import as_llava
 from saisa_jax.planning.topologies import parse
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.setup import setup_stage

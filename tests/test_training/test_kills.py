@@ -143,7 +143,7 @@ def test_ctrl_c_loses_nothing(stopped, undisturbed):
 @pytest.mark.slow
 def test_ctrl_c_twice_stops_at_once(stopped, undisturbed):
     stopped.start()
-    assert stopped.until(lambda: "goes on from step" in stopped.output)  # it will compile for a while
+    assert stopped.until(lambda: "resumes from step" in stopped.output)  # it will compile for a while
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.until(lambda: "once more stops at once" in stopped.output)
     assert stopped.kill(signal.SIGINT) == 128 + signal.SIGINT

@@ -96,7 +96,8 @@ class Archive:
         """Scans the archive; DataError if it is damaged or compressed as a whole."""
         self.path = str(path)
         stat = os.stat(path)
-        self.example, self._keys, self._members = _scan(self.path, stat.st_mtime_ns, stat.st_size)
+        self.version = (stat.st_mtime_ns, stat.st_size)
+        self.example, self._keys, self._members = _scan(self.path, *self.version)
         self._lock, self._file = threading.Lock(), -1
 
     def find(self, name: str, sample_id: str) -> ArchivedImage:
@@ -171,6 +172,11 @@ class ArchivedImage:
     @property
     def name(self) -> str:
         return f"{self.archive.path}/{self.member}"
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes with the archive."""
+        return self.archive.version
 
     def read(self) -> bytes:
         return self.archive.read(self.place)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
 from saisa_jax.data.sample import DataError
+from saisa_jax.errors import did_you_mean
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -89,7 +89,5 @@ def find_template(name: Template | str) -> Template:
     if isinstance(name, Template):
         return name
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(str(name), TEMPLATES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"template={name!r} is not one of {', '.join(TEMPLATES)}{hint}")
+        raise DataError(f"template={name!r} is not one of {', '.join(TEMPLATES)}{did_you_mean(str(name), TEMPLATES)}")
     return TEMPLATES[name]

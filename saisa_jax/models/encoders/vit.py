@@ -74,7 +74,7 @@ class VisionAttention(nn.Module):
         kinds = {"use_bias": True, "dtype": self.dtype, "param_dtype": self.param_dtype}
         heads, axes = (c.num_heads, c.embed_dim // c.num_heads), ("vision_embed", "vision_heads", "head_dim")
         q, k, v = (dense(heads, axes, name=f"{name}_proj", **kinds)(h) for name in "qkv")
-        out = jax.nn.dot_product_attention(*for_float32_product(q, k, v)).astype(self.dtype)
+        out = jax.nn.dot_product_attention(*for_float32_product(q, k, v)).astype(q.dtype)
         axes = ("vision_heads", "head_dim", "vision_embed")
         return dense(c.embed_dim, axes, axis=(-2, -1), name="o_proj", **kinds)(out)
 

@@ -1,1 +1,1 @@
-"""What is told about a run while it trains: metrics, progress, time, memory; nothing here steers it."""
+"""Metrics, progress, time and memory of a run; nothing here changes its course."""

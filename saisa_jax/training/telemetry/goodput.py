@@ -21,11 +21,11 @@ class Goodput:
     step     a step is started, and the results of the one before it waited for
     save     a checkpoint is copied off the devices, or waited for
     eval     held-out evaluation, its own compilation too
-    lost     steps that an interruption has undone, as far as their rows in metrics.jsonl tell
+    lost     steps that an interruption has undone, by their rows in metrics.jsonl
     other    the rest
 
-    A stage that goes on from a checkpoint also counts what that says of earlier starts. Nobody counts the time between
-    two starts.
+    A stage that resumes from a checkpoint also counts what the checkpoint says of earlier starts. The time between two
+    starts is not counted.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Goodput:
         self._lost_steps = int(account["lost_steps"])
 
     def lose(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Counts what an interruption has undone: the rows of metrics.jsonl after `step`, where the stage goes on."""
+        """Counts what an interruption has undone: the rows of metrics.jsonl after `step`, where the stage resumes."""
         timed = [row for row in rows if "seconds" in row]
         if timed:
             self._lost_steps += timed[-1]["step"] - step

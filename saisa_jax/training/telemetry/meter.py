@@ -1,4 +1,4 @@
-"""What a run gets done in a second, and with what."""
+"""Throughput, utilisation and memory of a run."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Meter:
         self._text_tokens += text_fill * self._text_room
 
     def read(self, step: int) -> dict[str, float]:
-        """What came of the steps since the last reading, up to `step`.
+        """Rates of the steps since the last reading, up to `step`.
 
         Returns:
           seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu (0..1), or
-          tflops_per_second of all devices if nobody knows their peak; data_wait (0..1); seconds_left of the stage,
+          tflops_per_second of all devices if their peak is unknown; data_wait (0..1); seconds_left of the stage,
           saves and evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
           a device of this process has held so far, or process_memory_bytes.
         """
@@ -92,7 +92,7 @@ class Meter:
 
 
 def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
-    """{"device_memory_bytes"} of the fullest device, or {"process_memory_bytes"} where devices do not tell (a CPU)."""
+    """{"device_memory_bytes"} of the fullest device, or {"process_memory_bytes"} of devices that do not report it."""
     stats = [device.memory_stats() or {} for device in devices]
     peak = max((held.get("peak_bytes_in_use", 0) for held in stats), default=0)
     if peak:

@@ -1,4 +1,4 @@
-"""What a run says about itself: rows in a file, TensorBoard events, and a line of progress."""
+"""The metrics of a run: rows in a file, TensorBoard events, and a line of progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MetricsWriter:
 
     Args:
       directory: made if it is not there.
-      tensorboard: write TensorBoard events too. They are written anew from the rows when a run goes on, since
+      tensorboard: write TensorBoard events too. They are rewritten from the rows when a run resumes, since
         tensorboardX loses the last ones when it is killed; TensorBoard hides what earlier files say.
       resume_step: the last step that counts; later rows, written before an interruption, are cut off and will be
         written again. 0: from the start. None: keep all.
@@ -112,7 +112,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 def cut_back(path: epath.Path, resume_step: int | None) -> list[dict[str, Any]]:
     """Drops rows after `resume_step`, which it returns, and a last line that a crash has cut short.
 
-    Rows of goodput go with them: those of a run that goes on count what is in them.
+    Rows of goodput go with them: a resumed run counts what is in them.
     """
     if not path.exists():
         return []
@@ -148,7 +148,7 @@ def _event_writer(directory: epath.Path, resume_step: int | None) -> Any:
 
 
 def _close_events(events: Any) -> None:
-    """On a full disk a warning: the run has more to say, and when it goes on the events are written anew."""
+    """On a full disk this is only a warning: when the run resumes, the events are rewritten from the rows."""
     writers = [writer.event_writer for writer in events.all_writers.values()]
     try:
         events.close()
@@ -190,6 +190,7 @@ SHOWN: dict[str, Callable[[float], str]] = {  # in a line of progress, in this o
     "mfu": "MFU {:.1%}".format,
     "tflops_per_second": lambda value: f"{value:.3g} TFLOP/s" if value >= 1 else f"{1e3 * value:.3g} GFLOP/s",
     "data_wait": "data wait {:.0%}".format,
+    "dropped": lambda value: f"{value:,.0f} samples dropped" if value else "",
     "text_fill": "text {:.0%} full".format,
     "image_fill": "images {:.0%} full".format,
     "device_memory_bytes": lambda value: f"{value / GIB:.1f} GiB a device",
@@ -229,7 +230,7 @@ class Progress:
           step: the step that was reached.
           values: of a row of kind "train"; those that SHOWN names are shown.
         """
-        line = "  ".join(show(values[name]) for name, show in SHOWN.items() if name in values)
+        line = "  ".join(filter(None, (show(values[name]) for name, show in SHOWN.items() if name in values)))
         left = duration(values["seconds_left"]) if "seconds_left" in values else "?"
         if self._bar is not None:
             self._bar.show(step, line, left)

@@ -1,4 +1,4 @@
-"""A profiler trace of a few steps, when it is asked for."""
+"""A profiler trace of a few steps, on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saisa_jax.config import ProfileConfig
 class Profiler:
     """Traces the steps that `profile.steps` names into a directory: `steps=10,15` from the 10th up to the 15th.
 
-    Use it as a context manager around the loop, and tell it every step that was started.
+    Use it as a context manager around the loop, and call it for every step that was started.
 
     Args:
       config: without steps it does nothing.
@@ -52,7 +52,7 @@ class Profiler:
         if self._running or self._traced or not self._steps or not self._steps[0] <= step <= self._steps[1]:
             return
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # calls of Python functions fill the trace, and tell nothing of the devices
+        options.python_tracer_level = 0  # calls of Python functions fill the trace, and say nothing about the devices
         jax.profiler.start_trace(self._directory, profiler_options=options)
         self._running = True
 

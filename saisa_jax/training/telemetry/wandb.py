@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who ask for it: the numbers of metrics.jsonl."""
+"""Weights & Biases, optionally: the numbers of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_wandb(project: str | None) -> None:
 class WandbLog:
     """One run of W&B for each stage; the stages of a workdir are a group.
 
-    Its id lies in the stage's directory, so that a run that was interrupted goes on under it. Steps are a metric of
+    Its id is in the stage's directory, so that an interrupted run resumes under it. Steps are a metric of
     their own ("step"), since W&B refuses to log a step that it has seen, as those after a checkpoint are.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import DataError, Samples
 from saisa_jax.data.sources import SOURCES, open_source
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ def test_the_embedded_set_is_small_when_pickled() -> None:
 COLORS = '''
 from dataclasses import dataclass
 
-from saisa_jax.data.pipeline import train_iterator
+from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import ASSISTANT, USER, Sample, Turn
 from saisa_jax.data.sources import SOURCES
 
@@ -75,7 +75,7 @@ def test_a_source_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     finetune = dataclasses.replace(config.finetune, sources=(source,), validation=())
     data = dataclasses.replace(config.data, turns_per_sample=None)
     config = dataclasses.replace(config, finetune=finetune, data=data)
-    iterator = train_iterator(config, "finetune", load_tokenizer("easy_vqa"))
+    iterator = StageData(config, "finetune", load_tokenizer("easy_vqa")).batches()
     batch = next(iterator)
     iterator.close()
     assert {name.split("/")[0] for row in batch.sample_ids for name in row} == {"colors"}

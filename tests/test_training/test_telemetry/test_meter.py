@@ -73,7 +73,7 @@ def test_a_first_interval_is_not_spoilt_by_its_compilation(time):
         gauge.add(samples=8, text_fill=0.5)
     read = gauge.read(5)
     assert (read["seconds_per_step"], read["samples_per_second"], read["seconds_left"]) == (2.0, 4.0, 10.0)
-    assert read["tflops_per_second"] == 0.5 and "mfu" not in read  # nobody knows the peak of a CPU
+    assert read["tflops_per_second"] == 0.5 and "mfu" not in read  # the peak of a CPU is unknown
     assert 0 < read["process_memory_bytes"] < 2**45
 
 

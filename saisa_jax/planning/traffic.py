@@ -1,71 +1,10 @@
-"""What a program does, counted in the program itself: FLOPs in its jaxpr, traffic in its compiled HLO.
-
-XLA's own `cost_analysis` counts the body of a loop once; here a body counts as often as it runs.
-"""
+"""Collectives of a compiled program: how often each runs in a step, and how much a device receives."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import jax
-
-# --- FLOPs -----------------------------------------------------------------------------------------------------------
-
-
-def flops(jaxpr: Any) -> float:
-    """FLOPs of all matrix products and convolutions of a jaxpr, over all devices; 2 for a multiply-add.
-
-    A scan's body counts once for each turn, a shard_map's once for each device, a kernel's once for each point of its
-    grid, skipped tiles too; of a branch the dearest. A `while` loop, whose turns nobody knows, counts once.
-    """
-    return sum(_flops_of(equation) for equation in jaxpr.eqns)
-
-
-def _flops_of(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracting, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracting)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
-    if products := _FUSED.get(name):
-        (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-        return 2.0 * products * batch * heads * queries * keys * size
-    inner = [flops(body) for body in _bodies(params)]
-    if name == "cond":
-        return max(inner)
-    return _turns(name, params) * sum(inner)
-
-
-# cuDNN's attention, which is no equations of JAX: products in it. Backward makes the scores again.
-_FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
-
-
-def _turns(name: str, params: Any) -> int:
-    if name == "scan":
-        return params["length"]
-    if name == "shard_map":
-        return params["mesh"].size
-    if name == "pallas_call":
-        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
-    return 1
-
-
-def _bodies(params: Any) -> Iterator[Any]:
-    """Jaxprs among the parameters of an equation."""
-    for value in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-        value = getattr(value, "jaxpr", value)
-        if hasattr(value, "eqns"):
-            yield value
-
-
-# --- Traffic ---------------------------------------------------------------------------------------------------------
+from typing import NamedTuple
 
 
 class Traffic(NamedTuple):
