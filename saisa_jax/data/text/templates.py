@@ -27,6 +27,7 @@ class Template:
     controls: tuple[str, ...] = ()  # tokens, not text, within `user`, `system_format` and `after`
     bos: bool = True
     user_words: bool = True  # False: of a user's turn its images alone
+    own: bool = False  # the tokenizer's own chat template says the rest (`frames.py`)
 
 
 _VICUNA = Template(
@@ -80,6 +81,11 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+# Whatever the tokenizer's own chat template writes.
+OWN = Template(name="tokenizer", user="{text}", answer="{text}", end=None, bos=False, own=True)
+NAMES = (*TEMPLATES, OWN.name)
+
+
 def find_template(name: Template | str) -> Template:
     """The template of that name.
 
@@ -88,6 +94,8 @@ def find_template(name: Template | str) -> Template:
     """
     if isinstance(name, Template):
         return name
+    if name == OWN.name:
+        return OWN
     if name not in TEMPLATES:
-        raise DataError(f"template={name!r} is not one of {', '.join(TEMPLATES)}{did_you_mean(str(name), TEMPLATES)}")
+        raise DataError(f"template={name!r} is not one of {', '.join(NAMES)}{did_you_mean(str(name), NAMES)}")
     return TEMPLATES[name]
