@@ -93,7 +93,7 @@ def test_what_goes_in_comes_out(mine, tmp_path, capsys) -> None:
     assert after[0].system == "be brief"
     found = after.counts(fingerprint(config, "finetune", tokenizer))
     assert found is not None
-    for got, expected in zip(found, count(before, config, "finetune", tokenizer), strict=True):
+    for got, expected in zip(found, count(before, config, "finetune", tokenizer)[0], strict=True):
         np.testing.assert_array_equal(got, expected)
     assert after.counts(fingerprint(config, "pretrain", tokenizer)) is None  # another template
 
