@@ -13,6 +13,7 @@ from saisa_jax.errors import UserError, did_you_mean
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
     "train": ("saisa_jax.cli.train", "trains a model by a recipe, as train.py does; --dry_run tells what it would be"),
+    "eval": ("saisa_jax.cli.eval", "evaluates a finished run, or asks its model a question, as eval.py does"),
     "chat": ("saisa_jax.cli.chat", "a conversation with a finished model about pictures"),
     "report": ("saisa_jax.cli.report", "the HTML page and the plots of finished runs"),
     "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),

@@ -118,6 +118,12 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data inspect" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", ["", "--workdir=x --checkpoint=y", "--workdir=x --image=y", "--wrkdir=x"])
+def test_eval_py_exits_with_2_for_wrong_usage(words: str) -> None:
+    done = subprocess.run([sys.executable, "eval.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "eval: error: " in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("words", ["", "--config=dmeo --workdir=x", "--config=demo", "--config=demo --workdir=x more"])
 def test_train_py_exits_with_2_for_wrong_usage(words: str) -> None:
     done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
