@@ -31,7 +31,7 @@ from saisa_jax.data.rows.order import Concatenated, Order
 from saisa_jax.data.rows.reader import ENDLESS, BatchRow, Reader, StageRows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source, warn_of_text_alone
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 
 
 class StageData:
@@ -61,6 +61,7 @@ class StageData:
         chosen = _chosen_sources(settings, stage)
         opened = [open_source(source) for source in chosen]
         warn_of_text_alone(opened, chosen)
+        warn_of_unknown_words(opened, Encoder(config, stage, tokenizer))
         counts = None
         if config.data.packing or config.data.group_by_length:
             whole, unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, self._cache)

@@ -26,6 +26,8 @@ from saisa_jax.data.text.templates import find_template
 
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
 
+RULES = 2  # raised when the same sample becomes other tokens
+
 _SECONDS_BETWEEN_LINES = 10
 _SHOWN = 10  # samples that cannot be used
 
@@ -113,9 +115,12 @@ class _Files:
 
 
 def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of everything that the counts of the same samples depend on: tokenizer, template, system prompt."""
+    """A hash of everything that the counts of the same samples depend on: tokenizer, template, system prompt, rules."""
     template = find_template(config.stage(stage).template)
-    parts = (tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt))
+    parts = [tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt), str(RULES)]
+    parts.append(str(tokenizer.init_kwargs.get("legacy")))
+    if template.own:
+        parts.append(str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
