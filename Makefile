@@ -67,7 +67,7 @@ demo-compare: $(VENV)/installed  ## SAISA beside NAAViT, LLaVA, SAISA blind and 
 	$(call run,runs/compare/llava,configs/demo.py:llava $(COMPARE))
 	$(call run,runs/compare/saisa_blind,configs/demo.py:blind $(COMPARE))
 	$(call run,runs/compare/saisa_seed1,configs/demo.py:saisa $(COMPARE) --config.seed=1)
-	$(BIN)/python -m saisa_jax report --out=runs/compare/report \
+	$(BIN)/python -m saisa_jax report --output=runs/compare/report \
 	  --runs=runs/compare/saisa,runs/compare/naavit,runs/compare/llava,runs/compare/saisa_blind,runs/compare/saisa_seed1
 
 # --- tests ------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ One stage alone: --config=configs/ablation_shared_projector.py:pretrain, or :fin
 
 from ml_collections import ConfigDict
 
-from configs.common import recipe
 from saisa_jax import presets
 from saisa_jax.config import ProjectorConfig
+from saisa_jax.configs.common import recipe
 
 
 def get_config(stage: str | None = None) -> ConfigDict:

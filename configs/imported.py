@@ -14,6 +14,8 @@ def get_config(checkpoint: str) -> ConfigDict:
     _, imported = read_account(checkpoint)
     config = to_config_dict(imported)
     config.update({"init_from": checkpoint, "data": {"tokenizer": f"{checkpoint}/tokenizer"}})
+    if imported.model.dtype == "float16":  # answers are computed so; gradients would need their loss scaled
+        config.update({"model": {"dtype": "bfloat16"}})
     for stage, task in (("pretrain", "caption"), ("finetune", "vqa")):
         held_out = SourceConfig("easy_vqa", task=task, split="validation")
         config.update(

@@ -9,8 +9,8 @@ One stage alone: --config=configs/saisa_vicuna_13b.py:pretrain, or :finetune.
 
 from ml_collections import ConfigDict
 
-from configs.common import recipe
 from saisa_jax import presets
+from saisa_jax.configs.common import recipe
 
 
 def get_config(stage: str | None = None) -> ConfigDict:

@@ -1,51 +1,69 @@
-"""`python -m saisa_jax VERB ...`: everything besides training (`train.py`) and evaluation (`eval.py`)."""
+"""`python -m saisa_jax VERB ...`, or `saisa_jax VERB ...` where it is installed: everything that this program does."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from saisa_jax.cli.process import quiet_libraries
-from saisa_jax.errors import UserError
+from saisa_jax.errors import UserError, did_you_mean
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
 VERBS = {
-    "bench": ("saisa_jax.cli.bench", "what a question about a picture costs, and what the data pipeline delivers"),
+    "train": ("saisa_jax.cli.train", "trains a model by a recipe, as train.py does; --dry_run tells what it would be"),
+    "eval": ("saisa_jax.cli.eval", "evaluates a finished run, or asks its model a question, as eval.py does"),
     "chat": ("saisa_jax.cli.chat", "a conversation with a finished model about pictures"),
+    "report": ("saisa_jax.cli.report", "the HTML page and the plots of finished runs"),
     "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
-    "data": ("saisa_jax.cli.data", "a recipe's data: `prepare` it as checked shards, `inspect` a batch"),
+    "data prepare": ("saisa_jax.cli.data_prepare", "samples of any source as checked ArrayRecord shards with an index"),
+    "data inspect": ("saisa_jax.cli.data_inspect", "a batch as it is trained on: supervised text, images, padding"),
     "flops": ("saisa_jax.cli.flops", "what a prompt costs under LLaVA, NAAViT and SAISA"),
     "plan": ("saisa_jax.cli.plan", "whether a recipe fits accelerators that are not here, and what it costs"),
-    "report": ("saisa_jax.report.build", "the HTML page and the plots of finished runs"),
     "rows": ("saisa_jax.cli.rows", "which rows, of how many text tokens and images, cost least for the data"),
+    "bench image": ("saisa_jax.cli.bench_image", "a first and a second question about a picture, and a compilation"),
+    "bench step": ("saisa_jax.cli.bench_step", "a training step under SAISA, NAAViT and LLaVA"),
+    "bench data": ("saisa_jax.cli.bench_data", "images a second of a core, beside PIL with transformers' processor"),
 }
 
 
-def usage() -> str:
-    lines = (f"  {verb:<8} {about}" for verb, (_, about) in VERBS.items())
+def usage(first: str = "") -> str:
+    """The verbs, or those whose first word is `first`."""
+    shown = {verb: about for verb, (_, about) in VERBS.items() if not first or verb.split()[0] == first}
+    width = max(map(len, VERBS))
+    lines = (f"  {verb:<{width}}  {about}" for verb, about in shown.items())
     return "\n".join(["usage: python -m saisa_jax VERB [--help] ...", "", "verbs:", *lines])
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a verb; 2 and one line if there is no such verb, or if it cannot do what it is told."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    verb, *rest = argv
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"unknown verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
+    words = [*argv[:1], " ".join(argv[:2])]
+    verb = next((words for words in words if words in VERBS), None)
+    if verb is None:
+        first = argv[0] if argv and argv[0] in {verb.split()[0] for verb in VERBS} else ""
+        rest = argv[1:] if first else argv
+        if rest and rest[0] in ("-h", "--help"):
+            print(usage(first))
+            return 0
+        print(usage(first), file=sys.stderr)
+        if rest:
+            name = f"{first} {rest[0]}".strip()
+            known = VERBS if first else {verb.split()[0] for verb in VERBS}
+            print(f"\nthere is no verb {name!r}{did_you_mean(name, known)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(VERBS[verb][0]).main(rest) or 0
+        return importlib.import_module(VERBS[verb][0]).main(argv[len(verb.split()) :]) or 0
     except (UserError, OSError) as error:
         print(f"{verb}: {error}", file=sys.stderr)
         return 2
 
 
-if __name__ == "__main__":
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """The program `saisa_jax`, in a process of its own."""
     quiet_libraries()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    program()

@@ -51,7 +51,9 @@ class HostBatch(NamedTuple):
     batch: Batch
     sample_ids: tuple[tuple[str, ...], ...]  # of each row's segments 1, 2, ...
     dropped: tuple[str, ...]  # samples that could not be used, and why; their segments are empty
-    lost: np.ndarray  # [rows, 2] int32: samples dropped, text tokens cut off the ends of samples that were too long
+    # [rows, 3] int32: samples dropped, text tokens cut off the ends of samples that were too long, samples dropped that
+    # `data.max_drop` limits
+    lost: np.ndarray
 
     @property
     def num_samples(self) -> int:

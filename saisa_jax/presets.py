@@ -7,13 +7,13 @@ be overridden.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
 from saisa_jax.convert.families import DECODERS, ENCODERS
+from saisa_jax.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -65,16 +65,13 @@ def make(llm: str, vision: str | VisionConfig, alignment: str = "saisa", **overr
     known = ModelConfig.__dataclass_fields__
     for name in fields:
         if name not in known or name in ("vision", "alignment"):
-            raise ConfigError(f"make({llm!r}, ...) got {name!r}, which is no field to override{_nearest(name, known)}")
+            hint = did_you_mean(name, known, n=3, cutoff=0.4, otherwise=f"; known: {', '.join(known)}")
+            raise ConfigError(f"make({llm!r}, ...) got {name!r}, which is no field to override{hint}")
     return ModelConfig(alignment=alignment, vision=encoder, **fields)
 
 
 def _find(kind: str, table: Mapping[str, Any], name: str) -> Any:
     if name not in table:
-        raise ConfigError(f"unknown {kind} {name!r}{_nearest(name, table)}")
+        hint = did_you_mean(name, table, n=3, cutoff=0.4, otherwise=f"; known: {', '.join(table)}")
+        raise ConfigError(f"unknown {kind} {name!r}{hint}")
     return table[name]
-
-
-def _nearest(name: str, names: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names)}"

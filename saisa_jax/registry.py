@@ -32,6 +32,10 @@ class UnknownNameError(UserError, ValueError):
     """A name under which nothing is registered; the message lists what there is."""
 
 
+class ExtensionError(UserError, ImportError):
+    """What an installed distribution registers cannot be imported; the message says whose it is."""
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to what is registered under them.
 
@@ -81,9 +85,25 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def _import_all(self) -> None:
-        if not self._complete:
-            self._complete = True
+        if self._complete:
+            return
+        self._complete = True  # before: what is imported may look names up itself
+        try:
             for module in pkgutil.iter_modules(sys.modules[self._package].__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
             for extension in importlib.metadata.entry_points(group=self._package):
-                extension.load()
+                _load(extension)
+        except BaseException:
+            self._complete = False  # the next look says it again, and does not list a part as all
+            raise
+
+
+def _load(extension: importlib.metadata.EntryPoint) -> None:
+    try:
+        extension.load()
+    except Exception as error:
+        distribution = extension.dist.name if extension.dist else "an installed distribution"
+        raise ExtensionError(
+            f"{distribution} brings {extension.name} = {extension.value} to {extension.group}, and it cannot be "
+            f"imported: {type(error).__name__}: {error}; mend or uninstall {distribution}"
+        ) from error

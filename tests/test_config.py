@@ -86,7 +86,7 @@ IMPOSSIBLE = [
     (lambda: RopeScalingConfig("linear", factor=0.5), r"model.rope_scaling.factor=0.5 must be at least 1"),
     (lambda: RopeScalingConfig("llama3", low_freq_factor=4.0), r"must be less than .*high_freq_factor=4.0"),
     (lambda: RopeScalingConfig("llama3", original_max_length=0), r"original_max_length=0 must be positive"),
-    (lambda: ModelConfig(alignment="sasia"), r"did you mean 'saisa'"),
+    (lambda: ModelConfig(alignment="sasia"), r"did you mean saisa"),
     (lambda: ModelConfig(alignment="llava"), r"set model.projector.sharing=shared"),
     (lambda: ModelConfig(dtype="float64"), r"model.dtype='float64' is not one of"),
     (lambda: dataclasses.replace(MODEL, remat_policy="all"), r"remat_policy='all'"),

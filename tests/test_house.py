@@ -1,4 +1,4 @@
-"""The order of the house: which room may read which, and that the requirements are what the code imports."""
+"""The requirements are what the code imports."""
 
 from __future__ import annotations
 
@@ -9,32 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "saisa_jax"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *ROOT.glob("configs/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 
-FORBIDDEN = {  # room -> rooms that it never reads
-    "models": {"data", "training", "inference", "evaluation", "report", "bench", "convert", "checkpoints", "parallel"},
-    "data": {"models", "training", "inference", "evaluation", "report", "bench", "convert", "checkpoints", "parallel"},
-    "training": {"evaluation", "report", "bench"},
-    "inference": {"training", "evaluation", "report", "bench"},
-    "config": {"models", "data", "training", "inference", "evaluation", "report", "bench", "convert", "batch"},
-    "chips": {
-        "models",
-        "data",
-        "training",
-        "inference",
-        "evaluation",
-        "report",
-        "bench",
-        "convert",
-        "planning",
-        "config",
-    },
-    "batch": {"models", "data", "training", "inference", "evaluation", "report", "bench", "convert", "config"},
-}
 OPTIONAL = {
     "torch",
     "gguf",
@@ -56,16 +34,6 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_arrows_go_one_way(room: str) -> None:
-    files = (PACKAGE / room).rglob("*.py") if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
-    for file in files:
-        for name in imports(file):
-            package, *rest = name.split(".")
-            if package == "saisa_jax":
-                assert rest and rest[0] not in FORBIDDEN[room], f"{file.relative_to(ROOT)} imports {name}"
 
 
 def test_requirements_are_what_is_imported() -> None:

@@ -106,7 +106,7 @@ def test_overrides_win() -> None:
         (("vicuna-7", "clip-vit-l-336"), "unknown LLM preset 'vicuna-7'; did you mean vicuna-7b"),
         (("vicuna-7b", "clip-vit-l"), "unknown vision preset 'clip-vit-l'; did you mean clip-vit-l-336"),
         (("zzz", "clip-vit-l-336"), "known: vicuna-7b, vicuna-13b"),
-        (("vicuna-7b", "clip-vit-l-336", "lava"), "did you mean 'llava'"),
+        (("vicuna-7b", "clip-vit-l-336", "lava"), "did you mean llava"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(arguments: tuple[str, ...], message: str) -> None:

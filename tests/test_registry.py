@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saisa_jax.errors import UserError
-from saisa_jax.registry import Registry, UnknownNameError
+from saisa_jax.registry import ExtensionError, Registry, UnknownNameError
 
 
 @pytest.fixture
@@ -46,10 +46,33 @@ def test_an_unknown_name_is_answered_with_the_nearest(animals: Registry[str]) ->
     assert issubclass(UnknownNameError, UserError)
 
 
-def test_an_installed_extension_is_found(animals: Registry[str], tmp_path: Path) -> None:
-    (tmp_path / "horses.py").write_text("from zoo import ANIMALS\nANIMALS.register('horse')('neigh')\n")
+def install(tmp_path: Path, entry: str) -> None:
     metadata = tmp_path / "horses-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: horses\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[zoo]\nhorse = horses\n")
+    (metadata / "entry_points.txt").write_text(f"[zoo]\n{entry}\n")
+
+
+def test_an_installed_extension_is_found(animals: Registry[str], tmp_path: Path) -> None:
+    (tmp_path / "horses.py").write_text("from zoo import ANIMALS\nANIMALS.register('horse')('neigh')\n")
+    install(tmp_path, "horse = horses")
     assert animals["horse"] == "neigh"
+    sys.modules.pop("horses")
+
+
+def test_an_extension_that_cannot_be_imported_is_named_each_time(animals: Registry[str], tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import saddle\n")
+    install(tmp_path, "horse = broken")
+    for _ in range(2):
+        with pytest.raises(ExtensionError, match=r"horses brings horse = broken to zoo, .*No module named 'saddle'"):
+            animals["horse"]
+    (tmp_path / "broken.py").write_text("from zoo import ANIMALS\nANIMALS.register('horse')('neigh')\n")
+    assert animals["horse"] == "neigh"
+    sys.modules.pop("broken")
+
+
+def test_a_file_that_cannot_be_imported_is_an_error_each_time(animals: Registry[str], tmp_path: Path) -> None:
+    (tmp_path / "zoo" / "dog.py").write_text("import kennel\n")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="kennel"):
+            animals["fox"]

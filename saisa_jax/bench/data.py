@@ -8,11 +8,9 @@ not count; the figures are medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -32,17 +29,14 @@ from saisa_jax.config import (
     TRAIN_PROJECTOR,
     Config,
     ConfigError,
-    ModelConfig,
-    StageConfig,
     VisionConfig,
 )
 from saisa_jax.data.images import load_image, prepare_image
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.rows.packing import pack
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, ImageSource, Sample, Turn
+from saisa_jax.data.sample import ASSISTANT, USER, ImageSource, Sample, Turn
 from saisa_jax.data.sources import easy_vqa
 from saisa_jax.data.text.encoder import Encoder
-from saisa_jax.data.text.tokenizer import load_tokenizer
 
 STAGES: tuple[str, ...] = ("decode", "pad and resize", "tokenise", "pack")
 ROW = (1024, 4)  # text tokens and image slots of a packed row
@@ -253,54 +247,5 @@ def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> 
     return table
 
 
-def main(argv: Sequence[str]) -> int:
-    """The verb `bench data`; 2 if an image or the tokenizer cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench data", description=__doc__)
-    parser.add_argument("--size", type=int, default=336, help="pixels of a prepared image's side (default 336)")
-    parser.add_argument("--images", help="a directory of images; without it: JPEG files of noise, 640 x 480")
-    parser.add_argument("--n", type=int, default=64, help="images of a round (default 64)")
-    parser.add_argument("--repeat", type=int, default=7, help="rounds (default 7)")
-    parser.add_argument("--words", type=int, default=180, help="words of an answer (default 180)")
-    parser.add_argument("--tokenizer", default="easy_vqa", help="a directory (default: the demo's)")
-    parser.add_argument("--template", default="vicuna_v1", help="that suits the tokenizer (default vicuna_v1)")
-    parser.add_argument("--chip", choices=CHIPS, default="v5e", help="default: v5e")
-    parser.add_argument("--mfu", type=float, default=0.5, help="share of the chip's peak (default 0.5)")
-    options = parser.parse_args(argv)
-    for name in ("n", "repeat", "words"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
-    if not 0 < options.mfu <= 1:
-        raise ConfigError(f"--mfu={options.mfu} is not a share (0..1)")
-    config = Config(
-        model=ModelConfig(vision=VisionConfig(image_size=options.size)),
-        finetune=StageConfig(template=options.template),
-    )
-    try:
-        tokenizer = load_tokenizer(options.tokenizer)
-        images = read_images(Path(options.images), options.n) if options.images else photographs(options.n)
-        samples = make_samples(images, options.words)
-        rounds = bench(config, tokenizer, samples, options.repeat)
-        text = round(statistics.mean(_length(sample, config, tokenizer) for sample in samples))
-    except DataError as error:
-        print(f"bench data: {error}", file=sys.stderr)
-        return 2
-    console = Console(highlight=False, soft_wrap=True)
-    kind = f"of {options.images}" if options.images else "of noise, 640 x 480 JPEG"
-    console.print(
-        f"{options.n} images {kind}, {statistics.mean(map(len, images)) / 2**10:.0f} KiB each, to {options.size} x "
-        f"{options.size}; {text} text tokens a sample; medians of {options.repeat} rounds, processor time"
-    )
-    console.print(path_table(rounds, options.n))
-    console.print(
-        "The peer is PIL with transformers' CLIP processor, up to the same uint8 pixels, and up to float32 as in LLaVA."
-        f"\n\nWhat {CHIPS_A_HOST} {options.chip} chips need at {options.mfu:.0%} of "
-        f"{CHIPS[options.chip].flops / 1e12:.0f} TFLOP/s (bfloat16) each, "
-        f"beside {CORES} cores at the pipeline's rate above; a sample has one image:"
-    )
-    rate = options.n / statistics.median(r.ours for r in rounds)
-    console.print(demand_table(text, rate, options.chip, options.mfu))
-    return 0
-
-
-def _length(sample: Sample, config: Config, tokenizer: PreTrainedTokenizerFast) -> int:
+def text_length(sample: Sample, config: Config, tokenizer: PreTrainedTokenizerFast) -> int:
     return len(Encoder(config, "finetune", tokenizer)(sample)[0].tokens)

@@ -6,24 +6,17 @@ is that of the medians.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from saisa_jax.checkpoints import CheckpointError
-from saisa_jax.config import ConfigError
-from saisa_jax.data.sample import USER, DataError, Turn
+from saisa_jax.data.sample import USER, Turn
 from saisa_jax.inference.generate import bucket
-from saisa_jax.inference.model import Request, VisionLanguageModel, load
+from saisa_jax.inference.model import Request, VisionLanguageModel
 
 QUESTION = "what is in the image?"
 
@@ -74,37 +67,3 @@ def bench(model: VisionLanguageModel, repeat: int, question: str = QUESTION) -> 
         "compile": seconds(lambda: prefill(pixels, longer)),
         "reuse": seconds(lambda: prefill(pixels, longer)),
     }
-
-
-def main(argv: Sequence[str]) -> int:
-    """The verb `bench image`; 2 if the model cannot be loaded."""
-    parser = argparse.ArgumentParser(prog="python -m saisa_jax bench image", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a finished model")
-    parser.add_argument("--repeat", type=int, default=20, help="pairs of questions (default 20)")
-    parser.add_argument("--question", default=QUESTION)
-    flags = parser.parse_args(argv)
-    if flags.repeat < 1:
-        raise ConfigError(f"--repeat={flags.repeat} must be at least 1")
-    try:
-        model = load(flags.checkpoint)
-        times = bench(model, flags.repeat, flags.question)
-    except (CheckpointError, DataError) as error:
-        print(f"bench image: {error}", file=sys.stderr)
-        return 2
-    table = Table(title=f"prefill of {model.config.name} ({model.model_config.alignment}), median of {flags.repeat}")
-    for name in ("", "ms", "of a first question"):
-        table.add_column(name, justify="right" if name else "left")
-    first = statistics.median(times["first"])
-    for name, value in (
-        ("a first question about an image", first),
-        ("a second one", statistics.median(times["second"])),
-        ("with a compilation for a new bucket", times["compile"]),
-        ("the same bucket again", times["reuse"]),
-    ):
-        table.add_row(name, f"{1e3 * value:.1f}", f"{value / first:.2f}")
-    console = Console()
-    console.print(table)
-    cache = model.image_cache
-    if len(cache):
-        console.print(f"An image's keys and values take {cache.nbytes / len(cache) / 2**10:,.0f} KiB.", highlight=False)
-    return 0

@@ -69,7 +69,7 @@ def save_model(
     Raises:
       CheckpointError: something else has that name, or writing failed.
     """
-    final = epath.Path(directory).resolve()
+    final = storage.absolute(directory)
     unfinished, old = _sibling(final, "unfinished"), _sibling(final, "old")
     if final.exists() and not (final / "model.json").exists() and _names(final):
         raise CheckpointError(f"{final} holds something other than a model ({_names(final)}); choose another directory")
@@ -115,7 +115,7 @@ def load_model(
         of other shapes than those of `abstract`, every one listed.
       DamagedError: files that are missing, cut short or changed, by name; arrays by path.
     """
-    where = epath.Path(directory).resolve()
+    where = storage.absolute(directory)
     document = _read_document(where)
     stored = document["leaves"]
     expected = describe(abstract) if abstract is not None else stored
@@ -150,7 +150,7 @@ def read_account(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Con
     Raises:
       CheckpointError, DamagedError: as `load_model`.
     """
-    where = epath.Path(directory).resolve()
+    where = storage.absolute(directory)
     document = _read_document(where)
     return document, _read_config(where, document["files"])
 
@@ -161,7 +161,7 @@ def sidecar_files(directory: str | os.PathLike[str]) -> list[epath.Path]:
     Raises:
       DamagedError: one that is missing or changed, by name.
     """
-    where = epath.Path(directory).resolve()
+    where = storage.absolute(directory)
     files = _read_document(where)["files"]
     found = []
     for name in sorted(name for name in files if name.startswith(f"{SIDECAR}/")):
@@ -183,7 +183,7 @@ def copy_sidecar(source: str | os.PathLike[str]) -> Attach:
 
     def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
         try:
-            files, root = sidecar_files(source), epath.Path(source).resolve()
+            files, root = sidecar_files(source), storage.absolute(source)
         except CheckpointError as error:
             logging.warning("the sidecar of %s is not copied: %s", source, error)
             return

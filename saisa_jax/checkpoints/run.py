@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 
 from saisa_jax.checkpoints import storage
 from saisa_jax.checkpoints.checksums import account, damaged, describe, differences, seal, unseal
@@ -35,7 +34,7 @@ class RunCheckpointer:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least 1 is needed; set --config.training.keep_checkpoints")
-        self._directory = epath.Path(directory).resolve()
+        self._directory = storage.absolute(directory)
         self._pending: int | None = None  # being saved in the background, its outcome not yet known
         self._current: int | None = None  # saved or restored last
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)

@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
       CheckpointError, ConfigError, DataError: the model cannot be loaded, a flag is wrong, a picture cannot be read.
     """
-    parser = Parser(prog="python -m saisa_jax chat", description=__doc__)
+    parser = Parser("chat", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a finished model: WORKDIR/finetune/model, or an import")
     parser.add_argument("--image", action="append", default=[], help="a picture of the first question; may be repeated")
     parser.add_argument("--max_new_tokens", type=int, help="of an answer; by default as many as fit, at most 256")

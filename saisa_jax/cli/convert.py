@@ -26,7 +26,7 @@ from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
 from saisa_jax.convert.inspection import inspect
 from saisa_jax.convert.layouts import LAYOUTS
 from saisa_jax.convert.memory import allowance, peak_bytes
-from saisa_jax.data.text.templates import TEMPLATES
+from saisa_jax.data.text.templates import NAMES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m saisa_jax convert", description="weights in, weights out")
+    parser = Parser("convert", __doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|inspect")
     where = "a directory, a .gguf file or a repository of the hub (org/name)"
 
@@ -55,7 +55,7 @@ def _parser() -> Parser:
     action.add_argument("--to", required=True, help="the finished model: a directory that does not exist yet")
     action.add_argument("--layout", choices=LAYOUTS, help="of the source (default: told from its tensors)")
     action.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: that of the files)")
-    action.add_argument("--template", choices=tuple(TEMPLATES), help="default: told from the tokenizer")
+    action.add_argument("--template", choices=NAMES, help="default: told from the tokenizer")
     action.add_argument("--system_prompt", help="default: that of the tokenizer's chat template, or the template's")
     action.add_argument("--tokenizer", help="a directory, or none (default: the source's own)")
     action.add_argument("--alignment", choices=ALIGNMENTS, default="saisa", help="what --llm and --vision become")

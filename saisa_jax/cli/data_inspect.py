@@ -7,9 +7,7 @@ pictures on a contact sheet. Settings are written --config.name=value.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,7 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.batch import Batch, HostBatch
-from saisa_jax.cli.flags import read_config
+from saisa_jax.cli.parser import Parser
 from saisa_jax.config import STAGES, Config, ConfigError
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import DataError
@@ -32,36 +30,32 @@ FONT_SIZE = 13
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb `data inspect`; 2 if the data cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m saisa_jax data inspect", description=__doc__, allow_abbrev=False,
-        usage="%(prog)s --config=RECIPE[:ARGUMENT] [--config.NAME=VALUE ...] [options]",
-    )  # fmt: skip
+    """The verb `data inspect`.
+
+    Raises:
+      ConfigError, DataError: the recipe or the data cannot be used.
+    """
+    parser = Parser("data inspect", __doc__, recipe=True)
     parser.add_argument("--stage", choices=STAGES, default="finetune", help="default: finetune")
     parser.add_argument("--split", choices=("train", "validation"), default="train", help="default: train")
-    parser.add_argument("--n", type=int, default=3, help="rows to show (default 3)")
-    parser.add_argument("--out", default="inspect.png", help="the contact sheet (default inspect.png)")
-    options, rest = parser.parse_known_args(argv)
-    if options.n < 1:
-        raise ConfigError(f"--n={options.n} must be at least 1")
-    config = read_config(rest)
+    parser.add_argument("--limit", type=int, default=3, help="rows to show (default 3)")
+    parser.add_argument("--output", default="inspect.png", help="the contact sheet (default inspect.png)")
+    options, config = parser.parse_recipe(argv)
+    if options.limit < 1:
+        raise ConfigError(f"--limit={options.limit} must be at least 1")
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        host = first_batch(config, options.stage, tokenizer, options.split)
-    except DataError as error:
-        print(f"data inspect: {error}", file=sys.stderr)
-        return 2
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    host = first_batch(config, options.stage, tokenizer, options.split)
     console.print(_batch_line(host, f"{config.name}, {options.stage}, {options.split}"))
     for reason in host.dropped:
         console.print(f"dropped: {reason}")
-    shown = range(min(options.n, len(host.sample_ids)))
+    shown = range(min(options.limit, len(host.sample_ids)))
     for row in shown:
         for line in describe_row(host, row, tokenizer, config.model.vision.num_patches):
             console.print(line if console.is_terminal else _marked(line))
     if host.batch["images"].shape[1]:
-        contact_sheet(host, shown).save(options.out, "PNG")
-        console.print(f"\n{options.out} shows the pictures of these rows.")
+        contact_sheet(host, shown).save(options.output, "PNG")
+        console.print(f"\n{options.output} shows the pictures of these rows.")
     else:
         console.print(f"\nThe rows have no image slots: {options.stage}.max_images=0.")
     return 0

@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
       ConfigError: an unknown model or encoder, or numbers that make no prompt.
     """
-    parser = Parser(prog="python -m saisa_jax flops", description="what the alignments cost")
+    parser = Parser("flops", "what the alignments cost")
     parser.add_argument("--model", default="vicuna-7b", help=", ".join(presets.LLMS))
     parser.add_argument("--vision", default="clip-vit-l-336", help=", ".join(presets.VISIONS))
     parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt (default 64, the authors')")

@@ -5,7 +5,6 @@ python -m saisa_jax plan --config=configs/saisa_vicuna_7b.py:finetune --topology
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import jax
@@ -29,15 +28,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m saisa_jax plan",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="%(prog)s --config=RECIPE[:ARGUMENT] --topology=NAME [--config.NAME=VALUE ...] [options]",
     )
     chips = ", ".join(f"{kind}:{chip.example}" for kind, chip in CHIPS.items())
     parser.add_argument("--topology", help=f"what to compile for: {chips}")
-    parser.add_argument("--compare", action="store_true", help="compile the LLaVA alignment as well")
-    remedies = "if it does not fit, compile what may (default)"
-    parser.add_argument("--remedies", action=argparse.BooleanOptionalAction, default=True, help=remedies)
+    parser.add_switch("compare", False, "compile the LLaVA alignment as well")
+    parser.add_switch("remedies", True, "if it does not fit, compile what may")
     parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak that is assumed (default {MFU})")
     parser.add_argument("--samples", type=int, help="of the sources; default: LLaVA's, by file name")
     parser.add_argument("--samples_per_row", type=float, help="of a packed row; default: estimated")

@@ -7,7 +7,6 @@ Without the sources of the recipe, `--lengths=llava-pretrain` and `--lengths=lla
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from saisa_jax.cli.flags import read_config
@@ -29,8 +28,6 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m saisa_jax rows",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="%(prog)s --config=RECIPE[:ARGUMENT] [--config.NAME=VALUE ...] [options]",
     )
     parser.add_argument("--stage", choices=STAGES, default="finetune", help="default: finetune")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from saisa_jax.errors import UserError
+from saisa_jax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,9 +17,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    check(value in choices, f"{flag}={value!r} is not one of {', '.join(choices)}{hint}")
+    check(value in choices, f"{flag}={value!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
 
 
 def positive(flag: str, value: float) -> None:

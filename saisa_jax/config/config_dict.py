@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from ml_collections import config_dict
 from saisa_jax.config.checks import ConfigError, check
 from saisa_jax.config.run import Config
 from saisa_jax.config.training import STAGES
+from saisa_jax.errors import nearest
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def from_config_dict(cls: type[T], config: Mapping[str, Any] | config_dict.Confi
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in config:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=3)
+            near = nearest(str(key), names, n=3)
             raise ConfigError(
                 f"unknown config key {path}{key}; "
                 + (f"did you mean {' or '.join(path + n for n in near)}?" if near else f"known: {', '.join(names)}")
@@ -118,7 +118,7 @@ def nearest_fields(path: str) -> list[str]:
 
     collect(to_dict(Config()), "")
     same = [field for field in fields if field.split(".")[-1] == path.split(".")[-1]]
-    return [] if path in fields else same or difflib.get_close_matches(path, fields, n=3)
+    return [] if path in fields else same or nearest(path, fields, n=3)
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

@@ -57,6 +57,7 @@ class DataConfig:
     # Without packing: batches of samples of like length and of one modality (image or not), as LLaVA does.
     group_by_length: bool = False
     on_error: str = "raise"  # a sample that cannot be used: raise | drop (counted, its ids are written down)
+    max_drop: float = 0.01  # with on_error=drop: more than this share of the samples is an error all the same
     on_long: str = (
         "truncate"  # a sample of more than text_length tokens, or max_length positions: truncate | raise | drop
     )
@@ -74,6 +75,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         choice("data.on_error", self.on_error, ON_ERROR)
         choice("data.on_long", self.on_long, ON_LONG)
+        check(0 <= self.max_drop <= 1, f"data.max_drop={self.max_drop} is not a share of the samples (0..1)")
         check(not (self.packing and self.group_by_length), "data.group_by_length=True needs data.packing=False")
         check(
             not (self.packing and self.turns_per_sample is not None),

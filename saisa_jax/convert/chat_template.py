@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 from typing import Any
+
+from absl import logging
 
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.data.sample import DataError
-from saisa_jax.data.text.conversation import end_token_id
-from saisa_jax.data.text.templates import TEMPLATES, Template, find_template
+from saisa_jax.data.text.conversation import end_token_id, fitting_template
+from saisa_jax.data.text.frames import default_system
+from saisa_jax.data.text.templates import TEMPLATES, find_template
 
 # What stands before each turn, by which a tokenizer's own chat template is known.
 HEADERS = {"chatml": "<|im_start|>", "llama_3_instruct": "<|start_header_id|>"}
@@ -29,13 +32,19 @@ def find_chat_template(
     """
     chat = tokenizer.chat_template or ""
     chat = chat if isinstance(chat, str) else str(chat)
-    name = template or _guess(tokenizer, "" if multimodal else chat)
+    fitting = None
+    if chat and not multimodal:
+        with contextlib.suppress(DataError):  # a chat template that cannot be used
+            fitting = fitting_template(tokenizer)
+    name = template or fitting or _guess(tokenizer, "" if multimodal else chat)
+    if fitting not in (name, None):
+        logging.warning("template %s writes otherwise than the tokenizer's own chat template", name)
     try:
         end_token_id(find_template(name), tokenizer)
     except DataError as error:
         raise ConvertError(f"--template={name} does not fit the tokenizer: {error}") from error
-    if system_prompt is None and name in HEADERS and HEADERS[name] in chat:
-        system_prompt = _own_system(tokenizer, TEMPLATES[name])
+    if system_prompt is None and name in TEMPLATES and (name == fitting or HEADERS.get(name, "\0") in chat):
+        system_prompt = default_system(tokenizer, TEMPLATES[name])
     return name, system_prompt
 
 
@@ -50,11 +59,3 @@ def _guess(tokenizer: Any, chat: str) -> str:
         if token in vocabulary:
             return name
     raise ConvertError("no template is known that ends its answers with a token of this tokenizer: say --template=NAME")
-
-
-def _own_system(tokenizer: Any, template: Template) -> str:
-    """What the tokenizer's own chat template puts before a conversation that has no system prompt; "": nothing."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    before, after = map(re.escape, template.system_format.split("{system}"))
-    found = re.search(f"{before}(.*?){after}", str(text), re.DOTALL)
-    return found[1] if found else ""

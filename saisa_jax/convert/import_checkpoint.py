@@ -14,6 +14,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten, unflatten_dict
+from saisa_jax.config import DTYPES as COMPUTE_DTYPES
 from saisa_jax.config import (
     STAGES,
     Config,
@@ -115,8 +116,8 @@ def plan_import(options: ImportOptions) -> ImportPlan:
             raise ConvertError(str(error)) from error
         stage = STAGES[0] if vision else stage
     pieces = find_pieces(tensors, model, layout, vision, options.dtype, options.allow_pickle)
-    exact = np.dtype(options.dtype or stored_dtype(pieces[0]))
-    activations = "float32" if exact == np.float32 else "bfloat16"
+    exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
+    activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
 
 

@@ -54,7 +54,7 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise _missing(name, sample_id) from error
+        raise missing_image(name, sample_id) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large to decode: {error}", sample_id) from error
     except Exception as error:  # PIL's readers raise almost anything on broken files
@@ -72,7 +72,7 @@ def read_image(source: ImageSource, sample_id: str = "") -> bytes:
     try:
         return source.read() if isinstance(source, StoredImage) else Path(source).read_bytes()
     except FileNotFoundError as error:
-        raise _missing(_name(source), sample_id) from error
+        raise missing_image(_name(source), sample_id) from error
     except (DataError, OSError, ValueError) as error:
         raise DataError(f"cannot read {_name(source)}: {error}", sample_id) from error
 
@@ -227,7 +227,8 @@ def _one_value(image: Image.Image) -> bool:
     return all(low == high for low, high in channels)
 
 
-def _missing(name: str, sample_id: str) -> DataError:
+def missing_image(name: str, sample_id: str) -> DataError:
+    """The error for an image that is not there; it names a file that may be meant."""
     near = similar_file(name)
     hint = f"; {near!r} is there: is that what is meant?" if near else ""
     return DataError(f"there is no image {name}{hint}", sample_id)

@@ -25,12 +25,13 @@ from transformers import PreTrainedTokenizerFast
 from saisa_jax.batch import Batch, HostBatch
 from saisa_jax.config import STAGES, Config, SourceConfig, StageConfig
 from saisa_jax.data.rows.collate import pack_rows
-from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
+from saisa_jax.data.rows.counts import Counts, Unusable, check_unusable, counts_of_sources, room_needed
+from saisa_jax.data.rows.mark import content_mark, counts_mark
 from saisa_jax.data.rows.order import Concatenated, Order
 from saisa_jax.data.rows.reader import ENDLESS, BatchRow, Reader, StageRows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source, warn_of_text_alone
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 
 
 class StageData:
@@ -60,10 +61,11 @@ class StageData:
         chosen = _chosen_sources(settings, stage)
         opened = [open_source(source) for source in chosen]
         warn_of_text_alone(opened, chosen)
+        warn_of_unknown_words(opened, Encoder(config, stage, tokenizer))
         counts = None
         if config.data.packing or config.data.group_by_length:
-            whole = counts_of_sources(opened, chosen, config, stage, tokenizer, self._cache)
-            counts = room_needed(whole, Concatenated(opened), Encoder(config, stage, tokenizer))
+            whole, unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, self._cache)
+            counts = room_needed(whole, Concatenated(opened), Encoder(config, stage, tokenizer), unusable)
         return StageRows(
             Reader(config, stage, tokenizer, training=True),
             Concatenated(opened),
@@ -93,6 +95,19 @@ class StageData:
             )
         return size // settings.batch_size
 
+    @cached_property
+    def mark(self) -> dict[str, Any]:
+        """What the training samples are, for a checkpoint: {"samples", "content"} of each source, "counts" of all.
+
+        It does not depend on where they lie. Of pictures it knows only how many a sample has.
+        """
+        rows, sources = self.rows, _chosen_sources(self._settings, self._stage)
+        return {
+            "samples": list(map(len, rows.samples.sources)),
+            "content": [content_mark(*each) for each in zip(rows.samples.sources, sources, strict=True)],
+            "counts": None if rows.counts is None else counts_mark(rows.counts),
+        }
+
     def batches(self, own: Sequence[int] | None = None) -> TrainIterator:
         """Endless training batches.
 
@@ -116,7 +131,8 @@ class StageData:
         Fewer if there is less. The last one is filled with rows of padding, which have no sample.
 
         Raises:
-          DataError: a sample that cannot be used, or a batch without one that can.
+          DataError: a sample that cannot be used (or, with `data.on_error=drop`, too many), or a batch without one that
+            can.
         """
         config, settings = self._config, self._settings
         source = Concatenated([open_source(held_out) for held_out in settings.validation])
@@ -125,6 +141,7 @@ class StageData:
         order = np.random.default_rng(0).permutation(len(source))[: limit * size]
         padding = _padding_row(*shape, config.model.vision.image_size)
         batches: list[HostBatch] = []
+        unusable = Unusable()
         for start in range(0, len(order), size):
             rows = [
                 reader.row([(i, np.random.default_rng(i))], *shape, source)
@@ -133,6 +150,8 @@ class StageData:
             batches.append(_batched(rows + [padding] * (size - len(rows))))
             if not batches[-1].batch["loss_weights"].any():
                 raise DataError(f"no held-out sample of a batch can be used: {'; '.join(batches[-1].dropped[:5])}")
+            unusable.add(*(reason for row in rows if row.unusable for reason in row.dropped))
+        check_unusable(unusable, len(order), config.data, f"{self._stage}.validation")
         return batches
 
 
@@ -146,9 +165,9 @@ def _chosen_sources(settings: StageConfig, stage: str) -> list[SourceConfig]:
 def stage_counts(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
     """Text tokens and images of all samples of a stage that can be used, in full length; errors as `StageData.rows`."""
     chosen = _chosen_sources(config.stage(stage), stage)
-    tokens, images = counts_of_sources(
-        [open_source(source) for source in chosen], chosen, config, stage, tokenizer, None
-    )
+    opened = [open_source(source) for source in chosen]
+    (tokens, images), unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, None)
+    check_unusable(unusable, len(tokens), config.data, stage)
     return tokens[tokens > 0], images[tokens > 0]
 
 
@@ -229,7 +248,7 @@ def _padding_row(text_length: int, max_images: int, image_size: int) -> BatchRow
 def _batched(rows: Sequence[BatchRow]) -> HostBatch:
     """Rows as a batch."""
     batch: Batch = {name: np.concatenate([row.batch[name] for row in rows]) for name in rows[0].batch}  # type: ignore
-    lost = [(len(row.dropped), row.cut_tokens) for row in rows]
+    lost = [(len(row.dropped), row.cut_tokens, row.unusable) for row in rows]
     dropped = tuple(reason for row in rows for reason in row.dropped)
     return HostBatch(batch, tuple(row.sample_ids for row in rows), dropped, np.asarray(lost, np.int32))
 

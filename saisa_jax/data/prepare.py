@@ -1,6 +1,6 @@
 """`python -m saisa_jax data prepare`: samples of any source as ArrayRecord shards that are checked and counted.
 
-    python -m saisa_jax data prepare --config=RECIPE[:argument] [--config.a.b=value ...] --stage=finetune --to=DIR
+    python -m saisa_jax data prepare --config=RECIPE[:argument] [--config.a.b=value ...] --stage=finetune --output=DIR
 
 Every image is opened and decoded, every sample is encoded with the stage's template and tokenizer. What cannot be used
 is listed in DIR/report.jsonl with its id and the reason, and left out. Files are those that `shards.py` describes.
@@ -12,7 +12,6 @@ when all shards are there.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import io
@@ -20,9 +19,7 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -35,15 +32,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from saisa_jax.cli.flags import read_config
-from saisa_jax.config import STAGES, Config, to_dict
+from saisa_jax.config import Config, to_dict
 from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
-from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
 PLAN, REPORT = "plan.json", "report.jsonl"
@@ -153,7 +149,7 @@ def _check_plan(found: Any, plan: dict[str, Any], directory: epath.Path) -> None
     names = [name for name in compared if found.get(name) != plan[name]]
     if names:
         seen = "; ".join(f"{name}: {str(found.get(name))[:100]} there, {str(plan[name])[:100]} here" for name in names)
-        raise DataError(f"{directory} was prepared otherwise ({seen}); choose another --to, or delete it")
+        raise DataError(f"{directory} was prepared otherwise ({seen}); choose another --output, or delete it")
 
 
 def _is_current(job: Job, index: Index, plan: dict[str, Any]) -> bool:
@@ -323,96 +319,51 @@ def _work(number: int) -> None:
         _make_shard(_worker["job"], number, _worker["encoder"], tick)
 
 
-# --- The command -----------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str]) -> int:
-    """The action `prepare`; 130 if it was stopped.
-
-    Raises:
-      ConfigError: the recipe is invalid.
-      DataError: a source cannot be read, no sample can be used, or DIR holds something else.
-    """
-    args, settings = _parser().parse_known_args(argv)
-    job, plan = make_job(read_config(settings), args)
-    console, started = Console(), time.perf_counter()
-    workers = args.workers if args.workers is not None else os.cpu_count() or 1
-    try:
-        index = prepare(job, plan, workers, console)
-    except KeyboardInterrupt:
-        print(f"data prepare: stopped; the same command resumes in {job.to}", file=sys.stderr)
-        return 130
-    left_out = len(job.samples) - len(index.tokens)
-    size = sum(shard.bytes for shard in index.shards)
-    console.print(
-        f"{job.to}: {len(index.tokens):,} samples with {int(index.images.sum()):,} images and "
-        f"{int(index.tokens.sum()):,} text tokens in {len(index.shards)} shard(s), {size / 2**20:,.1f} MiB, in "
-        f"{time.perf_counter() - started:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if left_out:
-        console.print(f"{left_out:,} of {len(job.samples):,} samples left out: {job.to}/{REPORT}", highlight=False)
-    console.print(
-        f"to train on it: --config.{job.stage}.sources=\"({{'format': 'arrayrecord', 'path': '{job.to}'}},)\"",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    return 0
-
-
-def make_job(config: Config, args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
+def make_job(
+    config: Config,
+    to: str,
+    *,
+    stage: str = "finetune",
+    split: str = "train",
+    source: int | None = None,
+    shards: int | None = None,
+    image_size: int | None = None,
+) -> tuple[Job, dict[str, Any]]:
     """The job, and the plan that is stored in its directory: the same plan makes the same files."""
-    settings = config.stage(args.stage)
-    name = f"{args.stage}.{SPLITS[args.split]}"
-    listed = getattr(settings, SPLITS[args.split])
-    if args.source is not None:
-        if not 0 <= args.source < len(listed):
-            raise DataError(f"--source={args.source} is not one of {name}, which lists {len(listed)}")
-        listed = listed[args.source : args.source + 1]
+    settings = config.stage(stage)
+    name = f"{stage}.{SPLITS[split]}"
+    listed = getattr(settings, SPLITS[split])
+    if source is not None:
+        if not 0 <= source < len(listed):
+            raise DataError(f"--source={source} is not one of {name}, which lists {len(listed)}")
+        listed = listed[source : source + 1]
     if not listed:
         raise DataError(f"{name} is empty: name what to prepare")
-    if len({source.weight for source in listed}) > 1:
+    if len({each.weight for each in listed}) > 1:
         raise DataError(
             f"{name} have different weights, which training applies: prepare them one by one with "
             "--source=0, --source=1, ... and give each set its weight"
         )
-    opened = [open_source(source) for source in listed]
+    opened = [open_source(each) for each in listed]
     warn_of_text_alone(opened, listed)
     samples = Concatenated(opened)
-    shards = args.shards or -(-len(samples) // SAMPLES_PER_SHARD)
+    shards = shards or -(-len(samples) // SAMPLES_PER_SHARD)
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")
-    job = Job(args.to, config, args.stage, samples, shards, args.image_size)
+    job = Job(to, config, stage, samples, shards, image_size)
+    encoder = job.encoder()
+    warn_of_unknown_words(opened, encoder)
     plan = {
         # A field that is as it was before there was one is left out, so that older sets are still recognised.
         "sources": [
-            {name: value for name, value in to_dict(source).items() if name != "allow_absolute" or value}
-            for source in listed
+            {name: value for name, value in to_dict(each).items() if name != "allow_absolute" or value}
+            for each in listed
         ],
         "samples": len(samples),
-        "stage": args.stage,
-        "fingerprint": fingerprint(config, args.stage, load_tokenizer(config.data.tokenizer)),
+        "stage": stage,
+        "fingerprint": fingerprint(config, stage, encoder.tokenizer),
         "shards": shards,
-        "image_size": args.image_size,
-        "image_mode": config.model.vision.image_mode if args.image_size else None,
+        "image_size": image_size,
+        "image_mode": config.model.vision.image_mode if image_size else None,
     }
     return job, json.loads(json.dumps(plan))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m saisa_jax data prepare",
-        allow_abbrev=False,
-        description="Samples of any source as ArrayRecord shards that are checked and counted.",
-        epilog="--config=RECIPE[:argument] is needed, and --config.a.b=value overrides it, as in train.py.",
-    )
-    parser.add_argument("--stage", choices=STAGES, default="finetune", help="whose sources, template and text_length")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="which sources of the stage")
-    parser.add_argument("--source", type=int, help="only that one of the list, from 0 (default: all, joined)")
-    parser.add_argument("--to", required=True, help="a directory, local or gs://; an unfinished one is resumed")
-    parser.add_argument("--shards", type=int, help=f"files (default: one for each {SAMPLES_PER_SHARD:,} samples)")
-    parser.add_argument("--workers", type=int, help="processes, each making a shard (default: one for each core)")
-    parser.add_argument("--image_size", type=int, help="make larger images smaller (default: keep them as they are)")
-    return parser

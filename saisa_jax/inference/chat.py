@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.data.text.conversation import IMAGE
 from saisa_jax.inference.generate import GREEDY, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import EncodedImage
-from saisa_jax.inference.model import AnyImage, Request, VisionLanguageModel
+from saisa_jax.inference.model import Request, VisionLanguageModel
 from saisa_jax.models import kv_cache
 from saisa_jax.models.kv_cache import KVCache
 
@@ -39,7 +40,7 @@ class _Read:
 class Chat:
     """One conversation.
 
-        chat = Chat(model)
+        chat = model.chat()
         chat.add_image("table.jpg")
         for words in chat.ask("What is on the table?"):
             print(words, end="", flush=True)
@@ -64,7 +65,7 @@ class Chat:
         if self.model.row_ways != 1:
             raise ValueError("a conversation is one row: load the model on a mesh with data=1 and fsdp=1, or without")
 
-    def add_image(self, image: AnyImage) -> None:
+    def add_image(self, image: Any) -> None:
         """Puts an image before the next question.
 
         Raises:

@@ -8,6 +8,7 @@ what its tokens attended to in the layers below, which is everything before it.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -51,33 +52,36 @@ def content_key(pixels: UInt8[np.ndarray, "size size 3"]) -> str:
 
 
 class ImageCache:
-    """The images used last, as many as fit into `max_bytes` of keys and values."""
+    """The images used last, as many as fit into `max_bytes` of keys and values. Threads may share it."""
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.max_bytes = max_bytes
         self.nbytes = self.hits = self.misses = 0
         self._images: OrderedDict[str, EncodedImage] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._images)
 
     def get(self, key: str) -> EncodedImage | None:
         """The image of that key, marked as the one used last."""
-        image = self._images.get(key)
-        if image is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._images.move_to_end(key)
-        return image
+        with self._lock:
+            image = self._images.get(key)
+            if image is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._images.move_to_end(key)
+            return image
 
     def put(self, image: EncodedImage) -> None:
         """Keeps an image, and evicts the least recently used ones until all fit."""
-        if image.key in self._images:
-            self.nbytes -= self._images.pop(image.key).nbytes
-        if image.nbytes > self.max_bytes:
-            return
-        self._images[image.key] = image
-        self.nbytes += image.nbytes
-        while self.nbytes > self.max_bytes:
-            self.nbytes -= self._images.popitem(last=False)[1].nbytes
+        with self._lock:
+            if image.key in self._images:
+                self.nbytes -= self._images.pop(image.key).nbytes
+            if image.nbytes > self.max_bytes:
+                return
+            self._images[image.key] = image
+            self.nbytes += image.nbytes
+            while self.nbytes > self.max_bytes:
+                self.nbytes -= self._images.popitem(last=False)[1].nbytes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import jax
 import numpy as np
@@ -17,18 +19,23 @@ from PIL import Image
 from saisa_jax import parallel
 from saisa_jax.batch import Batch
 from saisa_jax.checkpoints import load_model
-from saisa_jax.config import Config, ModelConfig, StageConfig
+from saisa_jax.config import DTYPES, Config, ConfigError, ModelConfig, StageConfig
 from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.rows.collate import Example, pack_rows
-from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
+from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
 from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
+from saisa_jax.errors import did_you_mean
 from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
+from saisa_jax.inference.import_cache import find_model
 from saisa_jax.inference.quantize import quantize as quantize_params
 from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.saisa import Saisa, abstract_params
 
-AnyImage = ImageSource | Image.Image | EncodedImage
+if TYPE_CHECKING:
+    from saisa_jax.inference.chat import Chat
+
+AnyImage = ImageSource | Image.Image | np.ndarray | BinaryIO | EncodedImage
 
 IMAGES_AT_ONCE = 16  # so many go through the vision encoder together
 
@@ -41,7 +48,7 @@ class Conversation:
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[AnyImage, ...] = ()
+    images: tuple[Any, ...] = ()  # as in `generate`
     system: str | None = None
     name: str = ""
 
@@ -54,9 +61,9 @@ class Request:
     images: tuple[EncodedImage, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VisionLanguageModel:
-    """What `load` gives: ask it with `generate`.
+    """What `load` gives: ask it with `generate`, or talk to it with `chat`.
 
     Attributes:
       params: the parameters, or quantised ones.
@@ -76,8 +83,18 @@ class VisionLanguageModel:
     mesh: Mesh | None = None
     image_cache: ImageCache = dataclasses.field(default_factory=ImageCache)
 
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        kinds = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        count = f"{sum(leaf.size for leaf in leaves):,} parameters"
+        model = self.model_config
+        return (
+            f"VisionLanguageModel({self.config.name}: {model.alignment}, {count} in {kinds}, computed in {model.dtype})"
+        )
+
     @property
     def model_config(self) -> ModelConfig:
+        """The model as its last stage leaves it."""
         return self.config.model_for(self.stage)
 
     @property
@@ -99,6 +116,19 @@ class VisionLanguageModel:
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
+    @overload
+    def generate(
+        self,
+        questions: str,
+        images: AnyImage | Sequence[AnyImage] | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_error: str = "raise",
+    ) -> str: ...
+
+    @overload
     def generate(
         self,
         questions: Sequence[str],
@@ -108,16 +138,31 @@ class VisionLanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         on_error: str = "raise",
-    ) -> list[Any]:
-        """Answers, one for each question.
+    ) -> list[Any]: ...
+
+    def generate(
+        self,
+        questions: Any,
+        images: Any = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_error: str = "raise",
+    ) -> Any:
+        """The answer to a question, or answers to several.
+
+            model.generate("what is this?", "a.png")
+            model.generate(["what is this?", "which is larger?"], [["a.png"], ["a.png", "b.png"]])
 
         Questions of any mixture share a batch: none, one or several images each, of any length. Rows, text, images and
         answers are padded to buckets, so that a like batch compiles nothing.
 
         Args:
-          questions: `<image>` in one says where an image stands; otherwise its images stand before it.
-          images: for each question a list of its images: paths, bytes, PIL images, or what `encode_images` gave; None:
-            there are none.
+          questions: one, or a list. `<image>` in one says where an image stands; otherwise its images stand before it.
+          images: of one question an image or a list of them; of several questions a list for each; None: there are
+            none. An image is a path, a PIL image, a uint8 array [height, width, 3], bytes of an encoded file, a data
+            URL, an open file, or what `encode_images` gave.
           max_new_tokens: of an answer.
           temperature: 0 is greedy.
           top_p: sample among the most likely tokens that hold this much of the probability.
@@ -126,16 +171,24 @@ class VisionLanguageModel:
             "return": the others are answered, and the error stands in the place of the answer.
 
         Returns:
-          strings (and DataErrors, with on_error="return").
+          a string, or a list of them (and of DataErrors, with on_error="return").
 
         Raises:
-          DataError: a question that is empty, too long, or does not fit its images; an image that cannot be read.
+          DataError: a question that is empty, too long, or does not fit its images; an image that cannot be read; other
+            types than these.
         """
         asked = [
             Conversation((Turn(USER, question),), tuple(sources), name=f"question {number}")
             for number, (question, sources) in enumerate(_paired(questions, images))
         ]
-        return self.answer(asked, max_new_tokens, Sampling(temperature, top_p), seed, on_error)
+        answers = self.answer(asked, max_new_tokens, Sampling(temperature, top_p), seed, on_error)
+        return answers[0] if isinstance(questions, str) else answers
+
+    def chat(self) -> Chat:
+        """A conversation with this model, which reads only what is new in each turn (`inference/chat.py`)."""
+        from saisa_jax.inference.chat import Chat  # which is written for this class
+
+        return Chat(self)
 
     def answer(
         self,
@@ -161,7 +214,7 @@ class VisionLanguageModel:
         answers = iter(self._answers(good, max_new_tokens, sampling, seed) if good else ())
         return [next(answers) if isinstance(request, Request) else request for request in requests]
 
-    def encode_images(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
+    def encode_images(self, images: Sequence[Any]) -> list[EncodedImage]:
         """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.
 
         What the text reads of an image is computed once and kept (`image_cache`); `generate` finds images that it has
@@ -172,7 +225,7 @@ class VisionLanguageModel:
         """
         return self._encode([self._pixels(image, f"image {n}") for n, image in enumerate(images)])
 
-    def attention(self, question: str, images: Sequence[AnyImage]) -> Float[np.ndarray, "L V"]:
+    def attention(self, question: str, images: Sequence[Any]) -> Float[np.ndarray, "L V"]:
         """How much the answer's first token reads each visual token, by layer, averaged over heads.
 
         It is the attention of the prompt's last token, from which the answer's first token is predicted.
@@ -251,7 +304,7 @@ class VisionLanguageModel:
             for r in requests
         ]
 
-    def _pixels(self, image: AnyImage, name: str) -> EncodedImage:
+    def _pixels(self, image: Any, name: str) -> EncodedImage:
         if "vision" not in variables_of(self.params)["params"]:
             raise DataError("this model was imported without a vision encoder: ask it without images", name)
         if isinstance(image, EncodedImage):
@@ -259,7 +312,7 @@ class VisionLanguageModel:
             if image.pixels.shape != expected:
                 raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
             return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
-        pixels = self._loader(image, name)
+        pixels = self._loader(_image(image, name), name)
         return EncodedImage(content_key(pixels), pixels, None)
 
     def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
@@ -296,12 +349,14 @@ class VisionLanguageModel:
         )
 
     def image_slots(self, batch: Batch, requests: Sequence[Request]) -> ImageSlots | None:
-        """The requests' encoded images for the generator; None where it is to encode the batch's pixels.
+        """The requests' encoded images for the generator; None where it is to encode the batch's pixels, which it does
+        if one of the images is not encoded.
 
         The number of different images is padded to a bucket, with copies of the first.
         """
-        different = {image.key: image.kv for request in requests for image in request.images if image.kv is not None}
-        if not different:
+        images = [image for request in requests for image in request.images]
+        different = {image.key: image.kv for image in images if image.kv is not None}
+        if not different or any(image.kv is None for image in images):
             return None
         numbers = {key: n for n, key in enumerate(different)}
         slots = np.zeros(batch["image_positions"].shape, np.int32)
@@ -334,21 +389,72 @@ class VisionLanguageModel:
         return parallel.use(self.mesh, parallel.make_rules(self.model_config, self.mesh))
 
 
-def _paired(
-    questions: Sequence[str], images: Sequence[Sequence[AnyImage]] | None
-) -> list[tuple[str, Sequence[AnyImage]]]:
-    """Each question with its images."""
-    if not questions:
-        raise ValueError("no questions")
+def _paired(questions: Any, images: Any) -> list[tuple[str, Sequence[Any]]]:
+    """Each question with its images.
+
+    Raises:
+      DataError: neither one question nor a list, or other images than that asks for.
+    """
     if isinstance(questions, str):
-        raise ValueError("questions is a string; give a list of questions, and a list of images for each")
+        if images is None:
+            return [(questions, ())]
+        return [(questions, images if isinstance(images, list | tuple) else [images])]
+    if not isinstance(questions, list | tuple) or not all(isinstance(question, str) for question in questions):
+        wrong = next((q for q in questions if not isinstance(q, str)), "") if isinstance(questions, list) else questions
+        raise DataError(
+            f"a question is a string, and several are a list of strings; this is a {type(wrong).__name__} "
+            "(of a conversation with turns: model.chat())"
+        )
+    if not questions:
+        raise DataError("no questions: the list is empty")
     if images is None:
-        images = [[]] * len(questions)
+        return [(question, ()) for question in questions]
+    if not isinstance(images, list | tuple) or not all(isinstance(some, list | tuple) for some in images):
+        raise DataError("several questions need a list of images for each: [['a.png'], []], not ['a.png'] or 'a.png'")
     if len(questions) != len(images):
-        raise ValueError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
-    if any(isinstance(sources, str | bytes | Image.Image | EncodedImage) for sources in images):
-        raise ValueError("images holds a list for each question: [['table.jpg']], not ['table.jpg']")
+        raise DataError(f"{len(questions)} questions came with {len(images)} lists of images; give one list each")
     return list(zip(questions, images, strict=True))
+
+
+def _image(given: Any, name: str) -> ImageSource | Image.Image:
+    """An image in the form that `ImageLoader` reads.
+
+    Raises:
+      DataError: something else, or a URL.
+    """
+    if isinstance(given, str):
+        if given.startswith("data:"):
+            head, _, content = given.partition(",")
+            try:
+                if not head.endswith(";base64"):
+                    raise ValueError("it is not in base64")
+                return base64.b64decode("".join(content.split()), validate=True)
+            except ValueError as error:
+                raise DataError(f"a data URL that cannot be read ({error}): {given[:40]!r}", name) from error
+        if given.startswith(("http://", "https://")):
+            raise DataError(f"{given[:200]} is a URL, and nothing is fetched: give its bytes, or a file", name)
+        return os.path.expanduser(given)
+    if isinstance(given, np.ndarray):
+        if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3:
+            seen = f"{given.dtype} {list(given.shape)}"
+            raise DataError(f"an array of an image is uint8 [height, width, 3] in RGB, this one is {seen}", name)
+        return Image.fromarray(given)
+    if isinstance(given, bytearray | memoryview):
+        return bytes(given)
+    if hasattr(given, "read") and hasattr(given, "seekable"):
+        if given.seekable():
+            given.seek(0)
+        content = given.read()
+        if isinstance(content, bytes):
+            return content
+        raise DataError("a file of an image is opened for bytes: open(name, 'rb')", name)
+    if isinstance(given, bytes | Image.Image | os.PathLike | StoredImage):
+        return given
+    raise DataError(
+        "an image is a path, a PIL image, a uint8 array [height, width, 3], bytes, a data URL or an open file; this is "
+        f"a {type(given).__name__}",
+        name,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -358,25 +464,28 @@ def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
 
 
 def load(
-    directory: str,
+    source: str | os.PathLike[str],
     mesh: Mesh | None = None,
     dtype: Any = None,
     quantize: str | None = None,
     image_cache_bytes: int = DEFAULT_BYTES,
 ) -> VisionLanguageModel:
-    """Loads a finished model (`WORKDIR/finetune/model`), whatever it was trained on.
+    """Loads a model.
 
     Args:
-      directory: what a run, or `convert import`, left.
+      source: a finished model (`WORKDIR/finetune/model`, local or gs://), the workdir of a run, a Hugging Face
+        directory, a .gguf file or a repository of the hub (org/name); foreign files are imported once into a cache.
       mesh: devices to spread the parameters over (`parallel.make_mesh`); None: the first device holds all.
-      dtype: cast the parameters to this one; None: as they are stored.
+      dtype: of the parameters, and what is computed in: float32, bfloat16 or float16; None: the checkpoint's own.
       quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
       image_cache_bytes: of keys and values of images that are kept for further questions about them.
 
     Raises:
       CheckpointError: no such directory, something else in it, or damaged files.
-      ConfigError: the model does not divide by the mesh.
+      ConvertError: foreign files that cannot be imported.
+      ConfigError: another dtype, or a model that does not divide by the mesh.
     """
+    dtype = None if dtype is None else dtype_name(dtype)
 
     def sharding(config: Config, metadata: dict[str, Any]) -> Any:
         if mesh is None:
@@ -384,9 +493,28 @@ def load(
         model = config.model_for(metadata["stage"])
         return parallel.shardings_of(abstract_params(model, boxed=True), mesh, parallel.make_rules(model, mesh))
 
-    params, config, tokenizer, metadata = load_model(directory, sharding=sharding, dtype=dtype)
+    params, config, tokenizer, metadata = load_model(find_model(source), sharding=sharding, dtype=dtype)
+    if dtype:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     if quantize:
         params = quantize_params(params, quantize)
     return VisionLanguageModel(
         params, config, tokenizer, metadata["stage"], metadata, mesh, ImageCache(image_cache_bytes)
     )
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype that a model can be computed in.
+
+    Raises:
+      ConfigError: another one.
+    """
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+        meant = short.get(name.removeprefix("torch."), name.removeprefix("torch."))
+        raise ConfigError(f"dtype={name!r} is not one of {', '.join(DTYPES)}{did_you_mean(meant, DTYPES)}")
+    return name

@@ -1,54 +1,20 @@
-"""`python -m saisa_jax report`: plots and one self-contained HTML page of a run, or of several side by side.
-
-python -m saisa_jax report --workdir=runs/demo
-python -m saisa_jax report --runs=runs/compare/saisa,runs/compare/llava --out=runs/compare/report
-"""
+"""Puts a report together: figures, examples and attention of some runs, as an HTML page with files beside it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from etils import epath
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from saisa_jax.cli.parser import Parser
 from saisa_jax.data.images import load_image
 from saisa_jax.data.sample import DataError
 from saisa_jax.report import attention, examples, page, pictures, plots
-from saisa_jax.report.runs import TITLES, ReportError, Run, read_runs
+from saisa_jax.report.runs import TITLES, Run
 
 LARGEST_EXAMPLE = 512  # pixels; larger images are shown smaller
-
-
-def main(argv: Sequence[str]) -> int:
-    """The verb `report`; 2 if there is nothing to report."""
-    parser = Parser(prog="python -m saisa_jax report", description=(__doc__ or "").split("\n\n")[0])
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", help="one run of train.py")
-    which.add_argument("--runs", help="several of them, with commas between; then --out is needed")
-    parser.add_argument("--out", help="where index.html and the plots go (default: WORKDIR/report)")
-    args = parser.parse_args(argv)
-    if args.runs and not args.out:
-        parser.error("--runs needs --out=DIRECTORY")
-    directories = [args.workdir] if args.workdir else [name for name in args.runs.split(",") if name]
-    try:
-        runs = read_runs(directories)
-    except ReportError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    content, files = collect(runs)
-    out = epath.Path(args.out) if args.out else epath.Path(args.workdir) / "report"
-    write(out, page.render(content), files)
-    console = Console()
-    console.print(result_table(runs))
-    for notice in content.notices:
-        console.print(f"Note: {notice}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"The report is in {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
-    return 0
 
 
 def collect(runs: Sequence[Run]) -> tuple[page.Content, dict[str, bytes]]:

@@ -60,6 +60,7 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
     optimizer = OptimizerConfig(lr=1e-3)
     return Config(
         name=f"tiny-{alignment}",
+        allow_random_init=True,
         model=model,
         data=DataConfig(packing=False, turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
         pretrain=StageConfig(

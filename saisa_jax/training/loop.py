@@ -26,8 +26,9 @@ from saisa_jax.training import processes
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
+from saisa_jax.training.recipe import check_same_recipe
 from saisa_jax.training.setup import setup_stage
-from saisa_jax.training.start import check_same_recipe, check_stages, starting_params
+from saisa_jax.training.start import check_projectors, check_stages, starting_params
 from saisa_jax.training.state import TrainState, create_state, param_shardings
 from saisa_jax.training.step import make_train_step
 from saisa_jax.training.telemetry.goodput import Goodput
@@ -52,6 +53,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)
+        check_projectors(config, workdir)
         check_wandb(config.training.wandb)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
@@ -102,6 +104,7 @@ class StageTrainer:
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
         self.journal = Journal(config, name, self.directory, self.steps, self.clock)
+        self.data_mark = data.mark  # as the data are now: a file may be rewritten while the run reads it
         self.evaluation_due = False  # it was put off when a signal came, since it takes its time
         logging.info("%s: %s", name, self.rows.describe(self.steps))
 
@@ -144,9 +147,28 @@ class StageTrainer:
                 f"{', '.join(differing)}; bring them back, or start in another --workdir"
             )
         self.state = TrainState(frozen=frozen, **saved)
-        self.journal.remembered, self.evaluation_due = metadata["journal"], metadata["evaluation_due"]
+        self._check_same_data(metadata.get("data"))  # versions before there was a mark wrote none
+        self.journal.remembered |= metadata["journal"]
+        self.evaluation_due = metadata["evaluation_due"]
         self.clock.go_on(metadata["goodput"])
         logging.info("%s resumes from step %d", self.name, self._step)
+
+    def _check_same_data(self, saved: Mapping[str, Any] | None) -> None:
+        """Raises DataError where the data are not those that the checkpoint's position is one in."""
+        now = self.data_mark
+        if saved is None or saved == now:
+            return
+        then, there = (f"{sum(mark['samples']):,} samples" for mark in (saved, now))
+        if saved["samples"] != now["samples"]:
+            change = f"{then}, now {there}"
+        elif saved["content"] != now["content"]:
+            change = f"{then} of content {', '.join(saved['content'])}, now as many of {', '.join(now['content'])}"
+        else:
+            change = f"{then} whose lengths hash to {saved['counts']}, now {now['counts']}: other samples can be used"
+        raise DataError(
+            f"the data of {self.name} have changed since the checkpoint in {self.directory}: {change}. Bring them back "
+            f"(where they lie does not matter), or start in another --workdir"
+        )
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
@@ -160,6 +182,7 @@ class StageTrainer:
     def _metadata(self) -> dict[str, Any]:
         """What a checkpoint says beside the state; `_resume` reads it."""
         return {
+            "data": self.data_mark,
             "frozen": self._frozen_checksums,
             "journal": self.journal.remembered,
             "evaluation_due": self.evaluation_due,
@@ -183,8 +206,14 @@ class StageTrainer:
                 self._evaluate(held_out, first)
             waiting, step = None, first
             for step in range(first + 1, self.steps + 1):
-                with clock("data"):
-                    host = sync.read(data)
+                try:
+                    with clock("data"):
+                        host = sync.read(data)
+                except Exception:
+                    if waiting:
+                        self._settle(sync, *waiting)
+                    self._save_before_error(checkpointer, data, step - 1, first)
+                    raise
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
@@ -193,20 +222,22 @@ class StageTrainer:
                 if waiting:
                     self._settle(sync, *waiting)
                 waiting = step, metrics, host.dropped, sent
-                stopping, last = sync.stopping, step == self.steps
-                save = stopping or last or step % habits.checkpoint_every == 0
+                stopping, last, over = sync.stopping, step == self.steps, self._dropped_too_many() != ""
+                save = stopping or last or over or step % habits.checkpoint_every == 0
                 evaluate = held_out is not None and (last or step % habits.eval_every == 0)
                 self.evaluation_due = evaluate and stopping
                 if save or evaluate:
                     self._settle(sync, *waiting)
-                    waiting = None
+                    waiting, over = None, self._dropped_too_many() != ""
                 if held_out and evaluate and not stopping:
                     self._evaluate(held_out, step)
                 if save:
                     with clock("save"):
                         checkpointer.save(step, self._saved(), data, self._metadata())
-                        if stopping or last:
+                        if stopping or last or over:
                             checkpointer.wait()
+                if over:
+                    raise DataError(self._dropped_too_many())
                 if stopping:
                     break
             self.journal.close(step)
@@ -214,6 +245,29 @@ class StageTrainer:
             by = stop.requested or "another process"
             logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
+
+    def _save_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, step: int, first: int) -> None:
+        """What was trained is kept when the data of the next step cannot be read; a failure to save is only logged."""
+        if step == first:
+            return
+        try:
+            with self.clock("save"):
+                checkpointer.save(step, self._saved(), data, self._metadata())
+                checkpointer.wait()
+            logging.warning("%s: the data of step %d cannot be read; step %d was saved", self.name, step + 1, step)
+        except CheckpointError as failure:
+            logging.error("%s", failure)
+
+    def _dropped_too_many(self) -> str:
+        """Says so when more samples could not be used than `data.max_drop` of all that the stage reads; else ""."""
+        number, limit = self.journal.remembered["unusable"], self.config.data.max_drop
+        total = self.rows.samples_before(self.steps * self.settings.batch_size) if number else 0
+        if number <= limit * total:
+            return ""
+        return (
+            f"{number:,} samples could not be used, more than --config.data.max_drop={limit} of the {total:,} that "
+            f"{self.name} reads; metrics.jsonl names them (kind dropped). Mend them, or raise it: the run goes on"
+        )
 
     def _settle(
         self, sync: processes.ProcessSync, step: int, metrics: Mapping[str, Any], dropped: tuple[str, ...], sent: Any
@@ -296,10 +350,15 @@ class StageTrainer:
         )
 
     def _finish(self) -> None:
+        dropped = self.journal.remembered["dropped"]
+        if dropped:
+            logging.warning("%s: %s samples were dropped; metrics.jsonl names them", self.name, f"{dropped:,}")
         values = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.rows.samples_before(self.steps * self.settings.batch_size),
+            "samples": self.rows.samples_before(self.steps * self.settings.batch_size) - dropped,
+            "dropped": dropped,
+            "left_out": self.rows.left_out,
             "train_flops": self.flops * self.steps,
             "parameters": self.parameters,
             "alignment": self.model.alignment,

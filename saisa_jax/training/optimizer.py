@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -68,9 +69,10 @@ def merge(trainable: Params, frozen: Params) -> Params:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then cosine or linear to `final_lr_fraction`, or constant.
 
-    Step counts from 0; as in the Hugging Face trainer the first update of a warm-up has rate 0.
+    Step counts from 0. As in the Hugging Face trainer, a part of a step of warm-up is a whole one, and the first
+    update of a warm-up has rate 0.
     """
-    warmup = round(config.warmup_fraction * steps)
+    warmup = math.ceil(config.warmup_fraction * steps)
     end = config.lr * config.final_lr_fraction
     rest = max(1, steps - warmup)
     after = {

@@ -150,6 +150,7 @@ class Lost(NamedTuple):
 
     dropped: int  # samples that could not be used
     cut_tokens: int  # text tokens cut off the ends of samples that were too long
+    unusable: int  # of the dropped ones, those that `data.max_drop` limits
 
 
 class ProcessSync:
@@ -185,7 +186,7 @@ class ProcessSync:
 
         Args:
           stop: it was asked to stop.
-          lost: [own rows, 2]; see `HostBatch`.
+          lost: [own rows, 3]; see `HostBatch`.
           rows: of the whole batch.
 
         Returns:
@@ -218,5 +219,5 @@ class ProcessSync:
 
 
 def _gather(words: Any, lost: Any) -> Any:
-    """[stop, failed, dropped, cut tokens] of all devices; rows that several of them hold count once."""
+    """[stop, failed, dropped, cut tokens, unusable] of all devices; rows that several of them hold count once."""
     return jnp.concatenate([words.max(axis=(0, 1, 2)), lost.sum(axis=0)])

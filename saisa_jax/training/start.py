@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from saisa_jax import parallel
 from saisa_jax.checkpoints import load_model, local_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
-from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig, to_dict, upgrade_saved
+from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.text.conversation import end_token_id
 from saisa_jax.models.lora import is_adapter
@@ -134,32 +133,24 @@ def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> dict[st
     return data
 
 
-def check_same_recipe(config: Config, workdir: epath.Path) -> None:
-    """A workdir holds one recipe; logging, profile, evaluation, mesh, threads and the choice of stages may change.
+def check_projectors(config: Config, workdir: epath.Path) -> None:
+    """Stage 2 alone does not start from random projectors, unless it is asked to.
 
     Raises:
-      ConfigError: every setting that differs from the workdir's.
+      ConfigError: it would: there is no stage 1 in the workdir, and no trained one in `init_from`.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    begun = (local_model(workdir, "pretrain"), local_model(workdir, "finetune"), workdir / "finetune" / "checkpoints")
+    if config.stages[0] != "finetune" or config.allow_random_init or any(path.exists() for path in begun):
         return
-    stored, now = (_recipe(raw) for raw in (upgrade_saved(json.loads(path.read_text())), to_dict(config)))
-    differing = [
-        f"{key}={stored.get(key)}, now {now.get(key)}"
-        for key in sorted(stored.keys() | now.keys())
-        if stored.get(key) != now.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{workdir} holds a run of another recipe: {'; '.join(differing)}. Set it back, or choose another --workdir"
-        )
-
-
-def _recipe(raw: dict[str, Any]) -> dict[str, str]:
-    """What decides a run's numbers, as {"finetune.optimizer.lr": "0.001"}."""
-    free = ("name", "stages", "training", "mesh", "distributed", "profile", "evaluation")
-    raw = {name: value for name, value in raw.items() if name not in free}
-    raw["data"] = {
-        name: value for name, value in raw["data"].items() if name not in ("num_workers", "num_threads", "prefetch")
-    }
-    return {path.replace("/", "."): json.dumps(value) for path, value in flatten(raw).items()}
+    if config.init_from:
+        imported = read_account(config.init_from)[0]["metadata"].get("imported")
+        if imported is None or "projector" in imported["parts"]:
+            return
+        seen = f"--config.init_from={config.init_from} was imported without a trained projector"
+    else:
+        seen = f"there is no {local_model(workdir, 'pretrain')} and no --config.init_from"
+    raise ConfigError(
+        f"stage 2 would start from random projectors: {seen}. Name a model of stage 1 with --config.init_from=WORKDIR/"
+        "pretrain/model, train both stages (--config.stages=pretrain,finetune), or start so on purpose with "
+        "--config.allow_random_init=True"
+    )

@@ -8,6 +8,7 @@ import pytest
 
 from saisa_jax import __main__ as main
 from saisa_jax.bench import step
+from saisa_jax.cli import bench_step
 from saisa_jax.config import ALIGNMENTS, TRAIN_ALL_BUT_VISION, ConfigError
 
 SMALL = ["--layers=1", "--embed=64", "--mlp=64", "--vocab=128", "--visual=4", "--text=8", "--rows=8"]
@@ -53,4 +54,4 @@ def test_the_command(capsys) -> None:
 )
 def test_what_cannot_be_measured(option: str) -> None:
     with pytest.raises(ConfigError, match=option):
-        step.main([option])
+        bench_step.main([option])

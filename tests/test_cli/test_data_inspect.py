@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from saisa_jax.__main__ import main
 from saisa_jax.batch import HostBatch, empty_batch
 from saisa_jax.cli import data_inspect as inspect
 from saisa_jax.config import ConfigError
@@ -125,16 +126,16 @@ def get_config():
 @pytest.mark.parametrize(
     ("options", "rows", "tokens"),
     [
-        (["--n=2"], 2, 64),
-        (["--stage=pretrain", "--split=validation", "--n=1", "--config.pretrain.batch_size=4"], 1, 16),
-        (["--stage=pretrain", "--n=3"], 3, 24),
+        (["--limit=2"], 2, 64),
+        (["--stage=pretrain", "--split=validation", "--limit=1", "--config.pretrain.batch_size=4"], 1, 16),
+        (["--stage=pretrain", "--limit=3"], 3, 24),
     ],
 )
 def test_the_command(tmp_path, capsys, options: list[str], rows: int, tokens: int) -> None:
     recipe, out = tmp_path / "recipe.py", tmp_path / "sheet.png"
     recipe.write_text(PACKED)
     packing = tokens == 24
-    assert inspect.main([f"--config={recipe}" if packing else TINY, f"--out={out}", *options]) == 0
+    assert inspect.main([f"--config={recipe}" if packing else TINY, f"--output={out}", *options]) == 0
     printed = capsys.readouterr().out
     assert f" of {tokens}, image fill" in printed and "«" in printed and "sample 'easy_vqa/" in printed
     assert "[image 1: 16 tokens at position " in printed
@@ -148,9 +149,9 @@ def test_the_command(tmp_path, capsys, options: list[str], rows: int, tokens: in
 
 
 def test_what_cannot_be_shown(capsys) -> None:
-    with pytest.raises(ConfigError, match=r"--n=0 must be at least 1"):
-        inspect.main([TINY, "--n=0"])
+    with pytest.raises(ConfigError, match=r"--limit=0 must be at least 1"):
+        inspect.main([TINY, "--limit=0"])
     with pytest.raises(ConfigError, match=r"there is no --config.finetune.batchsize; did you mean"):
         inspect.main([TINY, "--config.finetune.batchsize=3"])
-    assert inspect.main([TINY, "--config.data.tokenizer=nowhere"]) == 2
+    assert main(["data", "inspect", TINY, "--config.data.tokenizer=nowhere"]) == 2
     assert "data inspect: data.tokenizer='nowhere' is not a directory" in capsys.readouterr().err

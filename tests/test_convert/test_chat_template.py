@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.convert.chat_template import find_chat_template
 from saisa_jax.convert.rows import ConvertError
+from saisa_jax.testing import tokenizers
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 LLAMA_3 = (
@@ -59,3 +60,24 @@ def test_the_users_choice_comes_first() -> None:
 def test_no_template_fits() -> None:
     with pytest.raises(ConvertError, match=r"say --template=NAME"):
         find_chat_template(tokenizer("a"), False, None, None)
+
+
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+
+
+def test_a_chat_template_that_none_of_ours_is_like(caplog) -> None:
+    made = tokenizers.byte_level()
+    made.chat_template = ZEPHYR
+    assert find_chat_template(made, False, None, None) == ("tokenizer", None)
+    assert find_chat_template(made, True, None, None) == ("vicuna_v1", None)  # LLaVA's and SAISA's training
+    with caplog.at_level("WARNING", "absl"):
+        assert find_chat_template(made, False, "vicuna_v1", None) == ("vicuna_v1", None)
+    assert "template vicuna_v1 writes otherwise than the tokenizer's own chat template" in caplog.text
+
+
+def test_what_the_chat_template_says_by_itself_is_given_to_ours() -> None:
+    made = tokenizers.byte_level()
+    made.chat_template = "<|im_start|>system\nBe kind.<|im_end|>\n" + CHATML
+    assert find_chat_template(made, False, None, None) == ("chatml", "Be kind.")
+    made.chat_template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
+    assert find_chat_template(made, False, None, None) == ("chatml", None)

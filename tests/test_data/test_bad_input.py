@@ -67,7 +67,7 @@ def epoch(source: SourceConfig, packing: bool, **data: Any) -> tuple[dict[str, n
     config = tiny_config()
     vision = dataclasses.replace(config.model.vision, image_size=SIZE, patch_size=8)
     stage = StageConfig(sources=(source,), batch_size=2, text_length=64)
-    data = {"packing": packing, "turns_per_sample": None, **data}
+    data = {"packing": packing, "turns_per_sample": None, "max_drop": 1.0, **data}
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vision=vision),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
 
 import numpy as np
@@ -355,3 +356,13 @@ def test_turns_per_sample_is_a_flag() -> None:
     settings.data.turns_per_sample = 0
     with pytest.raises(ValueError, match=r"data.turns_per_sample=0 must be positive"):
         from_config_dict(Config, settings)
+
+
+@pytest.mark.parametrize(("answer", "told"), [("a zebra", True), ("a red circle", False)])
+def test_words_that_the_tokenizer_does_not_know_are_told_of(tokenizer, monkeypatch, caplog, answer, told) -> None:
+    turns = (Turn("user", "is there a red shape?"), Turn("assistant", answer))
+    monkeypatch.setitem(sources.SOURCES._entries, "easy_vqa", lambda config: [Sample("one", turns, ())] * 3)
+    with caplog.at_level("WARNING", "absl"):
+        _ = pipeline.StageData(_config(), "finetune", tokenizer).rows
+    text = r"finetune: 7.1% of 42 text tokens .* are '<unk>'.* is data.tokenizer='easy_vqa' the model's own"
+    assert bool(re.search(text, caplog.text)) == told

@@ -1,6 +1,10 @@
 """Requests of any mixture: batch == single, cached == uncached, buckets reused, bad ones named, others unharmed."""
 
+import base64
 import dataclasses
+import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -148,14 +152,79 @@ def test_bad_requests_are_all_named_and_harm_no_other(model, pictures, tmp_path)
         model.generate([QUESTIONS[0]], [[]], max_new_tokens=100)
     assert model.generate([QUESTIONS[1]], max_new_tokens=3) == good[1:]
     assert len(repr(model.encode_images(pictures[:1]))) < 120
-    with pytest.raises(ValueError, match="questions is a string"):
-        model.generate(QUESTIONS[0], [[]])
-    with pytest.raises(ValueError, match="2 questions came with 1 lists"):
+    with pytest.raises(DataError, match="2 questions came with 1 lists"):
         model.generate(["a", "b"], [[]])
-    with pytest.raises(ValueError, match="a list for each question"):
+    with pytest.raises(DataError, match="a list of images for each"):
         model.generate(["a"], [pictures[0]])
     with pytest.raises(ValueError, match="on_error"):
         model.generate(["a"], [[]], on_error="ignore")
+
+
+def test_one_question_needs_no_lists_and_takes_any_picture(tiny_model, pictures):
+    model, question = tiny_model("saisa"), QUESTIONS[0]
+    (expected,) = model.generate([question], [[pictures[0]]], max_new_tokens=4)
+    content = Path(pictures[0]).read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    array = np.asarray(Image.open(pictures[0]))
+    with open(pictures[0], "rb") as file:
+        for image in (pictures[0], Path(pictures[0]), content, bytearray(content), url, array, file, file):
+            assert model.generate(question, image, max_new_tokens=4) == expected, type(image)
+    assert model.generate(question, [array], max_new_tokens=4) == expected
+    assert isinstance(model.generate(question, max_new_tokens=2), str)
+    chat = model.chat()
+    chat.add_image(array)
+    assert "".join(chat.ask(question, max_new_tokens=4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((3,), "this is a int"),
+        (([{"role": "user", "content": "a"}],), "this is a dict"),
+        (([],), "no questions"),
+        ((["a", "b"], "a.png"), "a list of images for each"),
+        (("a", 7), "an image is a path.*this is a int"),
+        (("a", np.zeros((4, 4, 3), np.float32)), r"uint8 \[height, width, 3\].*float32 \[4, 4, 3\]"),
+        (("a", np.zeros((4, 4), np.uint8)), r"this one is uint8 \[4, 4\]"),
+        (("a", "https://example.org/a.png"), "is a URL, and nothing is fetched"),
+        (("a", "data:image/png,abc"), "not in base64"),
+        (("a", io.StringIO("text")), "opened for bytes"),
+    ],
+)
+def test_other_types_get_one_clear_error(asked, message, tiny_model):
+    with pytest.raises(DataError, match=message):
+        tiny_model("saisa").generate(*asked)
+
+
+def test_a_fresh_picture_beside_encoded_ones_is_encoded_with_its_batch(tiny_model, pictures):
+    model = tiny_model("saisa")
+    handles = model.encode_images(pictures[:2])
+    fresh = dataclasses.replace(handles[1], kv=None)
+    mixed = [model.request((Turn(USER, QUESTIONS[0]),), [image]) for image in (handles[0], fresh)]
+    batch = model.batch(mixed)
+    assert (
+        batch["images"].any(axis=(1, 2, 3, 4)).tolist()[:2] == [True, True] and model.image_slots(batch, mixed) is None
+    )
+
+
+def test_threads_share_the_image_cache():
+    cache = ImageCache(max_bytes=300)
+    half = np.zeros((1, 1, 1, 25, 1), np.float16)
+    images = [EncodedImage(str(n), np.zeros((2, 2, 3), np.uint8), ImageKV(half, half)) for n in range(8)]
+
+    def work(seed: int) -> None:
+        for n in np.random.default_rng(seed).integers(0, 8, 3000):
+            if cache.get(str(n)) is None:
+                cache.put(images[n])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(cache) == 3 and cache.nbytes == 300 and cache.hits + cache.misses == 24_000
 
 
 def test_the_cache_keeps_what_was_used_last_within_its_bytes():
@@ -188,5 +257,6 @@ def test_load_spreads_a_model_over_a_mesh_and_casts_it(alignment, tiny_model, pi
     args = (QUESTIONS, images_for(pictures), 6)
     assert spread.generate(*args) == whole.generate(*args)
     half = load(str(tmp_path / "model"), dtype="bfloat16")
+    assert half.model_config.dtype == "bfloat16" and "in bfloat16, computed in bfloat16)" in repr(half)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(half.params)} == {1}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from saisa_jax.report.build import main
+from saisa_jax.__main__ import main
 from saisa_jax.report.runs import read_run, read_runs
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -61,7 +61,7 @@ def check(page: Path) -> Checker:
 @pytest.mark.usefixtures("fake_model")
 def test_one_run(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "demo")
-    assert main(["--workdir", str(run)]) == 0
+    assert main(["report", "--workdir", str(run)]) == 0
     out = capsys.readouterr().out
     assert "accuracy" in out and str(run / "report" / "index.html") in out.replace("\n", "")
 
@@ -78,7 +78,7 @@ def test_one_run(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.C
         *("accuracy_against_flops.png", "accuracy_against_decoder_flops.png", "flops_by_part.png"),
         *(f"attention_{number}.png" for number in (1, 2, 3)),
     }
-    assert main(["--workdir", str(run)]) == 0  # again, over the former one, and the same
+    assert main(["report", "--workdir", str(run)]) == 0  # again, over the former one, and the same
     assert check(run / "report" / "index.html").text == page.text
 
 
@@ -90,7 +90,7 @@ def test_several_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
         make_run(tmp_path / "saisa_again", seed=1),
         make_run(tmp_path / "llava", "llava", evaluated=False),
     ]
-    assert main(["--runs", ",".join(map(str, runs)), "--out", str(tmp_path / "report")]) == 0
+    assert main(["report", "--runs", ",".join(map(str, runs)), "--output", str(tmp_path / "report")]) == 0
     page = check(tmp_path / "report" / "index.html")
     for label in ("SAISA, blind", "SAISA, seed 1", "LLaVA"):
         assert label in page.text
@@ -111,7 +111,7 @@ def test_an_interrupted_run_gets_its_curves(
     run = make_run(tmp_path / "cut", stages=("pretrain",), finished=False, evaluated=False)
     with (run / "pretrain" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while it wrote
-    assert main(["--workdir", str(run)]) == 0
+    assert main(["report", "--workdir", str(run)]) == 0
     page = check(run / "report" / "index.html")
     assert "Training SAISA" in page.text and "60, not finished" in page.text
     assert (run / "report" / "loss_pretrain.png").exists() and not (run / "report" / "loss_finetune.png").exists()
@@ -122,12 +122,12 @@ def test_an_interrupted_run_gets_its_curves(
 
 def test_without_the_model_there_is_no_attention(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo")
-    assert main(["--workdir", str(run)]) == 0  # the model's directories are empty
+    assert main(["report", "--workdir", str(run)]) == 0  # the model's directories are empty
     page = check(run / "report" / "index.html")
     assert "no attention is shown" in page.text and page.tags.count("article") == 12
     for stage in ("pretrain", "finetune"):
         (run / stage / "model").rmdir()
-    assert main(["--workdir", str(run)]) == 0
+    assert main(["report", "--workdir", str(run)]) == 0
     assert "holds no finished model" in check(run / "report" / "index.html").text
 
 
@@ -147,7 +147,7 @@ def test_text_is_escaped(make_run: Callable[..., Path], tmp_path: Path) -> None:
     for row in rows:
         row |= {"question": '<script>alert("1")</script>', "output": "<b>&", "image": "/gone.png"}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["--workdir", str(run)]) == 0
+    assert main(["report", "--workdir", str(run)]) == 0
     page = check(run / "report" / "index.html")  # no script among its tags
     assert 'alert("1")' in page.text and "no attention is shown" in page.text  # and images that are gone
 
@@ -168,12 +168,12 @@ def test_nothing_to_report(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert main(["--workdir", str(tmp_path)]) == 2
+    assert main(["report", "--workdir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
 
 
 def test_several_runs_need_a_place(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--runs=a,b"])
-    assert "--runs needs --out" in capsys.readouterr().err
+        main(["report", "--runs=a,b"])
+    assert "--runs needs --output" in capsys.readouterr().err

@@ -44,6 +44,7 @@ def test_schedule_warms_up_and_ends_where_it_should():
     assert float(schedule(0)) == 0.0 and float(schedule(10)) == 1.0
     assert float(schedule(5)) == pytest.approx(0.5)
     assert float(schedule(55)) == pytest.approx(0.5) and float(schedule(100)) == pytest.approx(0.0, abs=1e-6)
+    assert float(optimizer.make_schedule(OptimizerConfig(lr=1.0, warmup_fraction=0.03), 110)(3)) == 0.75  # ceil(3.3)
     without = optimizer.make_schedule(OptimizerConfig(lr=1.0, warmup_fraction=0.0, final_lr_fraction=0.1), 10)
     assert float(without(0)) == 1.0 and float(without(10)) == pytest.approx(0.1)
 

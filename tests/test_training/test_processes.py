@@ -216,9 +216,9 @@ def test_rows_follow_the_mesh() -> None:
 @pytest.mark.multi_device
 def test_one_process_receives_its_own_at_once() -> None:
     sync = processes.ProcessSync(parallel.make_mesh(MeshConfig(8, 1, 1)))
-    lost = sync.receive(sync.send(False, np.asarray([[1, 5], [0, 2]], np.int32), 2))
-    assert lost == (1, 7) and not sync.stopping
-    sync.send(True, np.zeros((2, 2), np.int32), 2)
+    lost = sync.receive(sync.send(False, np.asarray([[1, 5, 1], [0, 2, 0]], np.int32), 2))
+    assert lost == (1, 7, 1) and not sync.stopping
+    sync.send(True, np.zeros((2, 3), np.int32), 2)
     assert sync.stopping
 
 

@@ -30,6 +30,7 @@ class BatchRow(NamedTuple):
     sample_ids: tuple[str, ...]  # of its segments 1, 2, ...; of a dropped sample too
     dropped: tuple[str, ...]  # why a sample could not be used; its segment is empty
     cut_tokens: int  # text tokens cut off the ends of samples that were too long
+    unusable: int = 0  # of the dropped ones, those that `data.max_drop` limits: neither too long nor without an answer
 
 
 class Reader:
@@ -54,7 +55,7 @@ class Reader:
           source: of samples, by number.
         """
         examples: list[Example | None] = []
-        ids, dropped, cut_tokens = [], [], 0
+        ids, dropped, cut_tokens, unusable = [], [], 0, 0
         for number, rng in samples:
             name = f"number {number}"
             try:
@@ -66,11 +67,13 @@ class Reader:
                 if not self._may_drop(error):
                     raise
                 example = None
+                unusable += not isinstance(error, EmptyAnswerError | TooLongError)
                 dropped.append(str(error) if name in str(error) else f"sample {name!r}: {error}")
             examples.append(example)
             ids.append(name)
         size = self.config.model.vision.image_size
-        return BatchRow(pack_rows([examples], text_length, max_images, size), tuple(ids), tuple(dropped), cut_tokens)
+        batch = pack_rows([examples], text_length, max_images, size)
+        return BatchRow(batch, tuple(ids), tuple(dropped), cut_tokens, unusable)
 
     def _may_drop(self, error: DataError) -> bool:
         data = self.config.data
@@ -155,13 +158,19 @@ class StageRows:
         """A sentence about what `steps` steps read."""
         rows = steps * self.batch_size
         samples = self.samples_before(rows)
-        unusable = 0 if self.counts is None else int((self.counts[0] == 0).sum())
         left_out = (
-            f"; {unusable:,} of {len(self.samples):,} samples cannot be used and are left out" if unusable else ""
+            f"; {self.left_out:,} of {len(self.samples):,} samples cannot be used and are left out"
+            if self.left_out
+            else ""
         )
         return (
             f"{steps:,} steps read {samples:,} samples in {rows:,} rows, {samples / steps:.1f} samples a step{left_out}"
         )
+
+    @property
+    def left_out(self) -> int:
+        """Samples that no row has, since they cannot be used."""
+        return 0 if self.counts is None else int((self.counts[0] == 0).sum())
 
     def shape(self, row: int) -> tuple[int, int]:
         """(T, M) of a row: the stage's, or with `data.group_by_length` what its batch needs."""

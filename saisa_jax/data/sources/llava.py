@@ -13,7 +13,6 @@ read, so that one bad sample can be left out.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from saisa_jax.data.sources.archives import open_images
 from saisa_jax.data.sources.json_records import JsonRecords
 from saisa_jax.data.sources.pictures import OBJECT_KEYS, check_unread, find_picture
 from saisa_jax.data.text.conversation import IMAGE, image_first
+from saisa_jax.errors import did_you_mean
 
 SYSTEM = "system"
 ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT, "system": SYSTEM}
@@ -246,11 +246,10 @@ def _turns(record: Mapping[str, Any], key: str, sample_id: str) -> list[dict[str
 def _role(value: Any, where: str, sample_id: str) -> str:
     if isinstance(value, str) and value in ROLES:
         return ROLES[value]
-    near = difflib.get_close_matches(str(value), ROLES, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(str(value), ROLES)
     if str(value).lower() in TOOL_ROLES:
-        hint = " (calls of tools are not served: leave such samples out)"
-    raise DataError(f"{where}={str(value)[:80]!r} is an unknown role{hint}; known: {', '.join(ROLES)}", sample_id)
+        hint = "; calls of tools are not served: leave such samples out"
+    raise DataError(f"{where}={str(value)[:80]!r} is an unknown role, not one of {', '.join(ROLES)}{hint}", sample_id)
 
 
 def _text(value: Any, where: str, sample_id: str) -> str:

@@ -14,9 +14,9 @@ from saisa_jax.data.sample import DataError, ImageSource
 OBJECT_KEYS = ("bytes", "base64", "data", "image", "path", "url", "image_url", "source")  # of which an object has one
 UNSERVED = ("video", "videos", "audio", "audios", "tools", "tool_calls", "function_call", "functions")
 
-# How the text of an encoded JPEG, PNG, GIF or WebP file begins; no path is as long as one.
+# How the text of an encoded JPEG, PNG, GIF or WebP file begins; paths are shorter, and have an ending.
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
-_LONGEST_NAME = 1024
+_SHORTEST_BASE64 = 200
 _NAMES = r"(image|img|picture|photo)s?"
 _PICTURE_KEY = re.compile(rf"{_NAMES}(_?(path|file|name|filename|url|uri|bytes|data|base64|list)s?)?", re.IGNORECASE)
 _FURTHER_KEY = re.compile(rf"{_NAMES}_?(\d+|[a-z])", re.IGNORECASE)
@@ -63,7 +63,7 @@ def find_picture(given: Any, where: str, images: Images, allow_absolute: bool, s
         if not comma or not head.endswith(";base64"):
             raise DataError(f"{where} is a data URL that is not in base64: {given[:40]!r}", sample_id)
         return _decoded(content, where, sample_id)
-    if len(given) > _LONGEST_NAME and given.startswith(_BASE64_STARTS):
+    if len(given) > _SHORTEST_BASE64 and "." not in given and given.startswith(_BASE64_STARTS):
         return _decoded(given, where, sample_id)
     if given.startswith("file://"):
         given = unquote(given.removeprefix("file://"))

@@ -6,7 +6,6 @@ the encoded bytes that the data set holds, and are decoded as all others are.
 
 from __future__ import annotations
 
-import difflib
 import string
 import threading
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.llava import make_sample
+from saisa_jax.errors import did_you_mean
 
 
 @SOURCES.register("tfds")
@@ -133,9 +133,8 @@ def _fields(side: str, config: SourceConfig) -> list[str]:
 
 def _check_feature(name: str, known: list[str], field: str, config: SourceConfig) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-        raise DataError(f"sources.{field}: {config.name!r} has no feature {name!r}; {hint}")
+        hint = did_you_mean(name, known, n=2, otherwise=f"; it has {', '.join(known)}")
+        raise DataError(f"sources.{field}: {config.name!r} has no feature {name!r}{hint}")
 
 
 def _as_text(example: Any, features: Any, name: str) -> str:

@@ -19,24 +19,21 @@ How text becomes tokens. A conversation is written as a stream of pieces: text, 
 
 from __future__ import annotations
 
-import copy
-import json
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, EmptyAnswerError, TooLongError, Turn
-from saisa_jax.data.text.templates import Template, find_template
+from saisa_jax.data.text.frames import SYSTEM, default_system
+from saisa_jax.data.text.templates import OWN, TEMPLATES, Template, find_template
+from saisa_jax.data.text.text_encoder import CONTROL, PICTURE, START, TEXT, TextEncoder, text_encoder
 
 IMAGE = "<image>"
-START, TEXT, CONTROL, PICTURE = "start", "text", "control", "picture"  # what a piece of text comes after
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,10 @@ def encode(
 
     Args:
       turns: user and assistant in turn, the user first.
-      template: one of `templates.TEMPLATES`, or its name.
+      template: one of `templates.TEMPLATES`, or its name; "tokenizer": the tokenizer's own chat template.
       tokenizer: a fast tokenizer.
       num_patches: P, visual tokens of an image.
-      system_prompt: instead of the template's own; "" for none.
+      system_prompt: instead of the template's own; "" for none (a chat template may then write one of its own).
       num_images: images of the sample; None: as many as there are placeholders.
       sample_id: for errors.
 
@@ -126,7 +123,26 @@ def encode_prompt(
 
 def end_token_id(template: Template | str, tokenizer: PreTrainedTokenizerFast) -> int:
     """The token that ends an answer, at which generation stops."""
-    return _text_encoder(tokenizer).end(find_template(template))
+    return text_encoder(tokenizer).end(find_template(template))
+
+
+def fitting_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The name of the template that writes what the tokenizer's own chat template writes.
+
+    One of ours, if a conversation of two rounds without a system prompt comes out the same to the token (what the chat
+    template says by itself is given to ours as `default_system`); else "tokenizer", the chat template itself.
+
+    Raises:
+      DataError: the tokenizer has no chat template, or one that cannot be used (`frames.own_frame`).
+    """
+    turns = [Turn(role, text) for text in ("Is it?", "What is it?") for role in (USER, ASSISTANT)]
+    theirs = encode(turns, OWN, tokenizer, 0).tokens.tolist()
+    for name, template in TEMPLATES.items():
+        with contextlib.suppress(DataError):
+            system = default_system(tokenizer, template)
+            if encode(turns, template, tokenizer, 0, system_prompt=system).tokens.tolist() == theirs:
+                return name
+    return OWN.name
 
 
 def check_length(encoded: Encoded, text_length: int, max_length: int | None = None) -> None:
@@ -271,36 +287,32 @@ def _write(
     sample_id: str,
 ) -> _Stream:
     """The turns as a stream of tokens."""
-    encoder = _text_encoder(tokenizer)
+    encoder = text_encoder(tokenizer)
     end = encoder.end(template)
     system = template.system if system_prompt is None else system_prompt
-    system = template.system_format.replace("{system}", system) if system else ""
-    before, after = template.user.split("{text}")
+    frame = encoder.frame(template, (len(turns) + 1) // 2, bool(system))
     stream = _Stream(num_patches)
     if template.bos and encoder.bos is not None:
         stream.add([encoder.bos], kind=START)
-    carried = ""  # text that the next piece begins with
     for number, turn in enumerate(turns):
         if turn.role == USER:
-            first = before.replace("{system}", system if number == 0 else "")
             text = turn.text if template.user_words else IMAGE * turn.text.count(IMAGE)
-            pieces = [*_split_controls(carried + first, template), *_split_images(text)]
-            _add_pieces(stream, [*pieces, *_split_controls(after, template)], encoder, template)
+            lead, tail = frame.leads[number // 2], frame.tails[number // 2]
+            pieces = [*_split_controls(lead, frame.controls, system), *_split_images(text)]
+            _add_pieces(stream, [*pieces, *_split_controls(tail, frame.controls, system)], encoder, template)
             if stream.after == PICTURE:
                 raise DataError(f"turn {number} ends in an image: add text after {IMAGE}", sample_id)
         else:
-            stream.add(encoder.ids(template.answer.replace("{text}", turn.text), stream.after), supervised=turn.loss)
+            text = frame.answer.replace("{text}", turn.text)
+            stream.add(encoder.ids(text, stream.after, template.own), supervised=turn.loss)
             stream.add([end], supervised=turn.loss, kind=CONTROL)
-            carried = template.after
     return stream
 
 
-def _split_controls(text: str, template: Template) -> list[tuple[str, str]]:
-    """The template's own text as (kind, value) pieces, kind being text or control."""
-    if not template.controls:
-        return [("text", text)]
-    parts = re.split("(" + "|".join(map(re.escape, template.controls)) + ")", text)
-    return [("control" if part in template.controls else "text", part) for part in parts]
+def _split_controls(text: str, controls: tuple[str, ...], system: str) -> list[tuple[str, str]]:
+    """A template's own text as (kind, value) pieces, kind being text or control, the system prompt filled in."""
+    parts = re.split("(" + "|".join(map(re.escape, controls)) + ")", text) if controls else [text]
+    return [("control", part) if part in controls else ("text", part.replace(SYSTEM, system)) for part in parts]
 
 
 def _split_images(text: str) -> list[tuple[str, str]]:
@@ -311,7 +323,7 @@ def _split_images(text: str) -> list[tuple[str, str]]:
     return pieces[:-1]
 
 
-def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: _TextEncoder, template: Template) -> None:
+def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: TextEncoder, template: Template) -> None:
     """Adds unsupervised pieces; texts that touch are tokenised as one."""
     text = ""
     for kind, value in [*pieces, ("done", "")]:
@@ -319,100 +331,9 @@ def _add_pieces(stream: _Stream, pieces: list[tuple[str, str]], encoder: _TextEn
             text += value
             continue
         if text:
-            stream.add(encoder.ids(text, stream.after))
+            stream.add(encoder.ids(text, stream.after, template.own))
             text = ""
         if kind == "control":
             stream.add([encoder.control(value, template)], kind=CONTROL)
         elif kind == "image":
             stream.add_image()
-
-
-# --- Text to tokens --------------------------------------------------------------------------------------------------
-
-
-class _TextEncoder:
-    """A tokenizer's encoding of plain text: no control tokens found in it, none added, nothing cut.
-
-    It works on a copy of the tokenizer's backend. The transformers wrapper sets options on the shared one at each call,
-    which fails while another thread encodes.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.backend.encode_special_tokens = True
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.bos, self.eos = (
-            None if token is None else self.backend.token_to_id(str(token))
-            for token in (tokenizer.bos_token, tokenizer.eos_token)
-        )
-        self.special = [str(token) for token in tokenizer.all_special_tokens]
-        # SentencePiece: "a" alone is the piece "▁a".
-        self.adds_space = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
-        self.joined = _without_own_space(self.backend) if self.adds_space else self.backend
-        self.space_after_control = tokenizer.init_kwargs.get("legacy") is not False
-        self.ids = lru_cache(maxsize=4096)(self._ids)  # questions and templates come again and again
-        self.end = lru_cache(maxsize=64)(self._end)
-
-    def _ids(self, text: str, after: str = START) -> tuple[int, ...]:
-        joined = after == CONTROL and not self.space_after_control
-        if self.adds_space and text.startswith(" ") and after != PICTURE and not joined:
-            text = text[1:]
-        backend = self.joined if joined else self.backend
-        return tuple(backend.encode(text, add_special_tokens=False).ids)
-
-    def control(self, token: str, template: Template) -> int:
-        number = self.backend.token_to_id(token)
-        if number is None:
-            raise DataError(
-                f"template {template.name!r} needs the token {token!r}, which the tokenizer lacks; choose another "
-                "template (pretrain.template, finetune.template) or another data.tokenizer"
-            )
-        return number
-
-    def _end(self, template: Template) -> int:
-        """The token that ends an answer, after a check that the template suits the tokenizer."""
-        text = template.system_format + template.user + template.answer + template.after
-        for token in template.controls:
-            text = text.replace(token, "")
-        clash = [token for token in self.special if token in text]
-        if clash:
-            raise DataError(
-                f"template {template.name!r} writes {clash[0]!r} as text, but it is a control token of this tokenizer; "
-                "choose another template (pretrain.template, finetune.template) or another data.tokenizer"
-            )
-        if template.end is not None:
-            return self.control(template.end, template)
-        if self.eos is None:
-            raise DataError(f"template {template.name!r} ends with the tokenizer's EOS token, and it has none")
-        return self.eos
-
-
-def _without_own_space(backend: Tokenizer) -> Tokenizer:
-    """SentencePiece without the space that it puts before a piece."""
-    document = json.loads(backend.to_str())
-
-    def strip(part: dict[str, Any] | None) -> dict[str, Any] | None:
-        if part is None or part["type"] == "Prepend":
-            return None
-        for name in ("normalizers", "pretokenizers"):
-            if name in part:
-                part[name] = [kept for inner in part[name] if (kept := strip(inner)) is not None]
-        return part | {"prepend_scheme": "never"} if part["type"] == "Metaspace" else part
-
-    for name in ("normalizer", "pre_tokenizer"):
-        document[name] = strip(document[name])
-    made = Tokenizer.from_str(json.dumps(document))
-    made.encode_special_tokens = True
-    return made
-
-
-def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> _TextEncoder:
-    return _cached_text_encoder(tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=4)
-def _cached_text_encoder(tokenizer: PreTrainedTokenizerFast, size: int) -> _TextEncoder:
-    """One encoder for a tokenizer, made anew when tokens were added to it (`size`)."""
-    del size
-    return _TextEncoder(tokenizer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from absl import logging
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.config import Config
-from saisa_jax.data.sample import DataError, Sample, Turn
+from saisa_jax.data.sample import DataError, Sample, Samples, Turn
 from saisa_jax.data.text.conversation import Encoded, check_length, encode, truncate
 
 
@@ -61,6 +63,36 @@ class Encoder:
                 sample.id,
             )
         return encoded, cut
+
+
+def warn_of_unknown_words(opened: Sequence[Samples], encoder: Encoder, look_at: int = 256) -> None:
+    """Says in the log which share of the text is words that the tokenizer does not know.
+
+    Args:
+      opened: sources.
+      encoder: of the stage.
+      look_at: samples of each source, spread over it.
+    """
+    number, unknown, total = encoder.tokenizer.unk_token_id, 0, 0
+    if number is None:
+        return
+    for samples in opened:
+        for index in np.unique(np.linspace(0, len(samples) - 1, look_at).astype(int)):
+            try:
+                tokens = encoder.whole(samples[int(index)]).tokens
+            except DataError:  # it is told of where the sample is used
+                continue
+            unknown, total = unknown + int((tokens == number).sum()), total + len(tokens)
+    if unknown:
+        logging.warning(
+            "%s: %.1f%% of %s text tokens that were looked at are %r, words that the tokenizer does not know; is "
+            "data.tokenizer=%r the model's own?",
+            encoder.stage,
+            100 * unknown / total,
+            f"{total:,}",
+            encoder.tokenizer.unk_token,
+            encoder.config.data.tokenizer,
+        )
 
 
 def _chosen_turns(sample: Sample, limit: int | None, rng: np.random.Generator | None) -> list[Turn]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
 from saisa_jax.data.sample import DataError
+from saisa_jax.errors import did_you_mean
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -27,6 +27,7 @@ class Template:
     controls: tuple[str, ...] = ()  # tokens, not text, within `user`, `system_format` and `after`
     bos: bool = True
     user_words: bool = True  # False: of a user's turn its images alone
+    own: bool = False  # the tokenizer's own chat template says the rest (`frames.py`)
 
 
 _VICUNA = Template(
@@ -80,6 +81,11 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+# Whatever the tokenizer's own chat template writes.
+OWN = Template(name="tokenizer", user="{text}", answer="{text}", end=None, bos=False, own=True)
+NAMES = (*TEMPLATES, OWN.name)
+
+
 def find_template(name: Template | str) -> Template:
     """The template of that name.
 
@@ -88,8 +94,8 @@ def find_template(name: Template | str) -> Template:
     """
     if isinstance(name, Template):
         return name
+    if name == OWN.name:
+        return OWN
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(str(name), TEMPLATES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"template={name!r} is not one of {', '.join(TEMPLATES)}{hint}")
+        raise DataError(f"template={name!r} is not one of {', '.join(NAMES)}{did_you_mean(str(name), NAMES)}")
     return TEMPLATES[name]

@@ -33,14 +33,14 @@ class Journal:
       clock: of the stage.
 
     Attributes:
-      remembered: what a checkpoint keeps of it: samples dropped and text tokens cut off since the first step, and the
-        last loss.
+      remembered: what a checkpoint keeps of it: samples dropped, those of them that `data.max_drop` limits, and text
+        tokens cut off since the first step; and the last loss.
     """
 
     def __init__(self, config: Config, name: str, directory: epath.Path, steps: int, clock: Goodput):
         self._config, self._name, self._directory = config, name, directory
         self._steps, self._clock = steps, clock
-        self.remembered: dict[str, Any] = {"dropped": 0, "cut_tokens": 0, "last_loss": None}
+        self.remembered: dict[str, Any] = {"dropped": 0, "unusable": 0, "cut_tokens": 0, "last_loss": None}
 
     @contextlib.contextmanager
     def open(self, first: int, flops: float, devices: list[Any]) -> Iterator[None]:
@@ -78,6 +78,7 @@ class Journal:
         """
         self._meter.add(values["samples"], values["text_fill"])
         self.remembered["dropped"] += lost.dropped
+        self.remembered["unusable"] += lost.unusable
         self.remembered["cut_tokens"] += lost.cut_tokens
         if dropped:
             self._writer.write("dropped", step, samples=dropped)

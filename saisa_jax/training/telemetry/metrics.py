@@ -190,6 +190,7 @@ SHOWN: dict[str, Callable[[float], str]] = {  # in a line of progress, in this o
     "mfu": "MFU {:.1%}".format,
     "tflops_per_second": lambda value: f"{value:.3g} TFLOP/s" if value >= 1 else f"{1e3 * value:.3g} GFLOP/s",
     "data_wait": "data wait {:.0%}".format,
+    "dropped": lambda value: f"{value:,.0f} samples dropped" if value else "",
     "text_fill": "text {:.0%} full".format,
     "image_fill": "images {:.0%} full".format,
     "device_memory_bytes": lambda value: f"{value / GIB:.1f} GiB a device",
@@ -229,7 +230,7 @@ class Progress:
           step: the step that was reached.
           values: of a row of kind "train"; those that SHOWN names are shown.
         """
-        line = "  ".join(show(values[name]) for name, show in SHOWN.items() if name in values)
+        line = "  ".join(filter(None, (show(values[name]) for name, show in SHOWN.items() if name in values)))
         left = duration(values["seconds_left"]) if "seconds_left" in values else "?"
         if self._bar is not None:
             self._bar.show(step, line, left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections import Counter
 
 import numpy as np
@@ -273,7 +274,7 @@ def broken(table) -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_dropped_samples_leave_empty_segments(tokenizer, table, packing: bool) -> None:
     broken(table)
-    config = make_config(4, packing=packing, on_error="drop")
+    config = make_config(4, packing=packing, on_error="drop", max_drop=0.1)
     rows = pipeline.StageData(config, "finetune", tokenizer).rows
     hosts = take(iterator(config, tokenizer), rows.rows_in(1) // 4)
     dropped = [reason for host in hosts for reason in host.dropped]
@@ -317,5 +318,60 @@ def test_long_samples(tokenizer, table, packing: bool) -> None:
 def test_more_images_than_slots(tokenizer) -> None:
     with pytest.raises(DataError, match=r"2 images in a row of 1 slots; raise finetune.max_images"):
         iterator(make_config(max_images=1), tokenizer)
-    rows = pipeline.StageData(make_config(max_images=1, on_error="drop"), "finetune", tokenizer).rows
+    rows = pipeline.StageData(make_config(max_images=1, on_error="drop", max_drop=0.5), "finetune", tokenizer).rows
     assert len(rows.epoch(0)[1].places) == 27
+
+
+def test_all_that_cannot_be_used_is_told_at_the_start(tokenizer, table, tmp_path, caplog) -> None:
+    """Missing pictures and answers beyond the row, before anything is read: their number, and the first ten."""
+    samples = table["vqa"]
+    for i in range(12):
+        samples[i] = dataclasses.replace(samples[i], images=(str(tmp_path / f"{i}.png"),) * len(samples[i].images))
+    bad = sum(bool(sample.images) for sample in samples[:12])
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.gif")
+    long = " ".join(["red"] * 150)
+    samples[20] = Sample("s/20", (Turn("user", long), Turn("assistant", "red")), ())
+    with pytest.raises(
+        DataError, match=rf"{bad + 1} of 40 samples cannot be used: .*config.data.on_error=drop"
+    ) as error:
+        iterator(make_config(), tokenizer)
+    assert "there is no image" in str(error.value) and "1.gif' is there" in str(error.value)
+    assert str(error.value).count("sample '") == min(10, bad + 1)
+    drop = {"on_error": "drop", "num_threads": 0}
+    with pytest.raises(DataError, match=rf"{bad + 1} of 40 samples .* more than --config.data.max_drop=0.01"):
+        iterator(make_config(**drop), tokenizer)
+    with caplog.at_level("WARNING", "absl"):
+        rows = pipeline.StageData(make_config(**drop, max_drop=0.9), "finetune", tokenizer).rows
+    assert rows.left_out == bad + 1 and f"{bad + 1} of 40 samples cannot be used" in caplog.text
+
+
+def test_counts_that_were_kept_know_what_cannot_be_used(tokenizer, table, tmp_path) -> None:
+    """Left out with on_error=drop, told of again with raise, and counted again when it was mended."""
+    good = table["vqa"][9]
+    broken(table)
+    make = lambda policy: pipeline.StageData(  # noqa: E731
+        make_config(on_error=policy, max_drop=0.1), "finetune", tokenizer, str(tmp_path)
+    )
+    assert make("drop").rows.left_out == make("drop").rows.left_out == 2
+    with pytest.raises(DataError, match=r"'s/9'"):
+        _ = make("raise").rows
+    table["vqa"][9] = good
+    assert make("raise").rows.left_out == 1
+
+
+def test_a_mark_knows_content_and_not_places(tokenizer, table, tmp_path) -> None:
+    records = [
+        {"id": str(i), "conversations": [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "red"}]}
+        for i in range(4)
+    ]
+    marks = []
+    for name, answer in (("a", "red"), ("b", "red"), ("c", "blue")):
+        records[2]["conversations"][1]["value"] = answer
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        source = SourceConfig("llava", path=str(tmp_path / f"{name}.json"))
+        marks.append(pipeline.StageData(make_config(sources=(source,)), "finetune", tokenizer).mark)
+    assert marks[0] == marks[1] and marks[0]["samples"] == [4]
+    assert marks[0]["content"] != marks[2]["content"] and marks[0]["counts"] == marks[2]["counts"]
+    one = pipeline.StageData(make_config(), "finetune", tokenizer).mark
+    table["vqa"][0] = dataclasses.replace(table["vqa"][0], turns=(Turn("user", "is"), Turn("assistant", "red")))
+    assert pipeline.StageData(make_config(), "finetune", tokenizer).mark["content"] != one["content"]

@@ -266,7 +266,7 @@ def test_too_long_names_the_flags(demo) -> None:
 
 
 def test_unknown_template() -> None:
-    with pytest.raises(DataError, match=r"'vicuna_v2' is not one of plain.*did you mean 'vicuna_v1'"):
+    with pytest.raises(DataError, match=r"'vicuna_v2' is not one of plain.*did you mean vicuna_v1"):
         find_template("vicuna_v2")
 
 

@@ -1,0 +1,72 @@
+"""Evaluates a finished run, or asks its model a question.
+
+python eval.py --workdir=runs/demo
+python eval.py --workdir=runs/mine --tasks=source --data=test.json --images=pictures
+python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from saisa_jax.cli.parser import Parser
+from saisa_jax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `eval`: 0; 1 if the evaluation failed; 130 or 143 if it was stopped by SIGINT or SIGTERM."""
+    parser = Parser("eval", __doc__)
+    parser.add_argument("--workdir", help="a run of train.py; its last finished stage is evaluated")
+    parser.add_argument("--checkpoint", help="a finished model")
+    parser.add_argument("--output", help="where the results go (default: --workdir, or CHECKPOINT-evaluation)")
+    parser.add_argument("--tasks", default="", help="benchmarks, with commas between; these and the next three are "
+                        "as the run's config says")  # fmt: skip
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--batch_size", type=int, help="questions answered at once")
+    parser.add_argument("--max_new_tokens", type=int, help="the most tokens of an answer")
+    parser.add_argument("--quantize", choices=("int8",), help="answers with 8-bit weights (needs qwix)")
+    parser.add_argument("--data", default="", help="where a task's questions lie: a file or a folder")
+    parser.add_argument("--images", default="", help="where the names of pictures in --data lead: a folder or archive")
+    parser.add_argument("--question", help="asks this instead of a benchmark's questions")
+    parser.add_argument("--image", action="append", default=[], help="an image of --question; may be repeated")
+    options = parser.parse_args(argv)
+    tasks = [name for name in options.tasks.split(",") if name]
+    if bool(options.workdir) == bool(options.checkpoint):
+        parser.error("name either --workdir=RUN or --checkpoint=MODEL")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens={options.max_new_tokens} must be at least 1")
+    if options.image and not options.question:
+        parser.error("--image needs --question")
+    if options.question and (tasks or options.data or options.images):
+        parser.error("--question is asked instead of a benchmark: leave out --tasks, --data and --images")
+    from saisa_jax.evaluation import command, runner  # imports jax, which --help does not need
+
+    logging.use_absl_handler()
+    try:
+        checkpoint = options.checkpoint or command.model_of(options.workdir)
+        if options.question:
+            print(command.ask(checkpoint, options.question, options.image, options.max_new_tokens, options.quantize))
+            return 0
+        output = options.output or options.workdir or f"{checkpoint.rstrip('/')}-evaluation"
+        with command.terminable():
+            command.run(
+                checkpoint,
+                output,
+                tasks=tasks,
+                data=options.data,
+                images=options.images,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                max_new_tokens=options.max_new_tokens,
+                quantize=options.quantize,
+            )
+    except (UserError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except (runner.Interrupted, KeyboardInterrupt) as error:
+        print(f"The evaluation was {error if error.args else 'stopped before it began'}.", file=sys.stderr)
+        return 143 if isinstance(error.__cause__ or error, command.Terminated) else 130  # 128 + the signal's number
+    return 0

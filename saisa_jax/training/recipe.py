@@ -1,0 +1,110 @@
+"""A workdir holds one recipe: what of it may change between two starts of a run, and what may not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from saisa_jax.checkpoints import local_model
+from saisa_jax.config import STAGES, Config, ConfigError, from_saved, to_dict
+from saisa_jax.training.optimizer import flatten
+
+# Sections and fields that do not decide which numbers a run computes, or only in the last bits.
+FREE = (
+    "name", "stages", "training", "mesh", "distributed", "profile", "evaluation", "allow_random_init",
+    "data.num_workers", "data.num_threads", "data.prefetch", "data.on_error", "data.max_drop",
+    "model.remat_policy", "model.attention_impl",
+)  # fmt: skip
+FREE_OF_STAGE = ("accumulation",)  # micro-batches of the same batch
+FREE_OF_SOURCE = ("path", "images", "allow_absolute")  # the checkpoint says what they held (`StageData.mark`)
+
+
+def check_same_recipe(config: Config, workdir: epath.Path) -> None:
+    """Compares a configuration with the one that the workdir's run was started with last, and logs what may change.
+
+    What the run was started without, by an earlier version, is taken as its default. Free are logging, saving,
+    evaluation, the mesh, threads, what becomes of bad samples, micro-batches, `remat_policy` and `attention_impl`;
+    where sources lie; a validation split where there was none; more steps or epochs under a constant rate without
+    warm-up, until the stage is finished; and everything of a stage that has not begun.
+
+    Raises:
+      ConfigError: every other setting that differs, with both values.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        before = from_saved(json.loads(path.read_text()))
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{path}, the configuration of the run in {workdir}, cannot be read: {error}") from error
+    began = [stage for stage in STAGES if _began(workdir, stage)]
+    stored, now = _fields(before), _fields(config)
+    changed, refused = [], []
+    for key in sorted(stored.keys() | now.keys()):
+        if stored.get(key) != now.get(key):
+            line = f"{key}={stored.get(key)}, now {now.get(key)}"
+            (changed if _may_change(key, before, config, workdir, began) else refused).append(line)
+    if refused:
+        raise ConfigError(
+            f"{workdir} holds a run of another recipe: {'; '.join(refused)}. Set it back, or choose another --workdir"
+            + _advice(refused)
+        )
+    if changed:
+        logging.info("%s goes on with other settings: %s", workdir, "; ".join(changed))
+
+
+def _began(workdir: epath.Path, stage: str) -> bool:
+    """Whether a checkpoint or a model of a stage is there."""
+    checkpoints = workdir / stage / "checkpoints"
+    saved = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return saved or local_model(workdir, stage).exists()
+
+
+def _may_change(key: str, before: Config, now: Config, workdir: epath.Path, began: list[str]) -> bool:
+    if any(key == free or key.startswith(f"{free}.") for free in FREE):
+        return True
+    if key == "model.projector.sharing":  # has to be stage 2's, and is not read otherwise
+        return "finetune" not in began
+    stage, _, field = key.partition(".")
+    if stage not in STAGES:
+        return False
+    if stage not in began or field in FREE_OF_STAGE:
+        return True
+    old, new = before.stage(stage), now.stage(stage)
+    if field == "validation":
+        return not old.validation
+    if field == "sources":
+        return _contents(old.sources) == _contents(new.sources)
+    if field in ("steps", "epochs") and not local_model(workdir, stage).exists():
+        # Any other schedule of more steps is another one from its first step on.
+        endless = new.optimizer.schedule == "constant" and not new.optimizer.warmup_fraction
+        if (old.steps is None) != (new.steps is None):
+            return False
+        more = new.epochs >= old.epochs if new.steps is None else new.steps >= (old.steps or 0)
+        return endless and more
+    return False
+
+
+def _contents(sources: tuple[Any, ...]) -> list[dict[str, Any]]:
+    fields: list[dict[str, Any]] = [to_dict(source) for source in sources]
+    return [{name: value for name, value in each.items() if name not in FREE_OF_SOURCE} for each in fields]
+
+
+def _fields(config: Config) -> dict[str, str]:
+    """{"finetune.optimizer.lr": "0.001"}; lists are one field."""
+    raw: Mapping[str, Any] = to_dict(config)
+    return {path.replace("/", "."): json.dumps(value) for path, value in flatten(raw).items()}
+
+
+def _advice(refused: list[str]) -> str:
+    longer = [line for line in refused if line.split("=")[0].endswith((".steps", ".epochs"))]
+    return (
+        ". (A schedule that falls, or a warm-up, of more steps is another one from its first step on; to train longer, "
+        "start another --workdir from this one's model with --config.init_from)"
+        if longer
+        else ""
+    )
