@@ -6,8 +6,8 @@ and activations are left out (under 1% at 7B, 4 to 6% at the demo's size). Which
 the names of the Flax modules around it, so that a new projector or encoder is counted without anything done here.
 
 Attention counts in full, causal and padded positions too. The last layer of llava and naavit also updates visual tokens
-that nobody reads; the paper's formula counts that, and so does the jaxpr. A compiler may drop it (jax 0.12 does in part
-while lowering NAAViT: 0.988 of this count at 7B).
+that nothing reads; the paper's formula counts that, and so does the jaxpr. A compiler may drop it (jax 0.12 does in
+part while lowering NAAViT: 0.988 of this count at 7B).
 
 Three conventions: "end_to_end" counts all; "decoder" leaves out the vision encoder and the head; "paper" is the
 authors': the layers alone, so SAISA's projectors count (they stand in the layers) and the single one of LLaVA does not.
@@ -147,7 +147,7 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
 
     Args:
       config: the model as the stage sees it (`Config.trained_model`).
-      groups: who trains.
+      groups: what trains.
       rows: the batch size (B), in one piece or accumulated.
       text: text tokens of a row (T), padding included.
       images: image slots of a row (M), empty ones included.

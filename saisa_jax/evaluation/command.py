@@ -47,7 +47,7 @@ def run(
     """Evaluates a model and prints a table for each task. What is empty or None is as the model's configuration says.
 
     Raises:
-      UserError: nothing can be evaluated; the message names the flag that mends it.
+      UserError: nothing can be evaluated; the message names the flag that fixes it.
       runner.Interrupted: Ctrl-C, while questions are answered.
     """
     for name in tasks:

@@ -98,7 +98,7 @@ def evaluate(
 
     Raises:
       UnknownNameError, ConfigError: no such task, or one that has nothing to ask.
-      DataError: data that cannot be read, or pictures that are not there; the message names the flag that mends it.
+      DataError: data that cannot be read, or pictures that are not there; the message names the flag that fixes it.
       Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run goes on.
     """
     task = TASKS[name]

@@ -43,7 +43,7 @@ class Program:
       memory: None: the compiler found that it does not fit, and `refused` is what it said.
       model_flops: of a step over all devices: what has to be computed (`flops.train_step`).
       hardware_flops: of a step over all devices, in the program: with what is computed again (remat).
-      traffic: of a device in a step, by kind of collective.
+      traffic: per device and step, by kind of collective.
       seconds: that lowering and compiling took.
     """
 

@@ -23,7 +23,7 @@ from saisa_jax.planning.stage import plan_stage
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.setup import StageSetup, setup_stage
 
-NUMBERS = ("of a device", "forward", "backward", "share")  # columns to the right
+NUMBERS = ("per device", "forward", "backward", "share")  # columns to the right
 
 
 def run(config: Config, topology: str | None = None) -> int:
@@ -105,7 +105,7 @@ def heading(prepared: StageSetup, known: Length | None, topology: str | None, pa
 def parameters(prepared: StageSetup) -> Table:
     """Each parameter, the row of `groups` that takes it, and where it lies."""
     state, groups = prepared.abstract_state(), prepared.settings.groups
-    table = _table(f"{prepared.name}: parameters", "parameter", "group", "shape", "dtype", "split over", "of a device")
+    table = _table(f"{prepared.name}: parameters", "parameter", "group", "shape", "dtype", "split over", "per device")
     params = flatten(merge(state.trainable, state.frozen))
     for path, leaf in sorted(params.items()):
         pattern, group = next((pattern, group) for pattern, group in groups if re.fullmatch(pattern, path))
@@ -119,7 +119,7 @@ def parameters(prepared: StageSetup) -> Table:
 
 def batch(prepared: StageSetup) -> Table:
     """The arrays of a global batch, and how they are split."""
-    table = _table(f"{prepared.name}: a batch", "array", "shape", "dtype", "split over", "of a device")
+    table = _table(f"{prepared.name}: a batch", "array", "shape", "dtype", "split over", "per device")
     for name, leaf in prepared.abstract_batch().items():
         table.add_row(name, *_of_array(leaf))
     return table
@@ -135,7 +135,7 @@ def memory(prepared: StageSetup) -> Table:
         "batch": prepared.abstract_batch(),
     }
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), state.trainable)
-    table = _table(f"{prepared.name}: memory", "", "of a device")
+    table = _table(f"{prepared.name}: memory", "", "per device")
     for name, tree in {**parts, "all of these": parts, "gradients, within a step": wide}.items():
         table.add_row(name, _bytes(tree))
     return table

@@ -50,7 +50,7 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
 
     Args:
       config: the run's.
-      stage: pretrain or finetune; its model and who trains say what a row costs.
+      stage: pretrain or finetune; its model and what trains decide what a row costs.
       counts: of the samples, in any order.
 
     Raises:

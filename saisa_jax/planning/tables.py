@@ -57,8 +57,8 @@ def verdict(program: Program) -> str:
         return f"{name} does not fit {topology.name}: {program.refused}"
     peak = program.memory.peak / GIB
     if program.fits:
-        return f"{name} fits {topology.name}: {peak:.2f} of {room:.2f} GiB of a device at the height of a step"
-    return f"{name} does not fit {topology.name}: it needs {peak:.2f} GiB of a device, which has {room:.2f}"
+        return f"{name} fits {topology.name}: {peak:.2f} of {room:.2f} GiB per device at the peak of a step"
+    return f"{name} does not fit {topology.name}: it needs {peak:.2f} GiB per device, which has {room:.2f}"
 
 
 def table(plans: Sequence[Plan]) -> Table:

@@ -21,7 +21,7 @@ def open_source(config: SourceConfig) -> Samples:
     """The samples of a source, by index; pickled, it is small (paths, offsets).
 
     Raises:
-      UnknownNameError: a format that nobody reads.
+      UnknownNameError: an unknown format.
       DataError: a task, split, file or directory that is not there or cannot be read, or no samples in it.
     """
     source = SOURCES[config.format](config)

@@ -114,7 +114,7 @@ def is_yes_no(kind: str) -> bool:
 
 
 def majority_baseline() -> Baseline:
-    """Accuracy on test without a look at the images.
+    """Accuracy on the test set without the images.
 
     The guess is each question's most frequent answer in the package's whole train set; of equals the first that occurs.
     """

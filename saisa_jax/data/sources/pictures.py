@@ -1,4 +1,4 @@
-"""What a record says about its pictures, and which fields with pictures nobody reads."""
+"""A record's images, and the fields with images that are not supported."""
 
 from __future__ import annotations
 
