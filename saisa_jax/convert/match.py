@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.files.tensors import CheckpointSource, TensorSource
 from saisa_jax.convert.layouts import Layout
 from saisa_jax.convert.rows import ConvertError, TensorRow
+from saisa_jax.errors import nearest
 
 NEAREST_FOR = 50  # so many missing tensors get the nearest names; the rest are listed alone
 
@@ -81,7 +81,7 @@ def match(tensors: TensorSource, layout: Layout, parts: Sequence[str], dtype: An
     unexpected = [k for k in spelt if k not in wanted and k not in others and k not in tied and not layout.ignores(k)]
     missing = [key for key in wanted if key not in spelt]
     for n, key in enumerate(missing):
-        near = difflib.get_close_matches(key, unexpected, n=2, cutoff=0.8) if n < NEAREST_FOR else []
+        near = nearest(key, unexpected, n=2, cutoff=0.8) if n < NEAREST_FOR else []
         problems.append(f"missing     {key}" + (f"   (nearest: {', '.join(spelt[k] for k in near)})" if near else ""))
     problems += [f"unexpected  {spelt[key]} {list(tensors.shape(spelt[key]))}" for key in unexpected]
     for key, row in wanted.items():
