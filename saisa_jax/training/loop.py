@@ -192,9 +192,9 @@ class StageTrainer:
     def _train(self, checkpointer: RunCheckpointer, data: TrainIterator, stop: StopSignal) -> bool:
         # The order of what follows matters: the results of a step are read after the next one was started, so that the
         # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
-        habits, batch_size, first, clock = self.config.training, self.settings.batch_size, self._step, self.clock
+        options, batch_size, first, clock = self.config.training, self.settings.batch_size, self._step, self.clock
         train_step = make_train_step(
-            self.model, self.optimizer, self.shardings, self.settings.accumulation, habits.loss_chunk
+            self.model, self.optimizer, self.shardings, self.settings.accumulation, options.loss_chunk
         )
         held_out, sync = self._held_out(), processes.ProcessSync(self.mesh)
         with (
@@ -223,8 +223,8 @@ class StageTrainer:
                     self._settle(sync, *waiting)
                 waiting = step, metrics, host.dropped, sent
                 stopping, last, over = sync.stopping, step == self.steps, self._dropped_too_many() != ""
-                save = stopping or last or over or step % habits.checkpoint_every == 0
-                evaluate = held_out is not None and (last or step % habits.eval_every == 0)
+                save = stopping or last or over or step % options.checkpoint_every == 0
+                evaluate = held_out is not None and (last or step % options.eval_every == 0)
                 self.evaluation_due = evaluate and stopping
                 if save or evaluate:
                     self._settle(sync, *waiting)
@@ -303,20 +303,20 @@ class StageTrainer:
         Raises:
           TrainingError: it is to stop the run, or one too many was skipped.
         """
-        habits = self.config.training
+        options = self.config.training
         names = self.rows.names((step - 1) * self.settings.batch_size)
         broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
         what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
         advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
-        if habits.on_nan == "stop":
+        if options.on_nan == "stop":
             self.journal.failed(step, values)
             raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
         in_a_row = self.journal.skipped(step, values, names)
         logging.warning("%s; it was skipped", what)
-        if in_a_row > habits.max_skips:
+        if in_a_row > options.max_skips:
             raise TrainingError(
                 f"{what}. {in_a_row} steps in a row were not finite, more than --config.training.max_skips="
-                f"{habits.max_skips}. {advice}"
+                f"{options.max_skips}. {advice}"
             )
 
     @property
@@ -335,18 +335,18 @@ class StageTrainer:
         return jax.jit(merged, out_shardings=shardings)(params)
 
     def _held_out(self) -> HeldOut | None:
-        habits = self.config.training
-        if not habits.eval_every or not self.settings.validation:
+        options = self.config.training
+        if not options.eval_every or not self.settings.validation:
             return None
-        batches = self.data.held_out(habits.eval_batches)
+        batches = self.data.held_out(options.eval_batches)
         return HeldOut(
             self.model,
             self.settings,
             batches,
             self.tokenizer,
             self.mesh,
-            samples=habits.eval_samples,
-            loss_chunk=habits.loss_chunk,
+            samples=options.eval_samples,
+            loss_chunk=options.loss_chunk,
         )
 
     def _finish(self) -> None:

@@ -170,8 +170,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path,
 
 def test_bad_batches_are_skipped_and_written_down_until_there_are_too_many(tmp_path, monkeypatch):
     config, workdir, original = tiny_config(), epath.Path(tmp_path), loop.parallel.to_device
-    habits = dataclasses.replace(config.training, eval_every=0, on_nan="skip", max_skips=1)
-    config = dataclasses.replace(config, stages=("pretrain",), training=habits)
+    options = dataclasses.replace(config.training, eval_every=0, on_nan="skip", max_skips=1)
+    config = dataclasses.replace(config, stages=("pretrain",), training=options)
     bad = {2, 3}
     calls = []
 
