@@ -218,7 +218,8 @@ def _answers(
     size = min(settings.batch_size, len(order)) or 1
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     left = [batch for batch in batches if not all(item.id in before for item in batch)]
-    done = [before[item.id] for batch in batches for item in batch if all(other.id in before for other in batch)]
+    asked_again = {item.id for batch in left for item in batch}
+    done = [before[item.id] for item in order if item.id not in asked_again]
     with Progress(name, len(order), before=(len(done), _sum(done))) as progress:
         for batch in left:
             # The last batch is filled up, so that it needs no program of its own.

@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 
+from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES
 from saisa_jax.convert.files.hub import REPOSITORY, resolve
 from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
@@ -41,7 +42,7 @@ def find_model(source: str | os.PathLike[str]) -> str:
     if (where / "model.json").exists():
         return name
     for stage in reversed(STAGES):
-        model = where / stage / "model"
+        model = local_model(where, stage)
         if (model / "model.json").exists():
             logging.info("%s is a run: loading the model of its stage %s", name, stage)
             return str(model)

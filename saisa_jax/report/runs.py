@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from saisa_jax.checkpoints import local_model
 from saisa_jax.config import Config, ConfigError, ModelConfig, from_saved
 from saisa_jax.errors import UserError
 
@@ -69,7 +70,7 @@ class Run:
     def model_directory(self) -> str | None:
         """The directory of the last finished stage's model."""
         for stage in reversed(self.config.stages):
-            path = epath.Path(self.directory) / stage / "model"
+            path = local_model(self.directory, stage)
             if path.exists():
                 return str(path)
         return None

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,13 +42,9 @@ def items(data: TaskData) -> Iterator[Item | DataError]:
                 for item in _items(samples[number]):
                     # Ids may stand twice in a file, and in two sources.
                     count = seen[item.id] = seen.get(item.id, 0) + 1
-                    yield item if count == 1 else _renamed(item, f"{item.id} ({count})")
+                    yield item if count == 1 else dataclasses.replace(item, id=f"{item.id} ({count})")
             except DataError as error:
                 yield error
-
-
-def _renamed(item: Item, name: str) -> Item:
-    return Item(name, item.question, item.answers, item.images, item.kind, item.before, item.system)
 
 
 def _sources(data: TaskData) -> tuple[SourceConfig, ...]:
