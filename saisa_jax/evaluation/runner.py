@@ -41,6 +41,7 @@ from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
+from saisa_jax.evaluation.results import cluster
 from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
 
@@ -323,8 +324,7 @@ def _summary(name: str, task: Task, predictions: Sequence[dict[str, Any]]) -> di
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     scores = [row["score"] for row in rows]
-    # What shares pictures is right or wrong together; a question of text alone stands for itself.
-    clusters = [tuple(row["images"]) or row["id"] for row in rows]
+    clusters = [cluster(row) for row in rows]
     return {
         "accuracy": sum(scores) / len(scores),
         "n": len(scores),
