@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import os
@@ -225,6 +226,13 @@ def _one_value(image: Image.Image) -> bool:
     extremes: Any = image.getextrema()
     channels = extremes if isinstance(extremes[0], tuple) else (extremes,)
     return all(low == high for low, high in channels)
+
+
+def image_name(image: ImageSource) -> str:
+    """Where an image lies: unique to it; of one that is given as bytes, a name by content."""
+    if isinstance(image, bytes):
+        return f"bytes:{hashlib.blake2b(image, digest_size=16).hexdigest()}"
+    return image.name if isinstance(image, StoredImage) else os.fspath(image)
 
 
 def missing_image(name: str, sample_id: str) -> DataError:

@@ -38,7 +38,8 @@ import saisa_jax
 from saisa_jax import flops
 from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
-from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
+from saisa_jax.data.images import image_name
+from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.results import cluster
@@ -259,13 +260,6 @@ def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any,
     if not 0 <= score <= 1:
         raise ValueError(f"the score of {item.id} is {score}, not from 0 to 1")
     return row | {"output": output, "prediction": task.parse(output, item), "score": score}
-
-
-def image_name(image: ImageSource) -> str:
-    """Where an image lies; of one that is given as bytes, a name by content."""
-    if isinstance(image, bytes):
-        return f"bytes:{hashlib.blake2b(image, digest_size=16).hexdigest()}"
-    return image.name if isinstance(image, StoredImage) else os.fspath(image)
 
 
 def _key(item: Item) -> tuple[Any, ...]:

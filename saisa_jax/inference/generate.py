@@ -129,13 +129,10 @@ class Generator:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         check_sampling(sampling)
-        capacity = bucket(max_new_tokens)
-        logits, cache, positions = self.prefill(params, batch, capacity, images)
+        logits, cache, positions = self.prefill(params, batch, bucket(max_new_tokens), images)
         empty = np.asarray(batch["segment_ids"]).max(axis=1) == 0
-        tokens = self._decode(
-            params, logits, cache, positions, empty, jax.random.key(seed), max_new_tokens, *sampling, capacity=capacity
-        )
-        return [self._until_end(row) for row in np.asarray(tokens)]
+        tokens = self.decode(params, logits, cache, positions, empty, max_new_tokens, sampling, seed)
+        return [self.until_end(row) for row in np.asarray(tokens)]
 
     # --- the programs, one by one ------------------------------------------------------------------------------------
 
@@ -158,6 +155,31 @@ class Generator:
         if images is not None:
             batch = cast("Batch", {name: x for name, x in batch.items() if name != "images"})
         return self._prefill(params, batch, images, extra=extra)
+
+    def decode(
+        self,
+        params: Any,
+        logits: Float[Array, "B W"],
+        cache: KVCache,
+        positions: Int[Array, " B"],
+        done: Any,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> Int[Array, "B capacity"]:
+        """Tokens after a prefill with room for `bucket(max_new_tokens)`, -1 where nothing was generated.
+
+        `done` [B]: rows that get none. `until_end` reads a row.
+        """
+        key, capacity = jax.random.key(seed), bucket(max_new_tokens)
+        return self._decode(
+            params, logits, cache, positions, done, key, max_new_tokens, *sampling, capacity=capacity
+        )  # fmt: skip
+
+    def until_end(self, row: np.ndarray) -> list[int]:
+        """What was generated, without its end token."""
+        ended = np.flatnonzero(np.isin(row, (*self.eos_ids, -1)))
+        return row[: ended[0] if len(ended) else None].tolist()
 
     def place(self, params: Any, batch: Batch, images: ImageSlots) -> VisualKV:
         """Encoded images at the positions of the batch's slots."""
@@ -240,10 +262,6 @@ class Generator:
         out = jnp.full((logits.shape[0], capacity), -1, jnp.int32)
         out, token, done, key = emit(0, out, logits, done, key)
         return jax.lax.while_loop(unfinished, one_more, (1, out, token, done, key, cache))[1]
-
-    def _until_end(self, row: np.ndarray) -> list[int]:
-        ended = np.flatnonzero(np.isin(row, (*self.eos_ids, -1)))
-        return row[: ended[0] if len(ended) else None].tolist()
 
 
 def _gather(images: ImageSlots) -> ImageKV:

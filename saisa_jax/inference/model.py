@@ -110,7 +110,7 @@ class VisionLanguageModel:
         )
 
     @functools.cached_property
-    def _loader(self) -> ImageLoader:
+    def loader(self) -> ImageLoader:
         vision = self.model_config.vision
         return ImageLoader(vision.image_size, vision.image_mode, vision.image_mean, cache_bytes=0)
 
@@ -304,15 +304,19 @@ class VisionLanguageModel:
             for r in requests
         ]
 
-    def _pixels(self, image: Any, name: str) -> EncodedImage:
-        if "vision" not in variables_of(self.params)["params"]:
+    def check_sees(self, images: Sequence[Any], name: str) -> None:
+        """Raises DataError if there are images and the model has no encoder for them."""
+        if images and "vision" not in variables_of(self.params)["params"]:
             raise DataError("this model was imported without a vision encoder: ask it without images", name)
+
+    def _pixels(self, image: Any, name: str) -> EncodedImage:
+        self.check_sees((image,), name)
         if isinstance(image, EncodedImage):
             expected = (self.model_config.vision.image_size, self.model_config.vision.image_size, 3)
             if image.pixels.shape != expected:
                 raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
             return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
-        pixels = self._loader(_image(image, name), name)
+        pixels = self.loader(_image(image, name), name)
         return EncodedImage(content_key(pixels), pixels, None)
 
     def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
