@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax.config import ATTENTION_IMPLS, ConfigError, MeshConfig, ModelConfig
+from saisa_jax.errors import UserError
 from saisa_jax.models.layers import on_platform
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -214,3 +217,45 @@ def to_device(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
         return jax.make_array_from_callback((total, *x.shape[1:]), sharding, piece)
 
     return jax.tree.map(place, batch)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class OtherProcessError(UserError, RuntimeError):
+    """Another process has failed."""
+
+
+def together(act: Callable[[], T]) -> T:
+    """The result of `act`, which every process calls here; where it fails in one, it fails in all.
+
+    Raises:
+      Exception: this process's own.
+      OtherProcessError: another one has failed.
+    """
+    if jax.process_count() == 1:
+        return act()
+    failure, result = None, None
+    try:
+        result = act()
+    except Exception as error:  # whatever it is, the others wait
+        failure = error
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failure is not None)))
+    if failure is not None:
+        raise failure
+    if len(failed):
+        raise OtherProcessError(f"process {failed[0]} cannot continue; its own log says why")
+    return result  # pyright: ignore[reportReturnType]
+
+
+def agree(value: int, what: str) -> None:
+    """Raises ConfigError in every process unless all of them come with the same number."""
+    if jax.process_count() > 1:
+        seen = np.asarray(multihost_utils.process_allgather(np.asarray(value, np.int64).view(np.uint32))).reshape(-1, 2)
+        if len(np.unique(seen, axis=0)) > 1:
+            raise ConfigError(f"the processes have different {what}: start the same command with the same files on all")
+
+
+def from_first(value: np.ndarray) -> np.ndarray:
+    """Process 0's array, in every process; the others give one of the same shape."""
+    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))

@@ -45,15 +45,19 @@ class Progress:
             self._bar.stop()
 
     @property
+    def rate(self) -> float:
+        """Questions a second, of this start."""
+        return max(1, self._done - self._before) / max(time.monotonic() - self._started, 1e-9)
+
+    @property
     def seconds_left(self) -> float:
         """At the rate of this start."""
-        answered = max(1, self._done - self._before)
-        return (time.monotonic() - self._started) / answered * (self.total - self._done)
+        return (self.total - self._done) / self.rate
 
     def update(self, questions: int, score: float) -> None:
         """So many questions more were answered, with that sum of scores."""
         self._done, self._scores = self._done + questions, self._scores + score
-        share = f"{self.name}: {self._scores / self._done:.1%} right"
+        share = f"{self.name}: {self._scores / self._done:.1%} right, {self.rate:.3g}/s"
         if self._bar and self._row is not None:
             self._bar.update(self._row, completed=self._done, description=share)
             return
@@ -61,5 +65,12 @@ class Progress:
         if now - self._last_line < SECONDS_BETWEEN_LINES and self._done < self.total:
             return
         self._last_line = now
-        line = f"{share}, {self._done} of {self.total} questions, {self.seconds_left:.0f} s left"
+        line = f"{share}, {self._done} of {self.total} questions, {_clock(self.seconds_left)} left"
         self._console.print(line, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds) // 60
+    if minutes < 3:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s"

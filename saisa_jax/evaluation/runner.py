@@ -8,14 +8,17 @@
 The first two appear when all is answered, `TASK.json` last; it is never there without the predictions it is of. A
 question that is too long, or whose picture cannot be read, is a line with an `error` and without a score; such are
 counted, and no accuracy is of them.
-Stopped or killed, the same evaluation goes on: batches that were answered are not answered again, and the others are
-the same batches, so that the answers are those of an undisturbed one.
+Stopped or killed, the same evaluation goes on, also with another batch size, on another mesh or another number of
+processes. With the same ones the batches are the same as well, so that the answers are those of an undisturbed one to
+the bit.
+
+Under several processes all of them read the questions and answer; process 0 alone scores and writes, and nothing is
+read from what it writes by the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -23,7 +26,7 @@ import statistics
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -31,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
 import saisa_jax
-from saisa_jax import flops
+from saisa_jax import flops, parallel
 from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.images import image_name
@@ -44,6 +48,7 @@ from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.results import cluster
 from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
+from saisa_jax.inference.batches import Prompt, make_prompt, plan_batches
 from saisa_jax.inference.generate import GREEDY
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
 
@@ -85,9 +90,16 @@ class Interrupted(RuntimeError):
 
 
 def evaluate(
-    model: VisionLanguageModel, name: str, settings: Settings, output: epath.Path, checkpoint: str
-) -> dict[str, Any]:
+    model: VisionLanguageModel,
+    name: str,
+    settings: Settings,
+    output: epath.Path,
+    checkpoint: str,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Answers a benchmark's questions and writes `NAME.jsonl` and `NAME.json` into `output/evaluation`.
+
+    Every process of the model's mesh calls it.
 
     Args:
       model: the model.
@@ -95,44 +107,70 @@ def evaluate(
       settings: batch size, limits, where the data lie.
       output: a directory; made if it is not there. A former evaluation in it is replaced when this one is complete.
       checkpoint: where the model lies; goes into the record.
+      stop: whether this process was asked to stop; all of them stop together, after a batch.
 
     Returns:
-      what is in `NAME.json`.
+      what is in `NAME.json`; None in processes other than the first.
 
     Raises:
       UnknownNameError, ConfigError: no such task, or one that has nothing to ask.
       DataError: data that cannot be read, or pictures that are not there; the message names the flag that fixes it.
-      Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run goes on.
+      OtherProcessError: one of these, in another process.
+      Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt; or `stop`. The next run goes on.
     """
     task = TASKS[name]
-    items = _items(model, name, task, settings)
+    items = parallel.together(lambda: _items(model, name, task, settings))
     started = time.monotonic()
-    folder = output / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.partial.jsonl"
     header = {"of": _identity(model, name, items, settings)}
+    parallel.agree(zlib.crc32(json.dumps(header).encode()), f"questions, settings or versions of {name}")
+    first = jax.process_index() == 0
+    folder = output / "evaluation"
+    partial = folder / f"{name}.partial.jsonl"
+    rows = parallel.together(lambda: _begin(partial, header) if first else {})
+    before = parallel.from_first(np.asarray([item.id in rows for item in items]))
+    try:
+        with partial.open("a") if first else contextlib.nullcontext() as file:
+            for batch in _answers(model, name, task, items, settings, before, rows.copy(), stop):
+                if file:
+                    rows |= {row["id"]: row for row in batch}
+                    file.writelines(json.dumps(row) + "\n" for row in batch)
+                    file.flush()
+    except KeyboardInterrupt as error:
+        raise Interrupted(_stopped(rows, items, name, partial)) from error
+    if parallel.from_first(np.asarray(len(rows) < len(items))):
+        raise Interrupted(_stopped(rows, items, name, partial))
+
+    def finish() -> dict[str, Any] | None:
+        if not first:
+            return None
+        predictions = [rows[item.id] for item in items]
+        record = _summary(name, task, predictions)
+        record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
+        record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
+        record |= {"decoding": _decoding(model, settings)}
+        record |= _origin(model, checkpoint)
+        _commit(folder, name, predictions, record)
+        partial.unlink()
+        return record
+
+    return parallel.together(finish)
+
+
+def _begin(partial: epath.Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{id: prediction} that a stopped run of the same evaluation has left; the file holds these alone then."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
     rows = _answered_before(partial, header)
     _replace(partial, "".join(json.dumps(row) + "\n" for row in (header, *rows.values())))
-    try:
-        with partial.open("a") as file:
-            for batch in _answers(model, name, task, items, settings, rows.copy()):
-                rows |= {row["id"]: row for row in batch}
-                file.writelines(json.dumps(row) + "\n" for row in batch)
-                file.flush()
-    except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"stopped after {len(rows)} of {len(items)} questions of {name}. The answers so far are in {partial}; "
-            "the same command goes on"
-        ) from error
-    predictions = [rows[item.id] for item in items]
-    record = _summary(name, task, predictions)
-    record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
-    record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
-    record |= {"decoding": _decoding(model, settings)}
-    record |= _origin(model, checkpoint)
-    _commit(folder, name, predictions, record)
-    partial.unlink()
-    return record
+    return rows
+
+
+def _stopped(rows: Mapping[str, Any], items: Sequence[Item], name: str, partial: epath.Path) -> str:
+    if jax.process_index() > 0:
+        return f"stopped; process 0 has the answers to {name} so far"
+    return (
+        f"stopped after {len(rows)} of {len(items)} questions of {name}. The answers so far are in {partial}; the same "
+        "command goes on"
+    )
 
 
 # --- the questions ---------------------------------------------------------------------------------------------------
@@ -175,9 +213,10 @@ def _identity(model: VisionLanguageModel, name: str, items: Sequence[Item], sett
     """What all answers of one evaluation have in common."""
     identity = {"config": to_dict(model.config), "stage": model.stage, "params": checksums(model.params)}
     asked = [(item.id, item.question, item.answers, [image_name(image) for image in item.images]) for item in items]
+    how = {field: value for field, value in dataclasses.asdict(settings).items() if field != "batch_size"}
     return {
         "task": name,
-        "settings": dataclasses.asdict(settings),
+        "settings": how,
         "model": zlib.crc32(json.dumps(identity, sort_keys=True).encode()),
         "questions": zlib.crc32(json.dumps(asked).encode()),
         "version": saisa_jax.__version__,
@@ -206,35 +245,80 @@ def _answers(
     task: Task,
     items: Sequence[Item],
     settings: Settings,
-    before: Mapping[str, dict[str, Any]],
+    before: np.ndarray,
+    rows: Mapping[str, dict[str, Any]],
+    stop: Callable[[], bool],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Predictions of a batch after the other, shortest prompts first: a batch is compiled for a bucket of lengths, so
-    there are few kinds. A batch that was answered `before` as a whole is left out."""
-    prompts: dict[Any, Any] = {}  # token ids, or a DataError
-    for item in items:
-        if _key(item) not in prompts:
-            prompts[_key(item)] = _prompt(model, item)
-    unasked = [item for item in items if isinstance(prompts[_key(item)], DataError)]
-    if unasked:
-        yield [_prediction(model, task, item, prompts[_key(item)], ()) for item in unasked]
-    length = lambda item: len(prompts[_key(item)])  # noqa: E731
-    order = sorted((item for item in items if not isinstance(prompts[_key(item)], DataError)), key=length)
-    size = min(settings.batch_size, len(order)) or 1
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    left = [batch for batch in batches if not all(item.id in before for item in batch)]
-    asked_again = {item.id for batch in left for item in batch}
-    done = [before[item.id] for item in order if item.id not in asked_again]
-    with Progress(name, len(order), before=(len(done), _sum(done))) as progress:
-        for batch in left:
-            # The last batch is filled up, so that it needs no program of its own.
-            filled = [*batch, *batch[-1:] * (size - len(batch))]
-            outputs = model.answer([_conversation(item) for item in filled], settings.max_new_tokens, on_error="return")
-            rows = [
-                _prediction(model, task, item, output, prompts[_key(item)])
-                for item, output in zip(batch, outputs, strict=False)
+    """Predictions of a batch after the other; in processes other than the first, of nothing.
+
+    Args:
+      before: [items] whether an item was answered by an earlier start.
+      rows: those predictions; in the first process.
+    """
+    first = jax.process_index() == 0
+    prompts = _prompts(model, items, settings.max_new_tokens)
+    asked = [n for n, prompt in enumerate(prompts) if isinstance(prompt, Prompt)]
+    if first and (unasked := set(range(len(items))) - set(asked)):
+        yield [_prediction(model, task, items[n], prompts[n], ()) for n in sorted(unasked)]
+    batches = _left(prompts, asked, before, settings.batch_size, model.row_ways)
+    again = {n for batch in batches for n in batch}
+    done = [rows[items[n].id] for n in asked if n not in again and first]
+    bar = Progress(name, len(asked), before=(len(done), _sum(done))) if first else contextlib.nullcontext()
+    with bar as progress:
+        answers = model.answer_batches(prompts, batches, settings.max_new_tokens, stop)
+        for batch, outputs in zip(batches, answers, strict=False):  # fewer, if it was stopped
+            if progress is None:
+                continue
+            predicted = [
+                _prediction(model, task, items[n], _said(model, output), prompts[n].encoded.tokens)
+                for n, output in zip(batch, outputs, strict=True)
+                if n is not None
             ]
-            yield rows
-            progress.update(len(batch), _sum(rows))
+            yield predicted
+            progress.update(len(predicted), _sum(predicted))
+
+
+def _prompts(model: VisionLanguageModel, items: Sequence[Item], max_new_tokens: int) -> list[Any]:
+    """A Prompt for each item, or the DataError that says why it cannot be asked."""
+    encoded: dict[Any, Any] = {}
+    prompts = []
+    for item in items:
+        key = (item.question, len(item.images), item.before, item.system)
+        if key not in encoded:
+            turns = (*item.before, Turn(USER, item.question))
+            try:
+                encoded[key] = make_prompt(
+                    model, Conversation(turns, item.images, item.system, item.id), max_new_tokens
+                )
+            except DataError as error:
+                encoded[key] = error
+        prompt = encoded[key]
+        prompts.append(Prompt(prompt.encoded, item.images) if isinstance(prompt, Prompt) else prompt)
+    return prompts
+
+
+def _left(
+    prompts: Sequence[Any], asked: Sequence[int], before: np.ndarray, batch_size: int, ways: int
+) -> list[list[int | None]]:
+    """Batches of the items `asked` that are not answered `before`.
+
+    They are batches of the whole plan, if an earlier start has followed it. Else (it had another size, or other ways)
+    they are planned anew.
+    """
+
+    def plan(numbers: Sequence[int]) -> list[list[int | None]]:
+        size = -(-min(batch_size, len(asked)) // ways) * ways
+        batches = plan_batches([prompts[n] for n in numbers], size, ways) if numbers else []
+        return [[None if n is None else numbers[n] for n in batch] for batch in batches]
+
+    left = [batch for batch in plan(asked) if not all(n is None or before[n] for n in batch)]
+    twice = sum(bool(before[n]) for batch in left for n in batch if n is not None)
+    # A kill in the middle of a write leaves a part of one batch.
+    return left if twice < batch_size else plan([n for n in asked if not before[n]])
+
+
+def _said(model: VisionLanguageModel, output: Any) -> Any:
+    return output if isinstance(output, DataError) else model.text(output)
 
 
 def _sum(rows: Sequence[dict[str, Any]]) -> float:
@@ -260,24 +344,6 @@ def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any,
     if not 0 <= score <= 1:
         raise ValueError(f"the score of {item.id} is {score}, not from 0 to 1")
     return row | {"output": output, "prediction": task.parse(output, item), "score": score}
-
-
-def _key(item: Item) -> tuple[Any, ...]:
-    """What an item's prompt depends on."""
-    return item.question, len(item.images), item.before, item.system
-
-
-def _conversation(item: Item) -> Conversation:
-    return Conversation((*item.before, Turn(USER, item.question)), item.images, item.system, item.id)
-
-
-def _prompt(model: VisionLanguageModel, item: Item) -> list[int] | DataError:
-    """The text tokens of an item's prompt, or why it has none."""
-    turns = _conversation(item).turns
-    try:
-        return model.prompt(turns, len(item.images), name=item.id, system=item.system).tokens.tolist()
-    except DataError as error:
-        return error
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

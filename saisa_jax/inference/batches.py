@@ -34,7 +34,7 @@ from saisa_jax.data.images import image_name
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.conversation import Encoded
-from saisa_jax.inference.generate import bucket
+from saisa_jax.inference.generate import GREEDY, bucket
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
 from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.kv_cache import ImageKV, KVCache
@@ -233,7 +233,8 @@ class Answerer:
         self._own_ways = tuple(range(self._ways)) if mesh is None else parallel.own_rows(mesh, self._ways)
         self._bad: dict[str, str] = {}  # pictures that this process could not read
         self._encode = jax.jit(self._run_encode, donate_argnames="pool")
-        self._prefill = jax.jit(self._run_prefill, static_argnames="extra")
+        self._answer = jax.jit(self._run_answer)
+        self._prefill, self._decode = jax.jit(self._run_prefill), jax.jit(self._run_decode)  # to time them apart
         everywhere = None if mesh is None else parallel.replicated(mesh)
         self._collect = jax.jit(lambda tokens, words: (tokens, words.max(axis=1)), out_shardings=everywhere)
         self._plan_pictures()
@@ -314,7 +315,16 @@ class Answerer:
 
         return jax.tree.map(put, pool, new)
 
-    def _run_prefill(self, params: Any, batch: Any, slots: Any, pool: Any, extra: int) -> Any:
+    def _run_answer(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
+        """Tokens [B, capacity]."""
+        return self._run_decode(params, *self._run_prefill(params, batch, slots, pool))
+
+    def _run_decode(self, params: Any, logits: Any, cache: KVCache, positions: Any, padding: Any) -> Any:
+        limit = self.max_new_tokens
+        arguments = jax.random.key(0), limit, *GREEDY, bucket(limit)
+        return self.model.generator.decode(params, logits, cache, positions, padding, *arguments)
+
+    def _run_prefill(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
         """Logits, cache, next positions, and which rows are padding. `slots` [B, M] count within the row's way."""
         features = image_kv = None
         if pool is None:  # no pictures
@@ -333,6 +343,7 @@ class Answerer:
                 image_kv = ImageKV(*map(join, picked))
             else:
                 features = picked[0].reshape(slots.shape[0], -1, picked.shape[-1])
+        extra = bucket(self.max_new_tokens)
         logits, cache = self._apply(params, batch, extra, features, image_kv, method=Saisa.prefill)
         return logits, cache, _next_positions(cache), jnp.max(batch["segment_ids"], axis=1) == 0
 
@@ -429,14 +440,16 @@ class Answerer:
             note("encode", started, pool)
             started = time.perf_counter()
             batch, slots = self._place((ready.batch, ready.slots), self._size)
-            read = pool if ready.slots.shape[1] else None
-            extra = bucket(self.max_new_tokens)
-            logits, cache, positions, padding = self._prefill(model.params, batch, slots, read, extra=extra)
-            note("prefill", started, logits)
-            started = time.perf_counter()
-            tokens = model.generator.decode(model.params, logits, cache, positions, padding, self.max_new_tokens)
+            asked = model.params, batch, slots, pool if ready.slots.shape[1] else None
+            if self.seconds.apart:
+                read = self._prefill(*asked)
+                note("prefill", started, read)
+                started = time.perf_counter()
+                tokens = self._decode(model.params, *read)
+                note("decode", started, tokens)
+            else:
+                tokens = self._answer(*asked)
             tokens, words = self._collect(tokens, self._words(ready.bad))
-            note("decode", started, tokens)
         for result in (tokens, words):
             result.copy_to_host_async()
         return _Sent(number, tokens, words, ready.bad), pool

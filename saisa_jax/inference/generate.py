@@ -96,7 +96,7 @@ class Generator:
             lambda kv: [ImageKV(kv.k[:, i : i + 1], kv.v[:, i : i + 1]) for i in range(kv.k.shape[1])]
         )
         self._prefill = jax.jit(self._run_prefill, static_argnames="extra")
-        self._decode = jax.jit(self._run_decode, static_argnames="capacity")
+        self._decode = jax.jit(self.decode, static_argnames="capacity")
         self._place = jax.jit(self._run_place)
         self._extend = jax.jit(self._run_extend, donate_argnames="cache")
         self._step = jax.jit(self._run_step, donate_argnames="cache")
@@ -129,9 +129,12 @@ class Generator:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         check_sampling(sampling)
-        logits, cache, positions = self.prefill(params, batch, bucket(max_new_tokens), images)
+        capacity = bucket(max_new_tokens)
+        logits, cache, positions = self.prefill(params, batch, capacity, images)
         empty = np.asarray(batch["segment_ids"]).max(axis=1) == 0
-        tokens = self.decode(params, logits, cache, positions, empty, max_new_tokens, sampling, seed)
+        tokens = self._decode(
+            params, logits, cache, positions, empty, jax.random.key(seed), max_new_tokens, *sampling, capacity=capacity
+        )
         return [self.until_end(row) for row in np.asarray(tokens)]
 
     # --- the programs, one by one ------------------------------------------------------------------------------------
@@ -155,31 +158,6 @@ class Generator:
         if images is not None:
             batch = cast("Batch", {name: x for name, x in batch.items() if name != "images"})
         return self._prefill(params, batch, images, extra=extra)
-
-    def decode(
-        self,
-        params: Any,
-        logits: Float[Array, "B W"],
-        cache: KVCache,
-        positions: Int[Array, " B"],
-        done: Any,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-    ) -> Int[Array, "B capacity"]:
-        """Tokens after a prefill with room for `bucket(max_new_tokens)`, -1 where nothing was generated.
-
-        `done` [B]: rows that get none. `until_end` reads a row.
-        """
-        key, capacity = jax.random.key(seed), bucket(max_new_tokens)
-        return self._decode(
-            params, logits, cache, positions, done, key, max_new_tokens, *sampling, capacity=capacity
-        )  # fmt: skip
-
-    def until_end(self, row: np.ndarray) -> list[int]:
-        """What was generated, without its end token."""
-        ended = np.flatnonzero(np.isin(row, (*self.eos_ids, -1)))
-        return row[: ended[0] if len(ended) else None].tolist()
 
     def place(self, params: Any, batch: Batch, images: ImageSlots) -> VisualKV:
         """Encoded images at the positions of the batch's slots."""
@@ -227,7 +205,7 @@ class Generator:
         logits, cache = self._apply(params, tokens, positions, cache, method=Saisa.decode)
         return sample(logits, key, temperature, top_p), cache
 
-    def _run_decode(
+    def decode(
         self,
         params: Any,
         logits: Any,
@@ -240,7 +218,10 @@ class Generator:
         top_p: Any,
         capacity: int,
     ) -> Any:
-        """Tokens [B, capacity]; -1 where nothing was generated."""
+        """Tokens [B, capacity] after a prefill with that much room; -1 where nothing was generated. For a jit.
+
+        `done` [B]: rows that get none. `until_end` reads a row.
+        """
         choose = functools.partial(sample, temperature=temperature, top_p=top_p)
 
         def emit(step: Any, out: Any, logits: Any, done: Any, key: Any) -> tuple[Any, Any, Any, Any]:
@@ -262,6 +243,11 @@ class Generator:
         out = jnp.full((logits.shape[0], capacity), -1, jnp.int32)
         out, token, done, key = emit(0, out, logits, done, key)
         return jax.lax.while_loop(unfinished, one_more, (1, out, token, done, key, cache))[1]
+
+    def until_end(self, row: np.ndarray) -> list[int]:
+        """What a row of `decode` says, without its end token."""
+        ended = np.flatnonzero(np.isin(row, (*self.eos_ids, -1)))
+        return row[: ended[0] if len(ended) else None].tolist()
 
 
 def _gather(images: ImageSlots) -> ImageKV:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import jax
@@ -33,6 +33,7 @@ from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.saisa import Saisa, abstract_params
 
 if TYPE_CHECKING:
+    from saisa_jax.inference.batches import Prompt
     from saisa_jax.inference.chat import Chat
 
 AnyImage = ImageSource | Image.Image | np.ndarray | BinaryIO | EncodedImage
@@ -213,6 +214,18 @@ class VisionLanguageModel:
             raise DataError(f"{len(bad)} of {len(requests)} questions cannot be answered: {some}{more}")
         answers = iter(self._answers(good, max_new_tokens, sampling, seed) if good else ())
         return [next(answers) if isinstance(request, Request) else request for request in requests]
+
+    def answer_batches(
+        self,
+        prompts: Sequence[Prompt],
+        batches: Sequence[Sequence[int | None]],
+        max_new_tokens: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[list[Any]]:
+        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`)."""
+        from saisa_jax.inference.batches import Answerer  # which is written for this class
+
+        return iter(Answerer(self, prompts, batches, max_new_tokens, self.image_cache.max_bytes, stop))
 
     def encode_images(self, images: Sequence[Any]) -> list[EncodedImage]:
         """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.

@@ -20,7 +20,7 @@ from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
 from saisa_jax.config import ConfigError, DistributedConfig
 from saisa_jax.data.pipeline import TrainIterator
-from saisa_jax.errors import UserError
+from saisa_jax.parallel import OtherProcessError
 
 HINT_SECONDS = 60  # of waiting for the others, until it is said how they are started
 LEAVE_SECONDS = 30  # that a process which failed alone waits for the others before it ends
@@ -118,10 +118,6 @@ def is_first() -> bool:
 def own(directory: epath.Path) -> epath.Path:
     """Where this process writes what each of them has to say: the directory itself, or process_1, ... in it."""
     return directory if is_first() else directory / f"process_{jax.process_index()}"
-
-
-class OtherProcessError(UserError, RuntimeError):
-    """Another process of the run has failed."""
 
 
 @contextlib.contextmanager
