@@ -1,9 +1,8 @@
-"""The whole life of a run in a bucket, bit for bit what it is on a disk; and the few things that are different there."""
+"""The whole life of a run in a bucket, bit for bit as on a disk; and the few things that are different there."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -79,9 +78,8 @@ def test_a_mirror_brings_what_has_changed(bucket) -> None:
         mirror.upload()
         stamp = (folder / "mirrored" / "sub" / "x").stat().st_mtime_ns
     assert not mirror.local.exists()
-    with buckets.Mirror(there, ("rows", "none")) as mirror:
-        with (mirror.local / "rows").open("a") as file:
-            file.write("2\n")
+    with buckets.Mirror(there, ("rows", "none")) as mirror, (mirror.local / "rows").open("a") as file:
+        file.write("2\n")
     assert (folder / "mirrored" / "rows").read_text() == "1\n2\n"
     assert (folder / "mirrored" / "sub" / "x").stat().st_mtime_ns == stamp
 
