@@ -1,13 +1,15 @@
-"""Evaluates a finished run, or asks its model a question.
+"""Evaluates a finished run, asks its model a question, or compares two evaluations.
 
 python eval.py --workdir=runs/demo
 python eval.py --workdir=runs/mine --tasks=source --data=test.json --images=pictures
 python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
+python eval.py --compare runs/a/evaluation/easy_vqa.json runs/b/evaluation/easy_vqa.json
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from absl import logging
@@ -32,7 +34,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--images", default="", help="where the names of pictures in --data lead: a folder or archive")
     parser.add_argument("--question", help="asks this instead of a benchmark's questions")
     parser.add_argument("--image", action="append", default=[], help="an image of --question; may be repeated")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="evaluates nothing: how much better B is than "
+                        "A, and which answers changed; TASK.json files or output folders")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.compare:
+        return _compare(parser, options)
     tasks = [name for name in options.tasks.split(",") if name]
     if bool(options.workdir) == bool(options.checkpoint):
         parser.error("name either --workdir=RUN or --checkpoint=MODEL")
@@ -42,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--image needs --question")
     if options.question and (tasks or options.data or options.images):
         parser.error("--question is asked instead of a benchmark: leave out --tasks, --data and --images")
-    from saisa_jax.evaluation import command, runner  # imports jax, which --help does not need
+    from saisa_jax.evaluation import command, runner  # import jax, which --help does not need
 
     logging.use_absl_handler()
     try:
@@ -69,4 +75,18 @@ def main(argv: Sequence[str]) -> int:
     except (runner.Interrupted, KeyboardInterrupt) as error:
         print(f"The evaluation was {error if error.args else 'stopped before it began'}.", file=sys.stderr)
         return 143 if isinstance(error.__cause__ or error, command.Terminated) else 130  # 128 + the signal's number
+    return 0
+
+
+def _compare(parser: Parser, options: Namespace) -> int:
+    others = [name for name, value in vars(options).items() if value and name not in ("compare", "output")]
+    if others:
+        parser.error(f"--compare evaluates nothing: leave out {', '.join(f'--{name}' for name in others)}")
+    from saisa_jax.evaluation import compare
+
+    try:
+        compare.run(*options.compare, output=options.output or "")
+    except (UserError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES, ConfigError
-from saisa_jax.evaluation import runner
+from saisa_jax.evaluation import overview, runner
 from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.inference.model import load
 
@@ -80,6 +80,9 @@ def run(
                 f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
                 highlight=False,
             )
+    records = overview.write(epath.Path(output) / "evaluation", checkpoint, model.stage)
+    if len(records) > 1:
+        console.print(overview.table(records))
     files = " and ".join(f"{name}.json" for name in tasks)
     console.print(f"{files} with the answers (.jsonl) are in {output}/evaluation", highlight=False, soft_wrap=True)
 

@@ -41,7 +41,9 @@ from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.progress import Progress
+from saisa_jax.evaluation.results import cluster
 from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
+from saisa_jax.inference.generate import GREEDY
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
 
 INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
@@ -109,9 +111,9 @@ def evaluate(
     partial = folder / f"{name}.partial.jsonl"
     header = {"of": _identity(model, name, items, settings)}
     rows = _answered_before(partial, header)
+    _replace(partial, "".join(json.dumps(row) + "\n" for row in (header, *rows.values())))
     try:
-        with partial.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in (header, *rows.values()))
+        with partial.open("a") as file:
             for batch in _answers(model, name, task, items, settings, rows.copy()):
                 rows |= {row["id"]: row for row in batch}
                 file.writelines(json.dumps(row) + "\n" for row in batch)
@@ -125,6 +127,7 @@ def evaluate(
     record = _summary(name, task, predictions)
     record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
     record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
+    record |= {"decoding": _decoding(model, settings)}
     record |= _origin(model, checkpoint)
     _commit(folder, name, predictions, record)
     partial.unlink()
@@ -323,8 +326,7 @@ def _summary(name: str, task: Task, predictions: Sequence[dict[str, Any]]) -> di
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     scores = [row["score"] for row in rows]
-    # What shares pictures is right or wrong together; a question of text alone stands for itself.
-    clusters = [tuple(row["images"]) or row["id"] for row in rows]
+    clusters = [cluster(row) for row in rows]
     return {
         "accuracy": sum(scores) / len(scores),
         "n": len(scores),
@@ -364,6 +366,20 @@ def _origin(model: VisionLanguageModel, checkpoint: str) -> dict[str, Any]:
     }
 
 
+def _decoding(model: VisionLanguageModel, settings: Settings) -> dict[str, Any]:
+    """How answers were chosen, and what stood around the questions."""
+    system = model.config.data.system_prompt
+    return {
+        "method": "greedy",
+        "temperature": GREEDY.temperature,
+        "top_p": GREEDY.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "template": model.stage_config.template,
+        "system_prompt": system,
+        "dtype": model.model_config.dtype,
+    }
+
+
 def _commit(folder: epath.Path, name: str, predictions: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
     files = {
         f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
@@ -374,3 +390,10 @@ def _commit(folder: epath.Path, name: str, predictions: Sequence[dict[str, Any]]
     (folder / f"{name}.json").unlink(missing_ok=True)
     for file in files:
         (folder / f"{file}.tmp").replace(folder / file)
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file that is whole at any moment: a kill leaves the former one."""
+    new = path.parent / f"{path.name}.tmp"
+    new.write_text(text)
+    new.replace(path)

@@ -153,7 +153,14 @@ def test_a_stopped_run_leaves_marked_answers_and_the_former_evaluation(tmp_path:
     assert len(read(tmp_path / "evaluation" / "easy_vqa.jsonl")) == 8
 
 
-def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def fill_disk(path: Any, text: str) -> None:
+    Path(path).write_bytes(text[: len(text) // 2].encode())
+    raise OSError("the disk is full")
+
+
+def test_the_same_evaluation_goes_on_and_another_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings, whole, folder = Settings(batch_size=32, limit=100), Pretender(), tmp_path / "evaluation"
     partial = folder / "easy_vqa.partial.jsonl"
     evaluate(whole, "easy_vqa", settings, epath.Path(tmp_path / "whole"), "m")
@@ -172,6 +179,11 @@ def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog
         header = {"of": runner._identity(changed, "easy_vqa", questions()[:100], settings)}
         assert runner._answered_before(epath.Path(partial), header) == {}
     assert caplog.text.count("is of another model, other questions or other settings") == 2
+    left = partial.read_text()
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="full"):
+        disk.setattr(type(epath.Path(partial)), "write_text", fill_disk)  # while the next start writes it again
+        evaluate(Pretender(), "easy_vqa", settings, epath.Path(tmp_path), "m")
+    assert partial.read_text() == left
     rest = Pretender()
     evaluate(rest, "easy_vqa", settings, epath.Path(tmp_path), "m")
     assert rest.batches == whole.batches[2:] and len(whole.batches) == 4
