@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +18,18 @@ from PIL import Image
 
 from saisa_jax import buckets
 from saisa_jax.__main__ import main
-from saisa_jax.testing.bucket import fake_bucket
 from saisa_jax.testing.runs import ROOT, environment, outcome
 
 PACKED = "--config=saisa_jax/testing/configs.py:packed"
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Where the objects of gs://bucket lie, and the environment that finds it, which this process has as well."""
-    folder = tmp_path_factory.mktemp("server")
-    with fake_bucket(folder) as found, pytest.MonkeyPatch.context() as patch:
-        for name, value in found.items():
-            patch.setenv(name, value)
-        yield folder / "bucket", found
-
-
-def put(environment_of: dict[str, str], name: str, content: bytes) -> None:
+def put(name: str, content: bytes) -> None:
     """What another host does, of which this process does not learn."""
-    url = f"{environment_of['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+    url = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
     urllib.request.urlopen(urllib.request.Request(url, data=content)).close()
 
 
 def test_files(bucket) -> None:
-    _, environment_of = bucket
     there = buckets.absolute("gs://bucket/files/some")
     assert buckets.children(there) == [] == buckets.walk(there)
     buckets.remove(there)
@@ -53,7 +41,7 @@ def test_files(bucket) -> None:
     buckets.move(there, there.parent / "others")
     assert buckets.walk(there) == []
     assert [path.read_text() for path in buckets.walk(there.parent / "others")] == ["1\n2\n", "3\n"]
-    put(environment_of, "files/others/d", b"4")  # by another host
+    put("files/others/d", b"4")  # by another host
     assert [path.name for path in buckets.children(there.parent / "others")] == ["a", "b", "d"]
     buckets.remove(there.parent / "others")
     assert not (there.parent / "others").exists()
@@ -67,7 +55,7 @@ def test_a_mirror_is_the_directory_itself_on_a_disk(tmp_path) -> None:
 
 
 def test_a_mirror_brings_what_has_changed(bucket) -> None:
-    folder, _ = bucket
+    folder = bucket
     there = buckets.place("gs://bucket/mirrored")
     with buckets.Mirror(there, ("rows",), seconds=1000) as mirror:
         (mirror.local / "rows").write_text("1\n")
@@ -118,7 +106,7 @@ def samples(root: Path) -> Path:
 
 def test_a_whole_life(bucket, tmp_path, capsys) -> None:
     """Prepared, trained, killed, stopped, resumed, evaluated and reported on, as on a disk."""
-    folder, mine = bucket[0], samples(tmp_path)
+    folder, mine = bucket, samples(tmp_path)
     source = f"({{'path': '{mine}/train.json', 'images': '{mine}/images'}},)"
     for shards in (str(tmp_path / "shards"), "gs://bucket/shards"):
         argv = ["data", "prepare", PACKED, f"--config.finetune.sources={source}", "--shards=2", "--workers=1"]
