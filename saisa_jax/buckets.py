@@ -57,7 +57,7 @@ def _connect(scheme: str) -> None:
     package = {"gs": "gcsfs", "s3": "s3fs"}.get(scheme)
     if package is None:
         raise BucketError(f"{scheme}:// is not served: gs:// and s3:// are, and local paths")
-    import fsspec
+    import fsspec.config
 
     protocol = {"gs": "gcs"}.get(scheme, scheme)
     fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
