@@ -318,8 +318,8 @@ def _vision(model: _Model, layout: str) -> VisionConfig:
     source, _ = model.source("hf-vision" if layout in TOWER_APART else layout)
     if source is None and (tower := _imported_tower(model)):
         source = tower[0]
-    whole = source is not None and "vision" in source.kept.values()
-    if whole and source.imported_model().vision.select_layer == vision.select_layer:
+    kept = source.imported_model().vision if source and "vision" in source.kept.values() else None
+    if kept and kept.select_layer == vision.select_layer:
         return vision
     used = vision.num_used_layers
     stages = {"depths": vision.depths[:used], "widths": vision.widths[:used]}  # both are empty of a ViT
