@@ -30,6 +30,11 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONVERTER = "SFconvertbot"  # the hub's own; pull requests of anybody else are never read
 
 
+def repository(source: str) -> str:
+    """The repository `org/name` of the hub that a source names; "": it is something on this machine."""
+    return "" if Path(source).exists() or not REPOSITORY.fullmatch(source) else source
+
+
 def resolve(source: str | os.PathLike[str]) -> Path:
     """Where a source lies on this machine; a repository `org/name` is fetched, or found in the hub's cache.
 
@@ -42,7 +47,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(source))
     if path.exists():
         return path
-    if not REPOSITORY.fullmatch(source) or Path(source.split("/")[0]).exists():
+    if not repository(source) or Path(source.split("/")[0]).exists():
         raise ConvertError(
             f"there is no {source}; name a directory, a .gguf file, or a repository of the hub (org/name)"
         )
