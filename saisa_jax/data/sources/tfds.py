@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.llava import make_sample
 from saisa_jax.data.sources.record_files import records_digest
-from saisa_jax.data.sources.shards import is_remote
 from saisa_jax.errors import did_you_mean
 
 
@@ -69,7 +69,7 @@ class TfdsSamples:
     def content(self) -> str:
         """A hash of the split's records, and of the names that its labels stand for."""
         folder = epath.Path(self._builder.data_path)
-        if is_remote(folder):
+        if buckets.is_remote(folder):
             return f"sizes:{_digest([(path.name, path.stat().length) for path in self._files()])}"
         names = sorted(path for path in folder.iterdir() if path.name.endswith(".labels.txt"))
         said = [path.read_text() for path in names]
