@@ -110,6 +110,8 @@ def _export(args: argparse.Namespace) -> None:
             "STALE: the parameters around these have changed since the import, and these have not: "
             + ", ".join(exported.stale)
         )
+    for note in exported.notes:
+        print(f"NOTE: {note}")
     _print_peak(read_account(args.source)[0]["leaves"])
 
 

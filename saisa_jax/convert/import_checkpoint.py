@@ -28,7 +28,7 @@ from saisa_jax.config import (
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
 from saisa_jax.convert.configs import config_from_hf
-from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.files.hub import repository, resolve
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
 from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
@@ -161,9 +161,12 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
 
     def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
         for piece in plan.pieces:
-            source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match)
+            named = repository((options.vision if piece.name == "vision" else options.source) or "")
+            source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match, named)
             target = Path(directory) / "sidecar" / piece.name
-            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves)
+            other = Path(options.tokenizer or "none")  # a directory, or a word
+            tokens = other if piece.name == "model" and other.is_dir() else None
+            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens)
 
     imported = {
         "from": [str(piece.tensors.where) for piece in plan.pieces],
@@ -238,5 +241,7 @@ def _check_room(plan: ImportPlan, options: ImportOptions, to: Path) -> None:
         width = np.dtype(options.dtype or stored_dtype(piece)).itemsize
         needed += sum(int(np.prod(row.shape)) * width for row in piece.layout.only(piece.parts))
         ignored = piece.match.ignored
-        needed += sum(nbytes(piece.tensors.dtype_name(key), piece.tensors.shape(key)) for key in ignored)
+        tower = [key for row in piece.layout.only(("vision",)) for key in row.keys if "vision" in piece.parts]
+        kept = (*ignored, *(piece.match.spelt[key] for key in tower))
+        needed += sum(nbytes(piece.tensors.dtype_name(key), piece.tensors.shape(key)) for key in kept)
     check_room(needed, to)

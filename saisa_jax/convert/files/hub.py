@@ -13,6 +13,11 @@ PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def repository(source: str) -> str:
+    """The repository `org/name` of the hub that a source names; "": it is something on this machine."""
+    return "" if Path(source).exists() or not REPOSITORY.fullmatch(source) else source
+
+
 def resolve(source: str, allow_pickle: bool = False) -> Path:
     """Where a source lies on this machine; a repository `org/name` is fetched, or found in the hub's cache.
 
@@ -24,7 +29,7 @@ def resolve(source: str, allow_pickle: bool = False) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not REPOSITORY.fullmatch(source) or Path(source.split("/")[0]).exists():
+    if not repository(source) or Path(source.split("/")[0]).exists():
         raise ConvertError(
             f"there is no {source}; name a directory, a .gguf file, or a repository of the hub (org/name)"
         )
