@@ -43,6 +43,7 @@ def run(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     quantize: str | None = None,
+    prompts: str = "llava",
 ) -> None:
     """Evaluates a model and prints a table for each task. What is empty or None is as the model's configuration says.
 
@@ -70,10 +71,13 @@ def run(
         quantize=quantize,
         data=data,
         images=images,
+        prompts=prompts,
     )
     for name in tasks:
         record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
         console.print(table(record))
+        for line in (record["note"], *(f"{output}/evaluation/{file}" for file in record["files"])):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         if record["failed"]:
             some = ", ".join(list(record["failed"])[:3])
             console.print(
@@ -106,7 +110,8 @@ def model_of(workdir: str) -> str:
 def table(record: dict[str, Any]) -> Table:
     """The accuracies of a `TASK.json`, beside those of an answer without the image."""
     limited = "" if record["complete"] else f", the first {record['n']} questions"
-    shown = Table(title=f"{record['model']['name']} on {record['task']}{limited}", title_justify="left")
+    school = f", prompts and scores of {record['prompts']}" if record.get("prompts") else ""
+    shown = Table(title=f"{record['model']['name']} on {record['task']}{school}{limited}", title_justify="left")
     for name in ("", record["metric"], "95% interval", "questions", "without image"):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     baseline = record["baseline"]
@@ -123,6 +128,8 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def _cells(part: dict[str, Any]) -> tuple[str, str, str]:
+    if part["accuracy"] is None:
+        return "", "", str(part["n"])
     low, high = part["interval"]
     return f"{part['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", str(part["n"])
 

@@ -24,7 +24,7 @@ from saisa_jax.config import Config, ConfigError
 from saisa_jax.data.sample import Turn
 from saisa_jax.data.sources.easy_vqa import majority_baseline
 from saisa_jax.errors import UserError
-from saisa_jax.evaluation import command, runner
+from saisa_jax.evaluation import command, runner, scoring
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
 from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
@@ -286,7 +286,7 @@ def test_bad_names(tmp_path: Path) -> None:
 
 def test_nothing_half_written(tmp_path: Path) -> None:
     out = epath.Path(tmp_path)
-    runner._commit(out, "toy", [{"id": 1}], {"n": 1})
+    scoring.commit(out, "toy", [{"id": 1}], {"n": 1})
     with pytest.raises(TypeError):
-        runner._commit(out, "toy", [{"id": 2}], {"n": object()})
+        scoring.commit(out, "toy", [{"id": 2}], {"n": object()})
     assert json.loads((tmp_path / "toy.json").read_text()) == {"n": 1}
