@@ -101,24 +101,6 @@ def test_a_second_batch_of_a_like_size_compiles_nothing(model, pictures):
     assert seen  # the counter counts
 
 
-class compilations:
-    """The names of the programs that are compiled within the block."""
-
-    def __enter__(self) -> list[str]:
-        self.names: list[str] = []
-        self.active = True
-
-        def listen(event: str, duration: float, **kwargs) -> None:
-            if self.active and event == "/jax/core/compile/backend_compile_duration":
-                self.names.append(kwargs.get("fun_name", event))
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        return self.names
-
-    def __exit__(self, *error) -> None:
-        self.active = False
-
-
 def test_bad_requests_are_all_named_and_harm_no_other(model, pictures, tmp_path):
     broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
     broken.write_bytes(Path(pictures[0]).read_bytes()[:60])
