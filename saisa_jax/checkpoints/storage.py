@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -28,11 +27,6 @@ class CheckpointError(UserError, RuntimeError):
 
 class DamagedError(CheckpointError):
     """Stored files that cannot be read, or are not what was written."""
-
-
-def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """A local path with its links followed; one in a bucket (`gs://`) as it is, which epath would look for here."""
-    return epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).resolve()
 
 
 def versions() -> dict[str, str]:

@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quantize", choices=("int8",), help="answers with 8-bit weights (needs qwix)")
     parser.add_argument("--data", default="", help="where a task's questions lie: a file or a folder")
     parser.add_argument("--images", default="", help="where the names of pictures in --data lead: a folder or archive")
+    parser.add_argument("--prompts", choices=("llava", "lmms"), help="the school of prompts and scores: LLaVA's guide, "
+                        "as the paper (default), or lmms-eval")  # fmt: skip
     parser.add_argument("--question", help="asks this instead of a benchmark's questions")
     parser.add_argument("--image", action="append", default=[], help="an image of --question; may be repeated")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="evaluates nothing: how much better B is than "
@@ -68,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
                 batch_size=options.batch_size,
                 max_new_tokens=options.max_new_tokens,
                 quantize=options.quantize,
+                prompts=options.prompts or "llava",
             )
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

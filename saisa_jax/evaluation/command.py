@@ -14,7 +14,7 @@ from rich.table import Table
 
 from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES, ConfigError
-from saisa_jax.evaluation import runner
+from saisa_jax.evaluation import overview, runner
 from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.inference.model import load
 
@@ -43,6 +43,7 @@ def run(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     quantize: str | None = None,
+    prompts: str = "llava",
 ) -> None:
     """Evaluates a model and prints a table for each task. What is empty or None is as the model's configuration says.
 
@@ -70,16 +71,22 @@ def run(
         quantize=quantize,
         data=data,
         images=images,
+        prompts=prompts,
     )
     for name in tasks:
         record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
         console.print(table(record))
+        for line in (record["note"], *(f"{output}/evaluation/{file}" for file in record["files"])):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         if record["failed"]:
             some = ", ".join(list(record["failed"])[:3])
             console.print(
                 f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
                 highlight=False,
             )
+    records = overview.write(epath.Path(output) / "evaluation", checkpoint, model.stage)
+    if len(records) > 1:
+        console.print(overview.table(records))
     files = " and ".join(f"{name}.json" for name in tasks)
     console.print(f"{files} with the answers (.jsonl) are in {output}/evaluation", highlight=False, soft_wrap=True)
 
@@ -103,7 +110,8 @@ def model_of(workdir: str) -> str:
 def table(record: dict[str, Any]) -> Table:
     """The accuracies of a `TASK.json`, beside those of an answer without the image."""
     limited = "" if record["complete"] else f", the first {record['n']} questions"
-    shown = Table(title=f"{record['model']['name']} on {record['task']}{limited}", title_justify="left")
+    school = f", prompts and scores of {record['prompts']}" if record.get("prompts") else ""
+    shown = Table(title=f"{record['model']['name']} on {record['task']}{school}{limited}", title_justify="left")
     for name in ("", record["metric"], "95% interval", "questions", "without image"):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     baseline = record["baseline"]
@@ -120,6 +128,8 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def _cells(part: dict[str, Any]) -> tuple[str, str, str]:
+    if part["accuracy"] is None:
+        return "", "", str(part["n"])
     low, high = part["interval"]
     return f"{part['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", str(part["n"])
 

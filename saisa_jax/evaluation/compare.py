@@ -23,7 +23,7 @@ TOLD = (
     "settings.data",
     "settings.images",
     "settings.limit",
-    "settings.max_new_tokens",
+    "decoding",
     "settings.quantize",
     "versions",
 )

@@ -22,7 +22,6 @@ import platform
 import statistics
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,13 +38,11 @@ from saisa_jax import flops
 from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
-from saisa_jax.evaluation import metrics
+from saisa_jax.evaluation import scoring
 from saisa_jax.evaluation.progress import Progress
-from saisa_jax.evaluation.results import cluster
-from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
+from saisa_jax.evaluation.tasks import SCHOOLS, TASKS, Item, Task, TaskData
+from saisa_jax.inference.generate import GREEDY
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
-
-INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +56,7 @@ class Settings:
       quantize: how the weights were rounded; for the record.
       data: a file or folder that holds the questions; "": the task's own, or what the recipe names.
       images: what the names of its pictures lead into; "": beside it.
+      prompts: the school of prompts and scores, one of `SCHOOLS`.
     """
 
     batch_size: int = 64
@@ -67,6 +65,7 @@ class Settings:
     quantize: str | None = None
     data: str = ""
     images: str = ""
+    prompts: str = "llava"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -74,6 +73,8 @@ class Settings:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit={self.limit} must be at least 1; leave it out for all questions")
+        if self.prompts not in SCHOOLS:
+            raise ConfigError(f"--prompts={self.prompts} is not one of {', '.join(SCHOOLS)}")
         if self.images and not self.data:
             raise ConfigError(f"--images={self.images} needs --data=FILE, whose pictures it holds")
 
@@ -102,7 +103,7 @@ def evaluate(
       DataError: data that cannot be read, or pictures that are not there; the message names the flag that fixes it.
       Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run goes on.
     """
-    task = TASKS[name]
+    task = TASKS[name].under(settings.prompts)
     items = _items(model, name, task, settings)
     started = time.monotonic()
     folder = output / "evaluation"
@@ -110,9 +111,9 @@ def evaluate(
     partial = folder / f"{name}.partial.jsonl"
     header = {"of": _identity(model, name, items, settings)}
     rows = _answered_before(partial, header)
+    _replace(partial, "".join(json.dumps(row) + "\n" for row in (header, *rows.values())))
     try:
-        with partial.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in (header, *rows.values()))
+        with partial.open("a") as file:
             for batch in _answers(model, name, task, items, settings, rows.copy()):
                 rows |= {row["id"]: row for row in batch}
                 file.writelines(json.dumps(row) + "\n" for row in batch)
@@ -122,12 +123,13 @@ def evaluate(
             f"stopped after {len(rows)} of {len(items)} questions of {name}. The answers so far are in {partial}; "
             "the same command goes on"
         ) from error
-    predictions = [rows[item.id] for item in items]
-    record = _summary(name, task, predictions)
+    predictions = task.rescore([rows[item.id] for item in items])
+    record = scoring.summary(name, task, predictions)
     record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
     record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
+    record |= {"decoding": _decoding(model, settings)}
     record |= _origin(model, checkpoint)
-    _commit(folder, name, predictions, record)
+    scoring.commit(folder, name, predictions, record, task.files(predictions))
     partial.unlink()
     return record
 
@@ -137,7 +139,8 @@ def evaluate(
 
 def _items(model: VisionLanguageModel, name: str, task: Task, settings: Settings) -> list[Item]:
     """The questions to ask; DataError if some cannot be, because they or their pictures are not there."""
-    data = TaskData(settings.data, settings.images, model.stage_config.validation, model.stage)
+    validation = model.stage_config.validation
+    data = TaskData(settings.data, settings.images, validation, model.stage, settings.prompts, name)
     found = list(islice(task.items(data), settings.limit))
     items = [item for item in found if isinstance(item, Item)]
     reasons = [(item.sample_id, item.reason) for item in found if isinstance(item, DataError)]
@@ -146,7 +149,7 @@ def _items(model: VisionLanguageModel, name: str, task: Task, settings: Settings
         reasons += [(item.id, f"there is no image {path}") for path in paths if not Path(path).exists()][:1]
     if reasons:
         raise DataError(
-            f"{len(reasons)} of {len(found)} questions of {name} cannot be asked: {_some(reasons)}. "
+            f"{len(reasons)} of {len(found)} questions of {name} cannot be asked: {scoring.some(reasons)}. "
             "--data=FILE with --images=FOLDER says where questions and pictures lie"
         )
     if not items:
@@ -154,13 +157,6 @@ def _items(model: VisionLanguageModel, name: str, task: Task, settings: Settings
     if len({item.id for item in items}) < len(items):
         raise DataError(f"{name} has two questions of one id: {_repeated(items)!r}")
     return items
-
-
-def _some(reasons: Sequence[tuple[str, str]], count: int = 3) -> str:
-    """A few ids with their reasons, and how many more there are."""
-    shown = [f"{name} ({reason[:200]})" if name else reason[:200] for name, reason in reasons[:count]]
-    more = len(reasons) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def _repeated(items: Sequence[Item]) -> str:
@@ -251,12 +247,7 @@ def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any,
         "answers": list(item.answers),
         "kind": item.kind,
     } | ({"extra": dict(item.extra)} if item.extra else {})
-    if isinstance(output, DataError):
-        return row | {"output": None, "prediction": None, "score": None, "error": output.reason}
-    score = float(task.score(output, item))
-    if not 0 <= score <= 1:
-        raise ValueError(f"the score of {item.id} is {score}, not from 0 to 1")
-    return row | {"output": output, "prediction": task.parse(output, item), "score": score}
+    return row | scoring.answered(task, item, output)
 
 
 def image_name(image: ImageSource) -> str:
@@ -287,56 +278,9 @@ def _prompt(model: VisionLanguageModel, item: Item) -> list[int] | DataError:
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def _summary(name: str, task: Task, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies in 0..1, the means of scores: overall, of the task's groups, of every kind; and of an answer without
-    the image."""
-    scored = [row for row in predictions if row["score"] is not None]
-    failed = {row["id"]: row["error"] for row in predictions if row["score"] is None}
-    if not scored:
-        raise DataError(f"none of the {len(failed)} questions of {name} could be asked: {_some(list(failed.items()))}")
-    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in scored:
-        if row["kind"]:
-            kinds[row["kind"]].append(row)
-    overall = _accuracy(scored)
-    groups = {
-        group: _accuracy(rows)
-        for group, belongs in task.groups.items()
-        if (rows := [row for row in scored if belongs(row["kind"])])
-    }
-    return {
-        "task": name,
-        "title": task.title,
-        "metric": task.metric,
-        "n": len(scored),
-        "failed": failed,
-        "accuracy": overall["accuracy"],
-        "interval": overall["interval"],
-        **{name: group["accuracy"] for name, group in groups.items()},
-        "metrics": dict(task.metrics(scored)),
-        "overall": overall,
-        "groups": groups,
-        "kinds": {kind: _accuracy(rows) for kind, rows in sorted(kinds.items())},
-        "interval_method": INTERVAL,
-        "baseline": dict(task.baseline()),
-    }
-
-
-def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    scores = [row["score"] for row in rows]
-    clusters = [cluster(row) for row in rows]
-    return {
-        "accuracy": sum(scores) / len(scores),
-        "n": len(scores),
-        "interval": list(metrics.clustered_interval(scores, clusters)),
-        "effective_n": metrics.effective_size(scores, clusters),
-        "interval_if_independent": list(metrics.wilson(sum(scores), len(scores))),
-    }
-
-
 def _costs(model: VisionLanguageModel, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """FLOPs of reading the mean question. The image slots of a blind run are empty, and computed all the same."""
-    predictions = [row for row in predictions if row["score"] is not None]
+    predictions = [row for row in predictions if "error" not in row]
     tokens = statistics.fmean(row["prompt_tokens"] for row in predictions)
     images = max(len(row["images"]) for row in predictions)
     flops_of = {
@@ -364,13 +308,22 @@ def _origin(model: VisionLanguageModel, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def _commit(folder: epath.Path, name: str, predictions: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
-    files = {
-        f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
-        f"{name}.json": json.dumps(record, indent=2) + "\n",
+def _decoding(model: VisionLanguageModel, settings: Settings) -> dict[str, Any]:
+    """How answers were chosen, and what stood around the questions."""
+    system = model.config.data.system_prompt
+    return {
+        "method": "greedy",
+        "temperature": GREEDY.temperature,
+        "top_p": GREEDY.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "template": model.stage_config.template,
+        "system_prompt": system,
+        "dtype": model.model_config.dtype,
     }
-    for file, text in files.items():
-        (folder / f"{file}.tmp").write_text(text)
-    (folder / f"{name}.json").unlink(missing_ok=True)
-    for file in files:
-        (folder / f"{file}.tmp").replace(folder / file)
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file that is whole at any moment: a kill leaves the former one."""
+    new = path.parent / f"{path.name}.tmp"
+    new.write_text(text)
+    new.replace(path)

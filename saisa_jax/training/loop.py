@@ -14,8 +14,16 @@ import jax
 from absl import logging
 from etils import epath
 
-from saisa_jax import flops, parallel
-from saisa_jax.checkpoints import CheckpointError, RunCheckpointer, checksums, copy_sidecar, local_model, save_model
+from saisa_jax import buckets, flops, parallel
+from saisa_jax.checkpoints import (
+    CheckpointError,
+    RunCheckpointer,
+    checksums,
+    copy_sidecar,
+    is_model,
+    local_model,
+    save_model,
+)
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import StageData, TrainIterator
 from saisa_jax.data.sample import DataError
@@ -44,12 +52,8 @@ def run(config: Config, workdir: epath.Path) -> int:
       0, or the number of the signal that stopped the run; started again, it resumes from there.
     """
     processes.start(config.distributed)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-        raise ConfigError(
-            f"--workdir={workdir}: a bucket needs its file system: pip install gcsfs ({error})"
-        ) from error
+    workdir = buckets.place(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)
@@ -63,16 +67,14 @@ def run(config: Config, workdir: epath.Path) -> int:
             )
         data = check_stages(config, tokenizer, workdir)
         for name in config.stages:
-            if local_model(workdir, name).exists():
+            if is_model(local_model(workdir, name)):
                 logging.info("%s is finished: %s", name, local_model(workdir, name))
                 continue
             if stop.requested and jax.process_count() == 1:  # several agree on it, after a step
                 return int(signal.Signals[stop.requested])
             stage = StageTrainer(config, name, workdir, tokenizer, data[name])
             if processes.is_first():
-                new = workdir / ".config.json.new"
-                new.write_text(json.dumps(to_dict(config), indent=2))
-                new.replace(workdir / "config.json")  # whole at any moment: the next start reads it
+                buckets.write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2))
             if not stage.run(stop):
                 return int(signal.Signals[stop.requested or "SIGTERM"])
     logging.info("finished: %s", local_model(workdir, config.stages[-1]))
@@ -233,6 +235,7 @@ class StageTrainer:
                     self._evaluate(held_out, step)
                 if save:
                     with clock("save"):
+                        self.journal.upload()
                         checkpointer.save(step, self._saved(), data, self._metadata())
                         if stopping or last or over:
                             checkpointer.wait()
@@ -252,6 +255,7 @@ class StageTrainer:
             return
         try:
             with self.clock("save"):
+                self.journal.upload()
                 checkpointer.save(step, self._saved(), data, self._metadata())
                 checkpointer.wait()
             logging.warning("%s: the data of step %d cannot be read; step %d was saved", self.name, step + 1, step)

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from saisa_jax import parallel
-from saisa_jax.checkpoints import load_model, local_model, read_account
+from saisa_jax.checkpoints import is_model, load_model, local_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
 from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig
 from saisa_jax.data.pipeline import StageData
@@ -47,7 +47,7 @@ def starting_params(
         with another tokenizer.
     """
     previous = [local_model(workdir, name) for name in STAGES[: STAGES.index(stage)]]
-    source = next((str(path) for path in reversed(previous) if path.exists()), config.init_from)
+    source = next((str(path) for path in reversed(previous) if is_model(path)), config.init_from)
     if not source:
         return Start(functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random")
     convert, stored = _conversion(config, stage, source)

@@ -24,7 +24,7 @@ from saisa_jax.config import Config, ConfigError
 from saisa_jax.data.sample import Turn
 from saisa_jax.data.sources.easy_vqa import majority_baseline
 from saisa_jax.errors import UserError
-from saisa_jax.evaluation import command, runner
+from saisa_jax.evaluation import command, runner, scoring
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
 from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
@@ -153,7 +153,14 @@ def test_a_stopped_run_leaves_marked_answers_and_the_former_evaluation(tmp_path:
     assert len(read(tmp_path / "evaluation" / "easy_vqa.jsonl")) == 8
 
 
-def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def fill_disk(path: Any, text: str) -> None:
+    Path(path).write_bytes(text[: len(text) // 2].encode())
+    raise OSError("the disk is full")
+
+
+def test_the_same_evaluation_goes_on_and_another_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings, whole, folder = Settings(batch_size=32, limit=100), Pretender(), tmp_path / "evaluation"
     partial = folder / "easy_vqa.partial.jsonl"
     evaluate(whole, "easy_vqa", settings, epath.Path(tmp_path / "whole"), "m")
@@ -172,6 +179,11 @@ def test_the_same_evaluation_goes_on_and_another_does_not(tmp_path: Path, caplog
         header = {"of": runner._identity(changed, "easy_vqa", questions()[:100], settings)}
         assert runner._answered_before(epath.Path(partial), header) == {}
     assert caplog.text.count("is of another model, other questions or other settings") == 2
+    left = partial.read_text()
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="full"):
+        disk.setattr(type(epath.Path(partial)), "write_text", fill_disk)  # while the next start writes it again
+        evaluate(Pretender(), "easy_vqa", settings, epath.Path(tmp_path), "m")
+    assert partial.read_text() == left
     rest = Pretender()
     evaluate(rest, "easy_vqa", settings, epath.Path(tmp_path), "m")
     assert rest.batches == whole.batches[2:] and len(whole.batches) == 4
@@ -274,7 +286,7 @@ def test_bad_names(tmp_path: Path) -> None:
 
 def test_nothing_half_written(tmp_path: Path) -> None:
     out = epath.Path(tmp_path)
-    runner._commit(out, "toy", [{"id": 1}], {"n": 1})
+    scoring.commit(out, "toy", [{"id": 1}], {"n": 1})
     with pytest.raises(TypeError):
-        runner._commit(out, "toy", [{"id": 2}], {"n": object()})
+        scoring.commit(out, "toy", [{"id": 2}], {"n": object()})
     assert json.loads((tmp_path / "toy.json").read_text()) == {"n": 1}

@@ -121,7 +121,26 @@ def test_a_task_of_ones_own(
     assert record["metric"] == "length" and record["title"] == "Toy" and record["settings"]["data"] == data
     assert len({tuple(line["images"]) for line in lines}) == 2
     out = capsys.readouterr().out
-    assert "length" in out and "pairs" in out
+    assert "length" in out and "pairs" in out and "all tasks" not in out
+    assert record["decoding"] == {
+        **{"method": "greedy", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 2, "dtype": "float32"},
+        **{"template": "vicuna_v1", "system_prompt": None},
+    }
+
+    data = write_lines(tmp_path / "samples.jsonl", [llava(0, "a.png", "yes"), llava(1, "b.png", "no")])
+    command.run(checkpoint, str(tmp_path / "out"), tasks=["source"], data=data, images=str(pictures))
+    assert "all tasks" in capsys.readouterr().out  # of this command's and those before it
+    summary = json.loads((tmp_path / "out" / "evaluation" / "summary.json").read_text())
+    assert [(task["task"], task["n"], task["complete"]) for task in summary["tasks"]] == [
+        ("source", 2, False),
+        ("toy", 6, False),
+    ]
+    assert summary["checkpoint"] == checkpoint and summary["tasks"][1]["interval"] == record["interval"]
+    pasted = (tmp_path / "out" / "evaluation" / "summary.md").read_text().splitlines()
+    low, high = (100 * bound for bound in record["interval"])
+    assert len(pasted) == 4 and pasted[3].startswith(
+        f"| toy | length | {100 * record['accuracy']:.1f} | {low:.1f} to {high:.1f} | 6, the first | pairs "
+    )
 
 
 def llava(number: int, image: str, answer: str, *before: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Int32
 
+from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, Sample, Turn
 from saisa_jax.data.sources import SOURCES
@@ -105,7 +106,7 @@ class ShardedSamples:
           DataError: the directory is not finished, or a file of it is missing or has another size.
         """
         self.config = config
-        self.directory = epath.Path(config.path)
+        self.directory = buckets.place(config.path)
         self.contents = Index.read(self.directory)
         self._ends = np.cumsum([shard.samples for shard in self.contents.shards])
         self._readers: list[ArrayRecordDataSource | None] = [None] * len(self.contents.shards)
@@ -150,7 +151,7 @@ class ShardedSamples:
     def _local(self, shard: Shard) -> str:
         """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there."""
         path = self.directory / shard.name
-        if not is_remote(path):
+        if not buckets.is_remote(path):
             return os.fspath(path)
         version = hashlib.sha256(f"{self.directory}\n{self.contents.to_json()}".encode()).hexdigest()[:16]
         cached = cache_folder() / version / shard.name
@@ -196,7 +197,7 @@ def decode_record(record: bytes) -> Sample:
 
 def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
     """Writes records to a file that is not there before it is whole; returns its size in bytes."""
-    remote = is_remote(path)
+    remote = buckets.is_remote(path)
     folder = tempfile.mkdtemp(prefix="saisa_jax-") if remote else os.fspath(path.parent)
     part = Path(folder) / f"{path.name}.part"
     try:
@@ -218,17 +219,3 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
         part.unlink(missing_ok=True)
         if remote:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a small file that is not there before it is whole."""
-    if is_remote(path):  # a bucket's objects appear whole
-        path.write_text(text)
-    else:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(text)
-        part.replace(path)
-
-
-def is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
