@@ -59,10 +59,10 @@ class ParquetConversations:
         unread = [name for name in table.image_columns if name != self.image]
         if unread and config.image_feature:
             logging.warning("source %s: the pictures of %s are not read, those of %s are", config, unread, self.image)
-        used = self.template.names if self.template else [self.turns]
+        used = [name.split("/")[0] for name in self.template.names] if self.template else [self.turns]
         beside = [name for name in ("id", *SYSTEMS) if name in table.columns]
-        read = dict.fromkeys([*(name.split("/")[0] for name in used), *beside, *([self.image] if self.image else [])])
-        self.table = table.select(tuple(read))
+        read: list[str] = list(dict.fromkeys([*used, *beside, *([self.image] if self.image else [])]))
+        self.table = table.select(read)
         self.images = open_images(config.images) if config.images else _NoFolder()
         self.allow_absolute = config.allow_absolute
 
