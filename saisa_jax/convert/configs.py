@@ -198,9 +198,10 @@ def vision_directory(directory: str | Path, vision: str | Path | None = None) ->
         return Path(vision)
     directory = Path(directory)
     name = read_json(directory / CONFIG).get("mm_vision_tower", "")
-    folder = directory / name
-    if name and folder.is_dir() and folder.resolve().is_relative_to(directory.resolve()):
-        return folder
+    # An export names the folder inside it absolutely, and may have been moved since.
+    for folder in (directory / name, directory / Path(name).name):
+        if name and folder.is_dir() and directory.resolve() in folder.resolve().parents:
+            return folder
     raise ConvertError(f"{directory} names its vision tower {name!r}; give the directory that holds it as vision=")
 
 

@@ -28,7 +28,7 @@ from saisa_jax.config import (
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
 from saisa_jax.convert.configs import config_from_hf
-from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.files.hub import repository, resolve
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
 from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
@@ -56,7 +56,6 @@ class ImportOptions:
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
-      allow_pickle: read `.bin` files.
     """
 
     source: str
@@ -70,7 +69,6 @@ class ImportOptions:
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     Raises:
       ConvertError: whatever does not fit, before anything was written.
     """
-    where = resolve(options.source, options.allow_pickle)
-    vision = resolve(options.vision, options.allow_pickle) if options.vision else None
-    tensors = open_checkpoint(where, options.allow_pickle)
+    where = resolve(options.source)
+    vision = resolve(options.vision) if options.vision else None
+    tensors = open_checkpoint(where)
     layout = options.layout or layout_of(tensors)
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
@@ -116,7 +114,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
         except ConfigError as error:
             raise ConvertError(str(error)) from error
         stage = STAGES[0] if vision else stage
-    pieces = find_pieces(tensors, model, layout, vision, options.dtype, options.allow_pickle)
+    pieces = find_pieces(tensors, model, layout, vision, options.dtype)
     exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
     activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
@@ -161,9 +159,12 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
 
     def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
         for piece in plan.pieces:
-            source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match)
+            named = repository((options.vision if piece.name == "vision" else options.source) or "")
+            source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match, named)
             target = Path(directory) / "sidecar" / piece.name
-            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves)
+            other = Path(options.tokenizer or "none")  # a directory, or a word
+            tokens = other if piece.name == "model" and other.is_dir() else None
+            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens)
 
     imported = {
         "from": [str(piece.tensors.where) for piece in plan.pieces],
@@ -238,5 +239,7 @@ def _check_room(plan: ImportPlan, options: ImportOptions, to: Path) -> None:
         width = np.dtype(options.dtype or stored_dtype(piece)).itemsize
         needed += sum(int(np.prod(row.shape)) * width for row in piece.layout.only(piece.parts))
         ignored = piece.match.ignored
-        needed += sum(nbytes(piece.tensors.dtype_name(key), piece.tensors.shape(key)) for key in ignored)
+        tower = [key for row in piece.layout.only(("vision",)) for key in row.keys if "vision" in piece.parts]
+        kept = (*ignored, *(piece.match.spelt[key] for key in tower))
+        needed += sum(nbytes(piece.tensors.dtype_name(key), piece.tensors.shape(key)) for key in kept)
     check_room(needed, to)

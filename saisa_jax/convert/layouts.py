@@ -24,6 +24,12 @@ from saisa_jax.convert.rows import ConvertError, TensorRow, dense
 MULTIMODAL = ("saisa", "llava", "llava-hf")
 LAYOUTS = (*MULTIMODAL, "hf-llm", "hf-vision")
 TOWER_APART = ("saisa", "llava")  # whose tower is mostly a directory of its own
+TOWER_PREFIX = {  # of the tower's keys
+    "saisa": "model.vision_tower.vision_tower.",
+    "llava": "model.vision_tower.vision_tower.",
+    "llava-hf": "vision_tower.",
+    "hf-vision": "",
+}
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,12 @@ def _encoder(config: VisionConfig, tower: str = "") -> Layout:
 
 
 def _multimodal(config: ModelConfig, name: str) -> Layout:
-    body, head, tower = {
-        "saisa": ("model.", "", "model.vision_tower.vision_tower."),
-        "llava": ("model.", "", "model.vision_tower.vision_tower."),
-        "llava-hf": ("language_model.model.", "language_model.", "vision_tower."),
+    body, head = {
+        "saisa": ("model.", ""),
+        "llava": ("model.", ""),
+        "llava-hf": ("language_model.model.", "language_model."),
     }[name]
+    tower = TOWER_PREFIX[name]
     decoder, vision = _decoder(config, name, body, head), _encoder(config.vision, tower)
     ignored = [*decoder.ignored, *vision.ignored]
     if name == "saisa":

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.data.sample import DataError
 from saisa_jax.errors import did_you_mean
 
@@ -285,7 +286,7 @@ class File(NamedTuple):
 
 def find_files(path: str, split: str | None = None) -> tuple[str, list[str]]:
     """The folder that all are in, with a slash, and the files in the order of their names; see `ParquetTable`."""
-    place = epath.Path(path)
+    place = buckets.place(path)
     if place.is_file():
         return path[: path.rfind("/") + 1], [path]
     if not place.is_dir():
@@ -349,10 +350,10 @@ def _check_shards(paths: Iterable[str]) -> None:
 
 
 def _open(path: str) -> tuple[pq.ParquetFile, Any]:
-    place = epath.Path(path)
+    place = buckets.place(path)
     try:
         stat = place.stat()
-        remote = "://" in path
+        remote = buckets.is_remote(path)
         source = place.open("rb") if remote else path
         return pq.ParquetFile(source, pre_buffer=remote, page_checksum_verification=True), stat
     except pa.ArrowInvalid as error:

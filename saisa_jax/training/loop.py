@@ -26,6 +26,7 @@ from saisa_jax.checkpoints import (
 )
 from saisa_jax.config import Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import StageData, TrainIterator
+from saisa_jax.data.rows.mark import same_content
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.errors import UserError
@@ -160,10 +161,18 @@ class StageTrainer:
         now = self.data_mark
         if saved is None or saved == now:
             return
+        same_sizes = saved["samples"] == now["samples"]
+        if same_sizes and saved["counts"] == now["counts"] and same_content(saved["content"], now["content"]):
+            logging.warning(
+                "%s: the checkpoint's mark of the data cannot be compared in full with that of the sources now: their "
+                "sizes are the same. The next checkpoint holds the new mark",
+                self.name,
+            )
+            return
         then, there = (f"{sum(mark['samples']):,} samples" for mark in (saved, now))
-        if saved["samples"] != now["samples"]:
+        if not same_sizes:
             change = f"{then}, now {there}"
-        elif saved["content"] != now["content"]:
+        elif not same_content(saved["content"], now["content"]):
             change = f"{then} of content {', '.join(saved['content'])}, now as many of {', '.join(now['content'])}"
         else:
             change = f"{then} whose lengths hash to {saved['counts']}, now {now['counts']}: other samples can be used"

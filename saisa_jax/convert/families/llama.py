@@ -176,7 +176,8 @@ def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
     if scaling.kind != "none":
         wanted = next(wanted for ours, wanted in ROPE_SCALINGS.values() if ours == scaling.kind)
         fields = {name: getattr(scaling, field) for name, (field, _) in wanted.items()}
-        raw["rope_scaling"] = {"rope_type": scaling.kind, **fields}
+        # transformers before 4.43 take exactly `type` and `factor`, and later ones read `type` too.
+        raw["rope_scaling"] = {"type" if scaling.kind == "linear" else "rope_type": scaling.kind, **fields}
     return raw
 
 

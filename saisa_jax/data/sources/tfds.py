@@ -6,13 +6,18 @@ the encoded bytes that the data set holds, and are decoded as all others are.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from typing import Any
 
+from etils import epath
+
+from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, Sample
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.llava import make_sample
+from saisa_jax.data.sources.record_files import records_digest
 from saisa_jax.data.sources.turns import TurnsTemplate, as_text, check_name, entries
 
 
@@ -34,6 +39,7 @@ class TfdsSamples:
         if config.image_feature:
             check_name(config.image_feature, list(self._features), "image_feature", config.name)
         self._data = _open_data(builder, config)
+        self._builder = builder
 
     def __len__(self) -> int:
         return len(self._data)
@@ -53,8 +59,24 @@ class TfdsSamples:
         said = self._template(lambda name: _as_text(example, self._features, name))
         return make_sample(sample_id, said, images)
 
+    def content(self) -> str:
+        """A hash of the split's records, and of the names that its labels stand for."""
+        folder = epath.Path(self._builder.data_path)
+        if buckets.is_remote(folder):
+            return f"sizes:{_digest([(path.name, path.stat().length) for path in self._files()])}"
+        names = sorted(path for path in folder.iterdir() if path.name.endswith(".labels.txt"))
+        said = [path.read_text() for path in names]
+        return f"records:{_digest([[records_digest(path) for path in self._files()], self.config.split, said])}"
+
+    def _files(self) -> list[epath.Path]:
+        return [epath.Path(path) for path in self._builder.info.splits[self.config.split].filepaths]
+
     def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
         return type(self), (self.config,)
+
+
+def _digest(said: object) -> str:
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def _open_builder(config: SourceConfig) -> Any:
