@@ -73,7 +73,7 @@ class DataConfig:
     augment: bool = False  # mirror and shift images, for data whose text does not depend on left and right
     blind: bool = False  # leave every image slot empty: what can be answered without the images
     num_workers: int = 0  # processes that read rows; 0: threads of this one
-    num_threads: int = 2  # of each process
+    num_threads: int | None = None  # of each process that reads; None: its share of the cores, 16 at most
     prefetch: int = 16  # batches
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class DataConfig:
             "data.packing=False",
         )
         for name in ("num_workers", "num_threads"):
-            check(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
+            check((getattr(self, name) or 0) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
         positive("data.prefetch", self.prefetch)
         if self.turns_per_sample is not None:
             positive("data.turns_per_sample", self.turns_per_sample)
