@@ -1,4 +1,4 @@
-"""What goes out comes back as the same model: an encoder alone, small files, tensors in another layout than they came."""
+"""What goes out comes back as the same model: an encoder alone, small files, tensors in another layout."""
 
 from __future__ import annotations
 
