@@ -23,7 +23,7 @@ from absl import logging
 from saisa_jax.convert.files.gguf import choose_gguf
 from saisa_jax.convert.rows import ConvertError
 
-BESIDE = ("*.json", "tokenizer.model", "*.txt", "*.jinja")  # no code
+BESIDE = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*")  # no code
 SAFETENSORS = ("*.safetensors",)
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
