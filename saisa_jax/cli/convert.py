@@ -52,6 +52,8 @@ def _parser() -> Parser:
     source.add_argument("--from", dest="source", help=f"a whole multimodal checkpoint, or an LLM alone: {where}")
     source.add_argument("--llm", dest="source", help=f"an LLM, for training together with --vision: {where}")
     action.add_argument("--vision", help=f"the vision tower, where the checkpoint does not hold it: {where}")
+    action.add_argument("--base", help=f"of a LoRA adapter (default: the one that it names): {where}")
+    action.add_argument("--projector", help="a trained mm_projector.bin for --llm and --vision, to start stage 2")
     action.add_argument("--to", required=True, help="the finished model: a directory that does not exist yet")
     action.add_argument("--layout", choices=LAYOUTS, help="of the source (default: told from its tensors)")
     action.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: that of the files)")
@@ -82,7 +84,7 @@ def _parser() -> Parser:
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "image_size", "seed", "allow_nonfinite")
+    others = ("select_layer", "image_size", "seed", "allow_nonfinite", "base", "projector")
     plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
@@ -91,6 +93,13 @@ def _import(args: argparse.Namespace) -> None:
     print(f"tensors that the model never reads, kept in the sidecar: {len(kept)}")
     print(f"template {config.stage(plan.stage).template}; alignment {config.model.alignment}; stage {plan.stage}")
     if "vision" in plan.parts:
+        vision = config.model.vision
+        unused = vision.num_layers - vision.num_used_layers
+        rest = f"; the last {unused} are not, and stay in the sidecar" if unused else ""
+        print(
+            f"vision: {vision.num_used_layers} of {vision.num_layers} layers are used "
+            f"(model.vision.select_layer={vision.select_layer}){rest}"
+        )
         print(f"images are made square by model.vision.image_mode={config.model.vision.image_mode}")
     _print_peak(document["leaves"])
 

@@ -247,7 +247,8 @@ def vision_directory(directory: str | Path, vision: str | Path | None = None) ->
     for folder in (directory / name, directory / Path(name).name):
         if name and folder.is_dir() and directory.resolve() in folder.resolve().parents:
             return folder
-    raise ConvertError(f"{directory} names its vision tower {name!r}; give the directory that holds it as vision=")
+    tower = name or "DIR"
+    raise ConvertError(f"{directory} does not hold its vision tower, which is {name!r}: name it, --vision={tower}")
 
 
 # --- ours -> theirs ---------------------------------------------------------------------------------------------------

@@ -29,10 +29,11 @@ from saisa_jax.convert import sidecar
 from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
 from saisa_jax.convert.configs import config_from_hf
 from saisa_jax.convert.files.hub import repository, resolve
-from saisa_jax.convert.files.open import open_checkpoint
+from saisa_jax.convert.files.open import open_checkpoint, open_projector
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
-from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
-from saisa_jax.convert.match import layout_of, settle_head
+from saisa_jax.convert.hf_json import CONFIG, GENERATION_CONFIG, read_json_if_there
+from saisa_jax.convert.layouts import projector_layout
+from saisa_jax.convert.match import layout_of, match, settle_head
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.target import check_room, check_target
@@ -47,6 +48,8 @@ class ImportOptions:
     Attributes:
       source: a whole multimodal checkpoint, or an LLM: a directory, a GGUF file or a repository of the hub.
       vision: the vision tower, where the source does not hold it.
+      base: of a source that is a LoRA adapter; None: the one that it names.
+      projector: of an LLM and a tower, trained already (`mm_projector.bin`): a start of stage 2.
       layout: of the source; None: told from its tensors.
       dtype: of the parameters; None: that of the files.
       template: None: told from the tokenizer.
@@ -61,6 +64,8 @@ class ImportOptions:
 
     source: str
     vision: str | None = None
+    base: str | None = None
+    projector: str | None = None
     layout: str | None = None
     dtype: str | None = None
     template: str | None = None
@@ -98,9 +103,10 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     Raises:
       ConvertError: whatever does not fit, before anything was written.
     """
-    where = resolve(options.source)
+    source = resolve(options.source)
     vision = resolve(options.vision) if options.vision else None
-    tensors = open_checkpoint(where)
+    tensors = open_checkpoint(source, options.base)
+    where = tensors.where
     layout = options.layout or layout_of(tensors)
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
@@ -118,9 +124,23 @@ def plan_import(options: ImportOptions) -> ImportPlan:
             raise ConvertError(str(error)) from error
         stage = STAGES[0] if vision else stage
     pieces = find_pieces(tensors, model, layout, vision, options.dtype)
+    if options.projector:
+        if layout != "hf-llm" or vision is None:
+            raise ConvertError("--projector belongs to an LLM and a tower: --llm=DIR --vision=DIR --projector=FILE")
+        pieces += (_projector_piece(resolve(options.projector), model, options.dtype),)
     exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
     activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
+
+
+def _projector_piece(path: Path, model: ModelConfig, dtype: str | None) -> Piece:
+    tensors, rows = open_projector(path), projector_layout(model)
+    kind = read_json_if_there(tensors.where / CONFIG).get("mm_projector_type") or "mlp2x_gelu"
+    if kind != "mlp2x_gelu":
+        raise ConvertError(f"{tensors.where / CONFIG}: mm_projector_type={kind!r} is not supported, only 'mlp2x_gelu'")
+    found = match(tensors, rows, ("projector",), dtype)
+    found.checked()
+    return Piece("projector", tensors, rows, ("projector",), found)
 
 
 def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
@@ -162,6 +182,8 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
 
     def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
         for piece in plan.pieces:
+            if piece.name == "projector":  # all of it is in the parameters
+                continue
             named = repository((options.vision if piece.name == "vision" else options.source) or "")
             source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match, named)
             target = Path(directory) / "sidecar" / piece.name
@@ -223,7 +245,7 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
 def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
     if tokenizer is not None:
-        multimodal = "projector" in plan.parts
+        multimodal = "projector" in plan.pieces[0].parts
         template, system_prompt = find_chat_template(tokenizer, multimodal, options.template, options.system_prompt)
     source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
     generation_config = read_json_if_there(source.where / GENERATION_CONFIG)

@@ -58,7 +58,13 @@ def _inspect_source(
     _print_config(console, model, layout, known_tower)
     _print_tensors(console, tensors, rows, {name: key for key, name in found.spelt.items()}, everything)
     if not known_tower:
-        console.print("The vision tower is described elsewhere: name its directory with --vision to check it too.")
+        name = tensors.config().get("mm_vision_tower") or "not named"
+        tower = name if "/" in name else "DIR"
+        console.print(
+            f"The vision tower ({name}) is not here: an import needs --vision={tower}, and inspect checks it with the "
+            "same flag.",
+            highlight=False,
+        )
     _print_match(console, found, everything)
     if tower is not None:
         console.print(f"{vision}: the vision tower")
