@@ -78,7 +78,9 @@ def logged_item(row: Mapping[str, Any], school: str) -> Item | DataError:
     if {"id", "question", "options", "answer", "question_type"} <= doc.keys():
         return item(doc, school)
     if not {"id", "question_type", "answer"} <= told.keys():
-        return DataError("the log does not tell the question; name the benchmark's files with --data=DIR", str(row))
+        return DataError(
+            "the log does not tell the question; name the benchmark's files with --data=DIR", str(row)[:60]
+        )
     # No text of an option is known, and "\0" is in no answer.
     letters = dict.fromkeys(LETTERS[:9] if told["question_type"] == CHOICE else "", "\0")
     doc = {**told, "question": "", "options": "[]"}
