@@ -150,6 +150,8 @@ def score_file(
     for row, item in zip(rows, items, strict=True):
         said = DataError(f"no answer in {path}") if item.id not in found else output_of(found[item.id])
         row |= scoring.answered(task, item, said)
+    if broken := sum(str(row["output"]).startswith("[LMMS_EVAL_REQUEST_FAILED") for row in rows):
+        logging.warning("%d answers of %s are lmms-eval's words for a failed request; they are scored", broken, path)
     predictions = task.rescore(rows)
     record = scoring.summary(name, task, predictions) | {
         "answers": path,

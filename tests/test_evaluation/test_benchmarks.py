@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from saisa_jax.cli.eval import main as eval_main
 from saisa_jax.config import ConfigError
 from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import answers, scoring
@@ -213,6 +214,25 @@ def test_a_log_of_mmmu_tells_its_questions(tmp_path: Path) -> None:
     ]  # fmt: skip
     record = answers.score_file("mmmu", write(tmp_path / "log.jsonl", rows), str(tmp_path))
     assert (record["metrics"]["right"], record["metrics"]["guessed"], record["prompts"]) == (3, 1, "lmms")
+
+
+def test_the_command(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {item.id: item.answers[0] for item in items_of("pope", hub)}
+    path = write(tmp_path / "said.json", said)
+    arguments = ["--tasks=pope", f"--answers={path}", f"--data={hub}", f"--output={tmp_path}", "--prompts=lmms"]
+    assert eval_main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "said.json on pope, prompts and scores of lmms" in out and "100.0%" in out
+    assert json.loads((tmp_path / "evaluation/pope.json").read_text())["metrics"]["f1"] == 1
+    for flags, message in (
+        (["--tasks=pope,gqa"], "the one task that the answers are of"),
+        (["--tasks=pope", "--checkpoint=m"], "leave out --checkpoint"),
+    ):
+        with pytest.raises(SystemExit):
+            eval_main([*flags, f"--answers={path}"])
+        assert message in capsys.readouterr().err
+    assert eval_main(["--tasks=popes", f"--answers={path}"]) == 1
+    assert "did you mean pope?" in capsys.readouterr().err
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------
