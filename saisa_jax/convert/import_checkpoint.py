@@ -34,7 +34,7 @@ from saisa_jax.convert.files.hub import repository, resolve
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
 from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
-from saisa_jax.convert.match import layout_of
+from saisa_jax.convert.match import layout_of, settle_head
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.target import check_room, check_target
@@ -58,6 +58,7 @@ class ImportOptions:
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
+      allow_nonfinite: import weights that hold inf or NaN, with a warning.
     """
 
     source: str
@@ -71,6 +72,7 @@ class ImportOptions:
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
     model = config_from_hf(where, layout=layout, vision=vision, select_layer=options.select_layer, raw=tensors.config())
+    model = settle_head(tensors, model, layout)
     if options.image_size:
         model = dataclasses.replace(model, vision=resized(model.vision, options.image_size))
     stage = STAGES[-1]
@@ -185,7 +188,7 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
 def _read(plan: ImportPlan, options: ImportOptions, place: Any) -> dict[str, Any]:
     flat = {}
     for piece in plan.pieces:
-        for path, array in piece.read(options.dtype):
+        for path, array in piece.read(options.dtype, options.allow_nonfinite):
             flat[path] = place(path, array)
             del array  # or it would be held while the next one is read
     return flat
