@@ -59,10 +59,9 @@ def _inspect_source(
     _print_tensors(console, tensors, rows, {name: key for key, name in found.spelt.items()}, everything)
     if not known_tower:
         name = tensors.config().get("mm_vision_tower") or "not named"
-        tower = name if "/" in name else "DIR"
+        flag = f"--vision={name if '/' in name else 'DIR'}"
         console.print(
-            f"The vision tower ({name}) is not here: an import needs --vision={tower}, and inspect checks it with the "
-            "same flag.",
+            f"The vision tower ({name}) is not here: an import needs {flag}, and inspect checks it with the same flag.",
             highlight=False,
         )
     _print_match(console, found, everything)
