@@ -62,6 +62,9 @@ def _parser() -> Parser:
     action.add_argument("--select_layer", type=int, help="the tower's hidden state to use (default -2; ConvNeXt -1)")
     action.add_argument("--image_size", type=int, help="pixels of a side (default: what the tower was trained on)")
     action.add_argument("--seed", type=int, default=0, help="of the fresh projectors")
+    action.add_argument(
+        "--allow_nonfinite", action="store_true", help="import weights that hold inf or NaN as they are"
+    )
 
     action = actions.add_parser("export", help="a finished model -> safetensors, config and tokenizer")
     action.add_argument("--from", dest="source", required=True, help="a finished model")
@@ -79,7 +82,7 @@ def _parser() -> Parser:
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "image_size", "seed")
+    others = ("select_layer", "image_size", "seed", "allow_nonfinite")
     plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started

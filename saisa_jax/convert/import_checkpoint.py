@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from saisa_jax import buckets
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten, unflatten_dict
 from saisa_jax.config import DTYPES as COMPUTE_DTYPES
@@ -32,7 +34,7 @@ from saisa_jax.convert.files.hub import repository, resolve
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
 from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
-from saisa_jax.convert.match import layout_of
+from saisa_jax.convert.match import layout_of, settle_head
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.target import check_room, check_target
@@ -56,6 +58,7 @@ class ImportOptions:
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
+      allow_nonfinite: import weights that hold inf or NaN, with a warning.
     """
 
     source: str
@@ -69,6 +72,7 @@ class ImportOptions:
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
     model = config_from_hf(where, layout=layout, vision=vision, select_layer=options.select_layer, raw=tensors.config())
+    model = settle_head(tensors, model, layout)
     if options.image_size:
         model = dataclasses.replace(model, vision=resized(model.vision, options.image_size))
     stage = STAGES[-1]
@@ -147,38 +152,43 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
       CheckpointError: writing failed; nothing is left of it.
       DataError: a tokenizer that cannot be read.
     """
-    to = check_target(to)
+    target = check_target(to)
     plan = plan_import(options)
     tokenizer = _tokenizer(options, plan)
-    config = _config(options, plan, tokenizer, to)
-    _check_room(plan, options, to)
+    config = _config(options, plan, tokenizer, target)
+    _check_room(plan, options, target)
     flat = _read(plan, options, _places(sharding))
     params = unflatten_dict(flat)
     if "projector" not in plan.parts and "vision" in plan.parts:
         params["visual_proj"] = _fresh_projector(config.model_for(STAGES[0]), options.seed)
 
-    def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
+    def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
+        with buckets.Mirror(directory / "sidecar") as mirror:
+            write_sidecars(mirror.local, leaves)
+
+    def write_sidecars(directory: Path, leaves: Mapping[str, Any]) -> None:
         for piece in plan.pieces:
             named = repository((options.vision if piece.name == "vision" else options.source) or "")
             source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match, named)
-            target = Path(directory) / "sidecar" / piece.name
             other = Path(options.tokenizer or "none")  # a directory, or a word
             tokens = other if piece.name == "model" and other.is_dir() else None
-            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens)
+            sidecar.write(
+                directory / piece.name, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens
+            )
 
     imported = {
         "from": [str(piece.tensors.where) for piece in plan.pieces],
         "layouts": [piece.layout.name for piece in plan.pieces],
         "parts": plan.parts,
     }
-    save_model(to, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
+    save_model(target, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
     return plan
 
 
 def _read(plan: ImportPlan, options: ImportOptions, place: Any) -> dict[str, Any]:
     flat = {}
     for piece in plan.pieces:
-        for path, array in piece.read(options.dtype):
+        for path, array in piece.read(options.dtype, options.allow_nonfinite):
             flat[path] = place(path, array)
             del array  # or it would be held while the next one is read
     return flat
@@ -217,7 +227,7 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
     return tokenizer
 
 
-def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) -> Config:
+def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: epath.Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
     if tokenizer is not None:
         multimodal = "projector" in plan.parts
@@ -228,12 +238,12 @@ def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) 
     return Config(
         name=to.name,
         model=dataclasses.replace(plan.model, end_token_ids=ends),
-        data=DataConfig(system_prompt=system_prompt, tokenizer=str(to.resolve() / "tokenizer")),
+        data=DataConfig(system_prompt=system_prompt, tokenizer=str(buckets.absolute(to) / "tokenizer")),
         finetune=StageConfig(template=template, sharing=sharing),
     )
 
 
-def _check_room(plan: ImportPlan, options: ImportOptions, to: Path) -> None:
+def _check_room(plan: ImportPlan, options: ImportOptions, to: epath.Path) -> None:
     needed = 0
     for piece in plan.pieces:
         width = np.dtype(options.dtype or stored_dtype(piece)).itemsize

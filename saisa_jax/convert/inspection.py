@@ -20,7 +20,7 @@ from saisa_jax.convert.configs import config_from_hf, decoder_config_from_hf
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.tensors import CheckpointSource
 from saisa_jax.convert.layouts import TOWER_APART, Layout, decoder_family, encoder_family, layout_for
-from saisa_jax.convert.match import Match, layout_of, match, parts_in
+from saisa_jax.convert.match import Match, layout_of, match, parts_in, settle_head
 from saisa_jax.convert.rows import ConvertError, part_of_path
 
 SHOWN = 12  # names of a list; --all shows every one
@@ -50,6 +50,7 @@ def _inspect_source(
 ) -> None:
     layout = layout_of(tensors)
     model, known_tower = _config(tensors, layout, path, vision)
+    model = settle_head(tensors, model, layout)
     rows = layout_for(model, layout)
     parts = parts_in(tensors, rows) if known_tower else ("decoder", "projector")
     found = match(tensors, rows, parts, "float32")

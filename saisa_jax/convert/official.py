@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from saisa_jax import buckets
 from saisa_jax.convert.hf_json import CONFIG, PREPROCESSOR_CONFIG, read_json, read_json_if_there
 
 WIDTH = 1024  # of the tower's features: written out in its decoder layer
@@ -23,13 +26,13 @@ def fetches(tower: str) -> bool:
     return tower.startswith(FETCHED) or "ShareGPT4V" in tower
 
 
-def official_notes(directory: Path) -> tuple[str, ...]:
+def official_notes(directory: Path | epath.Path) -> tuple[str, ...]:
     """Why the official program does not run an export in the layout saisa as it lies there; (): it does."""
     raw = read_json(directory / CONFIG)
-    return (*_name(directory.resolve()), *_decoder(raw), *_vision(raw, directory), *_tokenizer(directory))
+    return (*_name(buckets.absolute(directory)), *_decoder(raw), *_vision(raw, directory), *_tokenizer(directory))
 
 
-def _name(directory: Path) -> Iterator[str]:
+def _name(directory: Path | epath.Path) -> Iterator[str]:
     name = directory.name
     if name.startswith("checkpoint-"):  # then it takes the parent's as well
         name = f"{directory.parent.name}_{name}"
@@ -51,7 +54,7 @@ def _decoder(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"its transformers (4.37) knows no rope_scaling like {scaling}"
 
 
-def _vision(raw: Mapping[str, Any], directory: Path) -> Iterator[str]:
+def _vision(raw: Mapping[str, Any], directory: Path | epath.Path) -> Iterator[str]:
     if raw.get("mm_hidden_size") != WIDTH:
         yield f"its projectors take features that are {WIDTH} wide, and these are {raw.get('mm_hidden_size')}"
     name = raw.get("mm_vision_tower", "")
@@ -67,7 +70,7 @@ def _vision(raw: Mapping[str, Any], directory: Path) -> Iterator[str]:
         yield f"{folder} has no {PREPROCESSOR_CONFIG}"
 
 
-def _tokenizer(directory: Path) -> Iterator[str]:
+def _tokenizer(directory: Path | epath.Path) -> Iterator[str]:
     held = {file.name for file in directory.iterdir()}
     slow = "tokenizer.model" in held or {"vocab.json", "merges.txt"} <= held
     if not slow and read_json_if_there(directory / TOKENIZER_CONFIG).get("tokenizer_class") != FAST:

@@ -8,7 +8,9 @@ from absl import logging
 
 from saisa_jax.convert.files.gguf import GgufFile, choose_gguf
 from saisa_jax.convert.files.pickled import PICKLED_INDEX, PICKLED_SINGLE, PickledDirectory
-from saisa_jax.convert.files.tensors import CheckpointSource, TensorDirectory
+from saisa_jax.convert.files.tensors import CheckpointSource, Directory, TensorDirectory
+from saisa_jax.convert.hf_json import CONFIG, read_json_if_there
+from saisa_jax.convert.quantised import check_not_quantised
 from saisa_jax.convert.rows import ConvertError
 
 
@@ -16,9 +18,15 @@ def open_checkpoint(path: str | Path) -> CheckpointSource:
     """A GGUF file, or a directory: of safetensors, else of `.bin` files, else of a GGUF file.
 
     Raises:
-      ConvertError: nothing there that can be read; says what was found.
+      ConvertError: nothing there that can be read; says what was found. Or a quantised checkpoint.
     """
-    path = Path(path).expanduser()
+    source = _open(Path(path).expanduser())
+    if isinstance(source, Directory):
+        check_not_quantised(source, read_json_if_there(source.where / CONFIG))
+    return source
+
+
+def _open(path: Path) -> CheckpointSource:
     if path.suffix.lower() == ".gguf":
         return GgufFile(path)
     if not path.is_dir() or any(path.glob("*.safetensors")):
