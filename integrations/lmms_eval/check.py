@@ -2,7 +2,8 @@
 
     python integrations/lmms_eval/check.py FOLDER
 
-The recipe of the tests asks eight questions unless it is told otherwise. A tiny model learns to tell whether a shape is red; POPE is twenty-four such questions in a parquet file.
+A tiny model learns to tell whether a shape is red; POPE is twenty-four such questions in a parquet file. (--limit: the
+tests' recipe asks eight unless it is told otherwise.)
 """
 
 from __future__ import annotations
