@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from saisa_jax import buckets
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten, unflatten_dict
 from saisa_jax.config import DTYPES as COMPUTE_DTYPES
@@ -150,31 +152,36 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
       CheckpointError: writing failed; nothing is left of it.
       DataError: a tokenizer that cannot be read.
     """
-    to = check_target(to)
+    target = check_target(to)
     plan = plan_import(options)
     tokenizer = _tokenizer(options, plan)
-    config = _config(options, plan, tokenizer, to)
-    _check_room(plan, options, to)
+    config = _config(options, plan, tokenizer, target)
+    _check_room(plan, options, target)
     flat = _read(plan, options, _places(sharding))
     params = unflatten_dict(flat)
     if "projector" not in plan.parts and "vision" in plan.parts:
         params["visual_proj"] = _fresh_projector(config.model_for(STAGES[0]), options.seed)
 
-    def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
+    def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
+        with buckets.Mirror(directory / "sidecar") as mirror:
+            write_sidecars(mirror.local, leaves)
+
+    def write_sidecars(directory: Path, leaves: Mapping[str, Any]) -> None:
         for piece in plan.pieces:
             named = repository((options.vision if piece.name == "vision" else options.source) or "")
             source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match, named)
-            target = Path(directory) / "sidecar" / piece.name
             other = Path(options.tokenizer or "none")  # a directory, or a word
             tokens = other if piece.name == "model" and other.is_dir() else None
-            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens)
+            sidecar.write(
+                directory / piece.name, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens
+            )
 
     imported = {
         "from": [str(piece.tensors.where) for piece in plan.pieces],
         "layouts": [piece.layout.name for piece in plan.pieces],
         "parts": plan.parts,
     }
-    save_model(to, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
+    save_model(target, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
     return plan
 
 
@@ -220,7 +227,7 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
     return tokenizer
 
 
-def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) -> Config:
+def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: epath.Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
     if tokenizer is not None:
         multimodal = "projector" in plan.parts
@@ -231,12 +238,12 @@ def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) 
     return Config(
         name=to.name,
         model=dataclasses.replace(plan.model, end_token_ids=ends),
-        data=DataConfig(system_prompt=system_prompt, tokenizer=str(to.resolve() / "tokenizer")),
+        data=DataConfig(system_prompt=system_prompt, tokenizer=str(buckets.absolute(to) / "tokenizer")),
         finetune=StageConfig(template=template, sharing=sharing),
     )
 
 
-def _check_room(plan: ImportPlan, options: ImportOptions, to: Path) -> None:
+def _check_room(plan: ImportPlan, options: ImportOptions, to: epath.Path) -> None:
     needed = 0
     for piece in plan.pieces:
         width = np.dtype(options.dtype or stored_dtype(piece)).itemsize
