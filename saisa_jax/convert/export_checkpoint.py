@@ -36,7 +36,7 @@ from saisa_jax.convert.hf_json import (
     write_json,
 )
 from saisa_jax.convert.layouts import TOWER_APART, TOWER_PREFIX, layout_for
-from saisa_jax.convert.official import fetches, official_notes
+from saisa_jax.convert.official import fetches, official_notes, spell_for_transformers_4
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.target import check_room, check_target, written_whole
 from saisa_jax.convert.write import SHARD_BYTES, CastSource, ParamsSource, write_shards
@@ -112,6 +112,7 @@ class _Piece:
             shutil.copyfile(file, directory / file.name)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
+            spell_for_transformers_4(directory)
         for name, content in self.written.items():
             write_json(directory / name, content)
 

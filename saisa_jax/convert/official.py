@@ -6,6 +6,7 @@ tokenizers are slow ones, and every projector is 1024 wide.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 from etils import epath
 
 from saisa_jax import buckets
-from saisa_jax.convert.hf_json import CONFIG, PREPROCESSOR_CONFIG, read_json, read_json_if_there
+from saisa_jax.convert.hf_json import CONFIG, PREPROCESSOR_CONFIG, read_json, read_json_if_there, write_json
 
 WIDTH = 1024  # of the tower's features: written out in its decoder layer
 FETCHED = ("openai", "laion")  # towers that it takes from the hub begin so
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 FAST = "PreTrainedTokenizerFast"  # the one fast class that it takes, since it has no slow one
 
 
@@ -73,5 +74,26 @@ def _vision(raw: Mapping[str, Any], directory: Path | epath.Path) -> Iterator[st
 def _tokenizer(directory: Path | epath.Path) -> Iterator[str]:
     held = {file.name for file in directory.iterdir()}
     slow = "tokenizer.model" in held or {"vocab.json", "merges.txt"} <= held
-    if not slow and read_json_if_there(directory / TOKENIZER_CONFIG).get("tokenizer_class") != FAST:
+    fast = read_json_if_there(directory / TOKENIZER_CONFIG).get("tokenizer_class") == FAST
+    if not slow and not (fast and TOKENIZER in held and not _paired(read_json(directory / TOKENIZER))):
         yield "it reads slow tokenizers alone, and there is no tokenizer.model: copy the decoder's own into the folder"
+
+
+def _paired(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether merges are pairs, as tokenizers has written them since 0.20; before, they were one string each."""
+    return any(not isinstance(merge, str) for merge in tokenizer.get("model", {}).get("merges") or ())
+
+
+def spell_for_transformers_4(directory: Path) -> None:
+    """Respells a tokenizer that transformers 5 has saved: later versions read the older spelling as well.
+
+    The class has another name there, and merges are pairs, which are the same in one string where no token has a space.
+    """
+    settings = read_json(directory / TOKENIZER_CONFIG)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        write_json(directory / TOKENIZER_CONFIG, settings | {"tokenizer_class": FAST})
+    tokenizer = read_json_if_there(directory / TOKENIZER)
+    if _paired(tokenizer) and not any(" " in part for merge in tokenizer["model"]["merges"] for part in merge):
+        model = tokenizer["model"] | {"merges": [" ".join(merge) for merge in tokenizer["model"]["merges"]]}
+        content = json.dumps(tokenizer | {"model": model}, ensure_ascii=False, indent=2)
+        (directory / TOKENIZER).write_text(content, encoding="utf-8")

@@ -94,6 +94,11 @@ PROMPTS = {
     ("mmbench", "hub", "lmms"): (
         2, f"Look. what is the color of part 1? There are several options:\nA. red\nB. blue\n{C}",
     ),
+    ("mmbench_cn", "hub", "lmms"): (
+        0,
+        "nan what is the color of part 0? There are several options:\nA. red\nB. blue\n\n"
+        "请直接使用所提供的选项字母作为答案回答。",
+    ),
     ("mmbench_cn", "llava", "llava"): (1, "what is the color of part 0?\nA. blue\nB. red\n请直接回答选项字母。"),
     ("mmmu", "hub", "llava"): (3, f"<image> <image>\nWhat is <image 1> beside <image 2>?\nA. red\nB. blue\n{C}"),
     ("mmmu", "hub", "lmms"): (3, f"What is<image>beside<image>?\nA. red\nB. blue\n{C}"),
