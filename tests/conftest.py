@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def fixtures_dir() -> Path:
     if not directory.is_dir():
         pytest.skip(f"the full recorded fixtures are not here: {directory} does not exist; set SAISA_FIXTURES")
     return directory
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the objects of gs://bucket lie, which this process and those that it starts find while the tests run.
+
+    One server for all tests, since gcsfs keeps the first that it has met: each test takes a folder of its own.
+    """
+    from saisa_jax.testing.bucket import fake_bucket
+
+    folder = tmp_path_factory.mktemp("server")
+    with fake_bucket(folder) as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.items():
+            patch.setenv(name, value)
+        yield folder / "bucket"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

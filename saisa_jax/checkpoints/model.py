@@ -28,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from saisa_jax import buckets
 from saisa_jax.checkpoints import storage
 from saisa_jax.checkpoints.checksums import (
     account,
@@ -43,6 +44,7 @@ from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 from saisa_jax.config import Config, ConfigError, from_saved, to_dict
 
 SIDECAR = "sidecar"
+PARTS = frozenset({"config.json", "params", "tokenizer", SIDECAR})  # what may lie there before `model.json` does
 # Writes further files into the directory of an unfinished model: (directory, account of the parameters).
 Attach = Callable[[epath.Path, Mapping[str, Any]], None]
 
@@ -58,7 +60,8 @@ def save_model(
     """Writes a finished model, under its final name only when it is complete.
 
     It is written beside `directory` and renamed; a model that was there before is replaced. Every process calls this;
-    the first one writes the small files. (A bucket has no atomic rename: there a stopped save may leave a part.)
+    the first one writes the small files. A bucket has no directories to rename: there the older model goes first, and
+    `model.json`, which makes a model of what lies there, comes last (`is_model`).
 
     Args:
       params: nested dictionaries of arrays, on any mesh.
@@ -69,25 +72,33 @@ def save_model(
     Raises:
       CheckpointError: something else has that name, or writing failed.
     """
-    final = storage.absolute(directory)
-    unfinished, old = _sibling(final, "unfinished"), _sibling(final, "old")
-    if final.exists() and not (final / "model.json").exists() and _names(final):
+    final = buckets.absolute(directory)
+    remote = buckets.is_remote(final)
+    unfinished, old = final if remote else _sibling(final, "unfinished"), _sibling(final, "old")
+    strange = {path.name for path in buckets.children(final)} - (PARTS if remote else set())
+    if strange and not is_model(final):
         raise CheckpointError(f"{final} holds something other than a model ({_names(final)}); choose another directory")
     leaves = account(params)
     try:
-        _on_first(lambda: _prepare(final, unfinished, old))
+        _on_first(lambda: _clear(final) if remote else _prepare(final, unfinished, old))
         storage.write_tree(unfinished / "params", params)
         _on_first(lambda: _write_files(unfinished, leaves, config, tokenizer, metadata, attach))
-        _on_first(lambda: _put_in_place(final, unfinished, old))
+        if not remote:
+            _on_first(lambda: _put_in_place(final, unfinished, old))
     except Exception as error:  # Orbax raises almost anything
-        if unfinished.exists() and jax.process_index() == 0:
-            unfinished.rmtree()
+        if jax.process_index() == 0:
+            buckets.remove(unfinished)
         raise CheckpointError(f"the model was not saved in {final}: {storage.first_line(error)}") from error
 
 
 def local_model(workdir: str | os.PathLike[str], stage: str) -> epath.Path:
     """Where a stage of a run leaves its finished model."""
     return epath.Path(workdir) / stage / "model"
+
+
+def is_model(directory: str | os.PathLike[str]) -> bool:
+    """Whether a finished model lies there: its `model.json` is written last."""
+    return (epath.Path(directory) / "model.json").exists()
 
 
 def load_model(
@@ -115,7 +126,7 @@ def load_model(
         of other shapes than those of `abstract`, every one listed.
       DamagedError: files that are missing, cut short or changed, by name; arrays by path.
     """
-    where = storage.absolute(directory)
+    where = buckets.absolute(directory)
     document = _read_document(where)
     stored = document["leaves"]
     expected = describe(abstract) if abstract is not None else stored
@@ -150,7 +161,7 @@ def read_account(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Con
     Raises:
       CheckpointError, DamagedError: as `load_model`.
     """
-    where = storage.absolute(directory)
+    where = buckets.absolute(directory)
     document = _read_document(where)
     return document, _read_config(where, document["files"])
 
@@ -161,7 +172,7 @@ def sidecar_files(directory: str | os.PathLike[str]) -> list[epath.Path]:
     Raises:
       DamagedError: one that is missing or changed, by name.
     """
-    where = storage.absolute(directory)
+    where = buckets.absolute(directory)
     files = _read_document(where)["files"]
     found = []
     for name in sorted(name for name in files if name.startswith(f"{SIDECAR}/")):
@@ -183,7 +194,7 @@ def copy_sidecar(source: str | os.PathLike[str]) -> Attach:
 
     def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
         try:
-            files, root = sidecar_files(source), storage.absolute(source)
+            files, root = sidecar_files(source), buckets.absolute(source)
         except CheckpointError as error:
             logging.warning("the sidecar of %s is not copied: %s", source, error)
             return
@@ -209,10 +220,15 @@ def _on_first(act: Callable[[], None]) -> None:
     multihost_utils.sync_global_devices("saisa_jax.save_model")
 
 
+def _clear(final: epath.Path) -> None:
+    """Removes a model, or a part of one, from a bucket; from its first moment on there is none."""
+    (final / "model.json").unlink(missing_ok=True)
+    buckets.remove(final)
+
+
 def _prepare(final: epath.Path, unfinished: epath.Path, old: epath.Path) -> None:
     """Removes what a killed save has left; the model that it was about to replace gets its name back."""
-    if unfinished.exists():
-        unfinished.rmtree()
+    buckets.remove(unfinished)
     if old.exists() and not final.exists():
         old.rename(final)
     elif old.exists():
@@ -224,8 +240,7 @@ def _put_in_place(final: epath.Path, unfinished: epath.Path, old: epath.Path) ->
     if final.exists():
         final.rename(old)
     unfinished.rename(final)
-    if old.exists():
-        old.rmtree()
+    buckets.remove(old)
 
 
 def _write_files(

@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from saisa_jax import buckets
 from saisa_jax.checkpoints import storage
 from saisa_jax.checkpoints.checksums import account, damaged, describe, differences, seal, unseal
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
@@ -29,15 +30,19 @@ class RunCheckpointer:
     Args:
       directory: local or `gs://`; made if it is not there.
       keep: how many of the latest steps to keep; with two, one is left to fall back to.
+      read_only: nothing there is touched; a run may be writing to it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, read_only: bool = False):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least 1 is needed; set --config.training.keep_checkpoints")
-        self._directory = storage.absolute(directory)
+        self._directory = buckets.absolute(directory)
         self._pending: int | None = None  # being saved in the background, its outcome not yet known
         self._current: int | None = None  # saved or restored last
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        kept = None if read_only else keep
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept, cleanup_tmp_directories=not read_only, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> RunCheckpointer:
@@ -55,7 +60,7 @@ class RunCheckpointer:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending: a step that is still being written, or was never finished, is not there."""
-        paths = [path for path in self._directory.iterdir() if path.name.isdigit()]
+        paths = [path for path in buckets.children(self._directory) if path.name.isdigit()]
         return sorted(int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path))
 
     def latest_step(self) -> int | None:
@@ -209,7 +214,6 @@ class RunCheckpointer:
         for step, error in failures.items():
             aside = self._directory / f"{step}.damaged"
             logging.error("%s. FALLING BACK TO STEP %d; the damaged one is now %s", error, used, aside)
-            if aside.exists():
-                aside.rmtree()
-            (self._directory / str(step)).rename(aside)
+            buckets.remove(aside)
+            buckets.move(self._directory / str(step), aside)
         self._manager.reload()

@@ -32,13 +32,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from saisa_jax import buckets
 from saisa_jax.config import Config, to_dict
 from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
-from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard, write_text
+from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard
 from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
@@ -64,7 +65,7 @@ class Job:
 
     def account(self, number: int) -> epath.Path:
         """Marks a shard as complete, and says what it holds."""
-        return epath.Path(self.to) / f"shard-{number:05d}-of-{self.shards:05d}.json"
+        return buckets.place(self.to) / f"shard-{number:05d}-of-{self.shards:05d}.json"
 
     def encoder(self) -> Encoder:
         return Encoder(self.config, self.stage, load_tokenizer(self.config.data.tokenizer))
@@ -95,7 +96,7 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
       DataError: the directory holds something else, no sample can be used, or the recipe is invalid.
       KeyboardInterrupt: stopped; finished shards stay, and the same call resumes.
     """
-    directory = epath.Path(job.to)
+    directory = buckets.place(job.to)
     if (directory / INDEX).exists():
         index = Index.read(directory)
         _check_plan(index.plan, plan, directory)
@@ -117,7 +118,7 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
                 f"{directory}: its data has changed ({seen}): all is made anew", highlight=False, soft_wrap=True
             )
             _clear(directory)
-    write_text(directory / PLAN, json.dumps(plan))
+    buckets.write_text(directory / PLAN, json.dumps(plan))
     done = [number for number in range(job.shards) if job.account(number).exists()]
     stale = [number for number in done if json.loads(job.account(number).read_text()).get("mark") != job.mark(number)]
     if stale:
@@ -161,7 +162,7 @@ def _is_current(job: Job, index: Index, plan: dict[str, Any]) -> bool:
 def _clear(directory: epath.Path) -> None:
     """Takes a set away, the index first, so that none is ever half old."""
     (directory / INDEX).unlink(missing_ok=True)
-    for path in list(directory.iterdir()):
+    for path in buckets.children(directory):
         if path.name in (PLAN, REPORT) or path.name.startswith("shard-"):
             path.unlink()
 
@@ -169,15 +170,18 @@ def _clear(directory: epath.Path) -> None:
 def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
     """Writes report and index, the index last."""
     accounts = [json.loads(job.account(number).read_text()) for number in range(job.shards)]
-    shards = [Shard(**account["shard"]) for account in accounts if account["shard"]["samples"]]
     tokens, images = (np.array([n for a in accounts for n in a[name]], np.int32) for name in ("tokens", "images"))
     report = [line for account in accounts for line in account[LEFT_OUT]]
-    write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
-    if not shards:
+    buckets.write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
+    kept = [account for account in accounts if account["shard"]["samples"]]
+    if not kept:
         raise DataError(f"none of {len(job.samples)} samples can be used; {directory / REPORT} says why")
     plan = plan | {"marks": [account["mark"] for account in accounts]}
-    index = Index(tuple(shards), plan["fingerprint"], plan, tokens, images)
-    write_text(directory / INDEX, index.to_json())
+    # Finished shards of an earlier version, with which this one went on, do not say what they hold.
+    contents = tuple(account["content"] for account in kept) if all("content" in each for each in kept) else ()
+    shards = tuple(Shard(**account["shard"]) for account in kept)
+    index = Index(shards, plan["fingerprint"], plan, tokens, images, contents)
+    buckets.write_text(directory / INDEX, index.to_json())
     for number, account in enumerate(accounts):
         job.account(number).unlink()
         if not account["shard"]["samples"]:
@@ -207,10 +211,10 @@ def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], obje
                 yield record
             tick()
 
-    path = epath.Path(job.to) / job.shard_name(number)
-    size = write_shard(path, records())
+    path = buckets.place(job.to) / job.shard_name(number)
+    size, account["content"] = write_shard(path, records())
     account["shard"] = dataclasses.asdict(Shard(path.name, len(account["tokens"]), size))
-    write_text(job.account(number), json.dumps(account))
+    buckets.write_text(job.account(number), json.dumps(account))
 
 
 def _prepare_sample(job: Job, index: int, encoder: Encoder) -> tuple[bytes, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -43,6 +44,7 @@ def run(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     quantize: str | None = None,
+    prompts: str = "llava",
 ) -> None:
     """Evaluates a model and prints a table for each task. What is empty or None is as the model's configuration says.
 
@@ -70,21 +72,33 @@ def run(
         quantize=quantize,
         data=data,
         images=images,
+        prompts=prompts,
     )
     for name in tasks:
+        tokens = max_new_tokens or TASKS[name].max_new_tokens or defaults.max_new_tokens
+        settings = dataclasses.replace(settings, max_new_tokens=tokens)
         record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
-        console.print(table(record))
-        if record["failed"]:
-            some = ", ".join(list(record["failed"])[:3])
-            console.print(
-                f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
-                highlight=False,
-            )
+        if record is not None:  # in the first process
+            show(console, record, output)
     records = overview.write(epath.Path(output) / "evaluation", checkpoint, model.stage)
     if len(records) > 1:
         console.print(overview.table(records))
     files = " and ".join(f"{name}.json" for name in tasks)
     console.print(f"{files} with the answers (.jsonl) are in {output}/evaluation", highlight=False, soft_wrap=True)
+
+
+def show(console: Console, record: dict[str, Any], output: str) -> None:
+    """Prints a record: its table, what was not scored or asked, and the files for servers and judges."""
+    console.print(table(record))
+    for line in (record["note"], *(f"{output}/evaluation/{file}" for file in record["files"])):
+        if line:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if record["failed"]:
+        some = ", ".join(list(record["failed"])[:3])
+        console.print(
+            f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
+            highlight=False,
+        )
 
 
 def model_of(workdir: str) -> str:
@@ -106,11 +120,14 @@ def model_of(workdir: str) -> str:
 def table(record: dict[str, Any]) -> Table:
     """The accuracies of a `TASK.json`, beside those of an answer without the image."""
     limited = "" if record["complete"] else f", the first {record['n']} questions"
-    shown = Table(title=f"{record['model']['name']} on {record['task']}{limited}", title_justify="left")
+    school = f", prompts and scores of {record['prompts']}" if record.get("prompts") else ""
+    shown = Table(title=f"{record['model']['name']} on {record['task']}{school}{limited}", title_justify="left")
     for name in ("", record["metric"], "95% interval", "questions", "without image"):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     baseline = record["baseline"]
     rows = [("overall", record["overall"]), *record["groups"].items()]
+    if name := record.get("headline"):
+        shown.add_row(name, f"{record['metrics'][name]:.4g}" if name in record["metrics"] else "", "", "", "")
     for name, part in rows:
         guess = f"{baseline[name]:.1%}" if name in baseline else ""
         shown.add_row(name.replace("_", "/"), *_cells(part), guess)
@@ -123,6 +140,8 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def _cells(part: dict[str, Any]) -> tuple[str, str, str]:
+    if part["accuracy"] is None:
+        return "", "", str(part["n"])
     low, high = part["interval"]
     return f"{part['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", str(part["n"])
 

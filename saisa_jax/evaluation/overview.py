@@ -69,16 +69,16 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 def _rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
     for record in records:
-        low, high = record["interval"]
         school = f" ({record['prompts']})" if record.get("prompts") else ""
         count = f"{record['n']:,}{'' if record['complete'] else ', the first'}"
         if record["failed"]:
             count += f", {len(record['failed'])} failed"
         further = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
-        interval = f"{100 * low:.1f} to {100 * high:.1f}"
-        rows.append(
-            (f"{record['task']}{school}", record["metric"], f"{100 * record['accuracy']:.1f}", interval, count, further)
-        )
+        score = interval = "-"  # the answers lie on a server
+        if record["accuracy"] is not None:
+            low, high = record["interval"]
+            score, interval = f"{100 * record['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append((f"{record['task']}{school}", record["metric"], score, interval, count, further))
     return rows
 
 

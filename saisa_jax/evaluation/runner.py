@@ -18,6 +18,7 @@ read from what it writes by the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,12 +26,10 @@ import platform
 import statistics
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,15 +43,12 @@ from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import USER, DataError, Turn
-from saisa_jax.evaluation import metrics
+from saisa_jax.evaluation import scoring
 from saisa_jax.evaluation.progress import Progress
-from saisa_jax.evaluation.results import cluster
-from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
+from saisa_jax.evaluation.tasks import SCHOOLS, TASKS, Item, Task, TaskData
 from saisa_jax.inference.batches import Prompt, make_prompt, plan_batches
 from saisa_jax.inference.generate import GREEDY
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
-
-INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +62,7 @@ class Settings:
       quantize: how the weights were rounded; for the record.
       data: a file or folder that holds the questions; "": the task's own, or what the recipe names.
       images: what the names of its pictures lead into; "": beside it.
+      prompts: the school of prompts and scores, one of `SCHOOLS`.
     """
 
     batch_size: int = 64
@@ -74,6 +71,7 @@ class Settings:
     quantize: str | None = None
     data: str = ""
     images: str = ""
+    prompts: str = "llava"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -81,6 +79,8 @@ class Settings:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit={self.limit} must be at least 1; leave it out for all questions")
+        if self.prompts not in SCHOOLS:
+            raise ConfigError(f"--prompts={self.prompts} is not one of {', '.join(SCHOOLS)}")
         if self.images and not self.data:
             raise ConfigError(f"--images={self.images} needs --data=FILE, whose pictures it holds")
 
@@ -118,8 +118,10 @@ def evaluate(
       OtherProcessError: one of these, in another process.
       Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt; or `stop`. The next run goes on.
     """
-    task = TASKS[name]
-    items = parallel.together(lambda: _items(model, name, task, settings))
+    task = TASKS[name].under(settings.prompts)
+    validation = model.stage_config.validation
+    data = TaskData(settings.data, settings.images, validation, model.stage, settings.prompts, name)
+    items = parallel.together(lambda: read_items(task, data, settings.limit))
     started = time.monotonic()
     header = {"of": _identity(model, name, items, settings)}
     parallel.agree(zlib.crc32(json.dumps(header).encode()), f"questions, settings or versions of {name}")
@@ -143,13 +145,13 @@ def evaluate(
     def finish() -> dict[str, Any] | None:
         if not first:
             return None
-        predictions = [rows[item.id] for item in items]
-        record = _summary(name, task, predictions)
+        predictions = task.rescore([rows[item.id] for item in items])
+        record = scoring.summary(name, task, predictions)
         record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
         record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
         record |= {"decoding": _decoding(model, settings)}
         record |= _origin(model, checkpoint)
-        _commit(folder, name, predictions, record)
+        scoring.commit(folder, name, predictions, record, task.files(predictions, data))
         partial.unlink()
         return record
 
@@ -176,32 +178,24 @@ def _stopped(rows: Mapping[str, Any], items: Sequence[Item], name: str, partial:
 # --- the questions ---------------------------------------------------------------------------------------------------
 
 
-def _items(model: VisionLanguageModel, name: str, task: Task, settings: Settings) -> list[Item]:
-    """The questions to ask; DataError if some cannot be, because they or their pictures are not there."""
-    data = TaskData(settings.data, settings.images, model.stage_config.validation, model.stage)
-    found = list(islice(task.items(data), settings.limit))
+def read_items(task: Task, data: TaskData, limit: int | None = None, *, pictures: bool = True) -> list[Item]:
+    """The questions to ask; DataError if some cannot be, because they or (`pictures`) their pictures are not there."""
+    found = list(islice(task.items(data), limit))
     items = [item for item in found if isinstance(item, Item)]
     reasons = [(item.sample_id, item.reason) for item in found if isinstance(item, DataError)]
-    for item in items:
+    for item in items if pictures else ():
         paths = [os.fspath(image) for image in item.images if isinstance(image, str | os.PathLike)]
-        reasons += [(item.id, f"there is no image {path}") for path in paths if not Path(path).exists()][:1]
+        reasons += [(item.id, f"there is no image {path}") for path in paths if not epath.Path(path).exists()][:1]
     if reasons:
         raise DataError(
-            f"{len(reasons)} of {len(found)} questions of {name} cannot be asked: {_some(reasons)}. "
+            f"{len(reasons)} of {len(found)} questions of {data.task} cannot be asked: {scoring.some(reasons)}. "
             "--data=FILE with --images=FOLDER says where questions and pictures lie"
         )
     if not items:
-        raise DataError(f"{name} has no questions{f' in --data={settings.data}' if settings.data else ''}")
+        raise DataError(f"{data.task} has no questions{f' in --data={data.data}' if data.data else ''}")
     if len({item.id for item in items}) < len(items):
-        raise DataError(f"{name} has two questions of one id: {_repeated(items)!r}")
+        raise DataError(f"{data.task} has two questions of one id: {_repeated(items)!r}")
     return items
-
-
-def _some(reasons: Sequence[tuple[str, str]], count: int = 3) -> str:
-    """A few ids with their reasons, and how many more there are."""
-    shown = [f"{name} ({reason[:200]})" if name else reason[:200] for name, reason in reasons[:count]]
-    more = len(reasons) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def _repeated(items: Sequence[Item]) -> str:
@@ -338,67 +332,15 @@ def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any,
         "answers": list(item.answers),
         "kind": item.kind,
     } | ({"extra": dict(item.extra)} if item.extra else {})
-    if isinstance(output, DataError):
-        return row | {"output": None, "prediction": None, "score": None, "error": output.reason}
-    score = float(task.score(output, item))
-    if not 0 <= score <= 1:
-        raise ValueError(f"the score of {item.id} is {score}, not from 0 to 1")
-    return row | {"output": output, "prediction": task.parse(output, item), "score": score}
+    return row | scoring.answered(task, item, output)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def _summary(name: str, task: Task, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies in 0..1, the means of scores: overall, of the task's groups, of every kind; and of an answer without
-    the image."""
-    scored = [row for row in predictions if row["score"] is not None]
-    failed = {row["id"]: row["error"] for row in predictions if row["score"] is None}
-    if not scored:
-        raise DataError(f"none of the {len(failed)} questions of {name} could be asked: {_some(list(failed.items()))}")
-    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in scored:
-        if row["kind"]:
-            kinds[row["kind"]].append(row)
-    overall = _accuracy(scored)
-    groups = {
-        group: _accuracy(rows)
-        for group, belongs in task.groups.items()
-        if (rows := [row for row in scored if belongs(row["kind"])])
-    }
-    return {
-        "task": name,
-        "title": task.title,
-        "metric": task.metric,
-        "n": len(scored),
-        "failed": failed,
-        "accuracy": overall["accuracy"],
-        "interval": overall["interval"],
-        **{name: group["accuracy"] for name, group in groups.items()},
-        "metrics": dict(task.metrics(scored)),
-        "overall": overall,
-        "groups": groups,
-        "kinds": {kind: _accuracy(rows) for kind, rows in sorted(kinds.items())},
-        "interval_method": INTERVAL,
-        "baseline": dict(task.baseline()),
-    }
-
-
-def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    scores = [row["score"] for row in rows]
-    clusters = [cluster(row) for row in rows]
-    return {
-        "accuracy": sum(scores) / len(scores),
-        "n": len(scores),
-        "interval": list(metrics.clustered_interval(scores, clusters)),
-        "effective_n": metrics.effective_size(scores, clusters),
-        "interval_if_independent": list(metrics.wilson(sum(scores), len(scores))),
-    }
-
-
 def _costs(model: VisionLanguageModel, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """FLOPs of reading the mean question. The image slots of a blind run are empty, and computed all the same."""
-    predictions = [row for row in predictions if row["score"] is not None]
+    predictions = [row for row in predictions if "error" not in row]
     tokens = statistics.fmean(row["prompt_tokens"] for row in predictions)
     images = max(len(row["images"]) for row in predictions)
     flops_of = {
@@ -438,18 +380,6 @@ def _decoding(model: VisionLanguageModel, settings: Settings) -> dict[str, Any]:
         "system_prompt": system,
         "dtype": model.model_config.dtype,
     }
-
-
-def _commit(folder: epath.Path, name: str, predictions: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
-    files = {
-        f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in predictions),
-        f"{name}.json": json.dumps(record, indent=2) + "\n",
-    }
-    for file, text in files.items():
-        (folder / f"{file}.tmp").write_text(text)
-    (folder / f"{name}.json").unlink(missing_ok=True)
-    for file in files:
-        (folder / f"{file}.tmp").replace(folder / file)
 
 
 def _replace(path: epath.Path, text: str) -> None:

@@ -321,8 +321,10 @@ class Answerer:
 
     def _run_decode(self, params: Any, logits: Any, cache: KVCache, positions: Any, padding: Any) -> Any:
         limit = self.max_new_tokens
-        arguments = jax.random.key(0), limit, *GREEDY, bucket(limit)
-        return self.model.generator.decode(params, logits, cache, positions, padding, *arguments)
+        temperature, top_p = GREEDY
+        return self.model.generator.decode(
+            params, logits, cache, positions, padding, jax.random.key(0), limit, temperature, top_p, bucket(limit)
+        )
 
     def _run_prefill(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
         """Logits, cache, next positions, and which rows are padding. `slots` [B, M] count within the row's way."""
@@ -399,7 +401,7 @@ class Answerer:
         numbers = self.batches[number]
         longest = [self.prompts[n] for n in numbers if n is not None]  # of all processes, which agree on the shapes
         slots = max(_slots(len(prompt.images)) for prompt in longest) if self._rings else 0
-        asked = [None if numbers[row] is None else self.prompts[numbers[row]] for row in rows]
+        asked = [None if (n := numbers[row]) is None else self.prompts[n] for row in rows]
         nothing = np.zeros((0, 0, 3), np.uint8)
         batch = pack_rows(
             [[p and Example(p.encoded, [nothing] * len(p.images) if slots else None)] for p in asked],
@@ -465,7 +467,7 @@ class Answerer:
             return said[:, None]
         sharding = NamedSharding(mesh, PartitionSpec(None, "tensor", parallel.BATCH_AXES))
         shape = (2, mesh.shape["tensor"], self._size)
-        return jax.make_array_from_callback(shape, sharding, lambda index: said[:, None, index[2]])
+        return jax.make_array_from_callback(shape, sharding, lambda index: said[:, None, (index or (slice(None),) * 3)[2]])
 
     def _receive(self, sent: _Sent) -> tuple[list[list[int] | DataError | None], bool]:
         """What the rows of a batch say, and whether all processes stop."""

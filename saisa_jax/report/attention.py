@@ -36,28 +36,29 @@ class Looked:
         return pictures.png(pictures.strip([picture.pixels for picture in self.pictures]))
 
 
-def look(model: Any, predictions: Sequence[dict[str, Any]]) -> list[Looked]:
+def look(model: Any, predictions: Sequence[dict[str, Any]], size: int = pictures.TILE) -> list[Looked]:
     """Draws the attention of each prediction's answer.
 
     Args:
       model: the model; its `attention(question, images)` gives [L, P].
       predictions: of the model, each with an image.
+      size: pixels of a side of each picture.
     """
-    return [_look(model, row) for row in predictions]
+    return [_look(model, row, size) for row in predictions]
 
 
-def _look(model: Any, row: dict[str, Any]) -> Looked:
+def _look(model: Any, row: dict[str, Any], size: int) -> Looked:
     vision: VisionConfig = model.config.model.vision
     image = load_image(row["image"], row["id"])
     pixels = prepare_image(image, vision.image_size, vision.image_mode, vision.image_mean, row["id"])
     seen = vision.patches_per_side * vision.patch_size  # so that the patches fit the image
     pixels = pixels[:seen, :seen]
     weights = np.asarray(model.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
-    shown = [Picture("the image", pictures.tile(pixels))]
+    shown = [Picture("the image", pictures.tile(pixels, size))]
     for layer in layers_to_show(len(weights)):
         share = float(weights[layer].sum())
         caption = f"layer {layer + 1}: {share:.0%} on the image" if share > 0 else f"layer {layer + 1} does not see it"
-        shown.append(Picture(caption, pictures.attention_tile(pixels, weights[layer])))
+        shown.append(Picture(caption, pictures.attention_tile(pixels, weights[layer], size)))
     return Looked(row, tuple(shown))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from etils import epath
-from PIL import Image
 from rich import box
 from rich.table import Table
 
@@ -81,8 +80,7 @@ def _example(row: examples.Prediction, runs: Sequence[Run]) -> page.Card:
         image = None  # the images were moved since; the question is shown without one
     if image is None:
         return page.Card(row, None, tuple(answers))
-    image.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE), Image.Resampling.LANCZOS)
-    return page.Card(row, pictures.png(image), tuple(answers))
+    return page.Card(row, pictures.png(pictures.thumbnail(image, LARGEST_EXAMPLE)), tuple(answers))
 
 
 def write(out: epath.Path, html: str, files: dict[str, bytes]) -> None:

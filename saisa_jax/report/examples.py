@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 Prediction = dict[str, Any]
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def is_right(row: Mapping[str, Any]) -> bool:
@@ -17,12 +18,12 @@ def is_right(row: Mapping[str, Any]) -> bool:
 
 def choose(predictions: Sequence[Prediction], count: int = 12, wrong: int = 3) -> list[Prediction]:
     """`count` predictions about different images, kinds in turn; `wrong` of them wrong ones, if there are as many."""
-    shuffled = sorted(predictions, key=_digest)
+    mixed = shuffled(predictions)
     seen: set[str | None] = set()
-    bad = _in_turn([row for row in shuffled if not is_right(row)], wrong, seen)
-    good = _in_turn([row for row in shuffled if is_right(row)], count - len(bad), seen)
-    more = _in_turn([row for row in shuffled if not is_right(row)], count - len(bad) - len(good), seen)
-    return sorted([*bad, *good, *more], key=_digest)
+    bad = _in_turn([row for row in mixed if not is_right(row)], wrong, seen)
+    good = _in_turn([row for row in mixed if is_right(row)], count - len(bad), seen)
+    more = _in_turn([row for row in mixed if not is_right(row)], count - len(bad) - len(good), seen)
+    return shuffled([*bad, *good, *more])
 
 
 def choose_for_attention(shown: Sequence[Prediction], count: int = 3) -> list[Prediction]:
@@ -38,9 +39,9 @@ def choose_for_attention(shown: Sequence[Prediction], count: int = 3) -> list[Pr
     return [*first, *rest][:count]
 
 
-def _digest(row: Prediction) -> str:
-    """An order that looks random and is the same everywhere."""
-    return hashlib.sha256(str(row["id"]).encode()).hexdigest()
+def shuffled(rows: Iterable[Row]) -> list[Row]:
+    """In an order that looks random and is the same everywhere."""
+    return sorted(rows, key=lambda row: hashlib.sha256(str(row["id"]).encode()).hexdigest())
 
 
 def _in_turn(rows: Iterable[Prediction], count: int, seen: set[str | None]) -> list[Prediction]:

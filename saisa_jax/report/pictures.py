@@ -24,6 +24,21 @@ def png(pixels: UInt8[np.ndarray, "h w 3"] | Image.Image) -> bytes:
     return out.getvalue()
 
 
+def jpeg(pixels: UInt8[np.ndarray, "h w 3"] | Image.Image) -> bytes:
+    """An RGB image as the bytes of a JPEG file, a fifth of a photo's PNG."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80, optimize=True)
+    return out.getvalue()
+
+
+def thumbnail(image: Image.Image, longest: int) -> Image.Image:
+    """A copy whose longer side has at most so many pixels."""
+    small = image.copy()
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return small
+
+
 def tile(pixels: UInt8[np.ndarray, "h h 3"], size: int = TILE) -> UInt8[np.ndarray, "size size 3"]:
     """A square image, resized smoothly."""
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))

@@ -1,11 +1,12 @@
 """How the page looks: from a wide screen to a phone, and on paper."""
 
 CSS = """
-:root { --ink: #1d1f23; --soft: #5c6066; --line: #e2e4e8; --tint: #f6f7f9; --right: #0072b2; --wrong: #c04a00; }
+:root { --ink: #1d1f23; --soft: #5c6066; --line: #e2e4e8; --tint: #f6f7f9; --right: #0072b2; --wrong: #c04a00;
+  --paper: #fff; --notice: #fdf6e8; }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0; background: #fff; color: var(--ink);
+  margin: 0; background: var(--paper); color: var(--ink);
   font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 main { max-width: 1080px; margin: 0 auto; padding: 44px 28px 72px; }
@@ -14,8 +15,8 @@ h2 { font-size: 1.35rem; line-height: 1.25; letter-spacing: -0.01em; margin: 56p
 p { margin: 0 0 14px; max-width: 46rem; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 .note, figcaption, .small { color: var(--soft); font-size: 0.9rem; }
-.notice { border-left: 4px solid #e69f00; background: #fdf6e8; padding: 10px 16px; margin: 14px 0; max-width: none;
-  overflow-wrap: anywhere; }
+.notice { border-left: 4px solid #e69f00; background: var(--notice); padding: 10px 16px; margin: 14px 0;
+  max-width: none; overflow-wrap: anywhere; }
 .figures { display: grid; gap: 26px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
   margin: 18px 0 0; align-items: start; }
 figure { margin: 0; }
@@ -41,7 +42,7 @@ td small { display: block; color: var(--soft); font-size: 0.8rem; }
 .guess td, .guess th { color: var(--soft); font-weight: 400; }
 .cards { display: grid; gap: 18px; grid-template-columns: repeat(auto-fill, minmax(min(46%, 215px), 1fr));
   margin: 18px 0 0; }
-.card { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; background: #fff; }
+.card { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; background: var(--paper); }
 .card > img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--tint); }
 .card > div { padding: 12px 14px 13px; }
 .card .question { font-weight: 600; line-height: 1.3; margin: 0 0 8px; overflow-wrap: anywhere; }
@@ -74,3 +75,10 @@ footer { margin-top: 60px; border-top: 1px solid var(--line); padding-top: 14px;
 }
 @media print { main { max-width: none; } .card, figure { break-inside: avoid; } }
 """
+
+DARK = """
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; --ink: #e8eaed; --soft: #a3a9b2; --line: #3a3e45; --tint: #24272c; --right: #58b4e8;
+    --wrong: #ff9a5c; --paper: #16181b; --notice: #33291a; }
+}
+"""  # of pages without plots, whose paper is white

@@ -27,8 +27,8 @@ from types import TracebackType
 from typing import Any
 
 from absl import logging
-from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.errors import UserError
 
 RENEWAL = 15.0  # seconds
@@ -50,7 +50,7 @@ class Lease:
     """
 
     def __init__(self, directory: str | os.PathLike[str], renewal: float = RENEWAL, settling: float = SETTLING):
-        self._directory = epath.Path(directory)
+        self._directory = buckets.place(directory)
         self._path = self._directory / ".lease"
         self._renewal, self._settling = renewal, settling
         self._token, self._beat = secrets.token_hex(8), 0

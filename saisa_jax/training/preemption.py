@@ -12,8 +12,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from absl import logging
-from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.training.lease import Lease, RunLockedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: a terminal or a connection that is gone
@@ -87,9 +87,9 @@ def run_lock(directory: str | os.PathLike[str]) -> Iterator[Callable[[], None] |
     Raises:
       RunLockedError: another process holds it; names it.
     """
-    path = epath.Path(directory)
+    path = buckets.place(directory)
     path.mkdir(parents=True, exist_ok=True)
-    if "://" in str(path):
+    if buckets.is_remote(path):
         with Lease(path) as lease:
             yield lease.check
         return

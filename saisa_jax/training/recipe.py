@@ -9,7 +9,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from saisa_jax.checkpoints import local_model
+from saisa_jax import buckets
+from saisa_jax.checkpoints import is_model, local_model
 from saisa_jax.config import STAGES, Config, ConfigError, from_saved, to_dict
 from saisa_jax.training.optimizer import flatten
 
@@ -60,8 +61,8 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
 def _began(workdir: epath.Path, stage: str) -> bool:
     """Whether a checkpoint or a model of a stage is there."""
     checkpoints = workdir / stage / "checkpoints"
-    saved = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
-    return saved or local_model(workdir, stage).exists()
+    saved = any(path.name.isdigit() for path in buckets.children(checkpoints))
+    return saved or is_model(local_model(workdir, stage))
 
 
 def _may_change(key: str, before: Config, now: Config, workdir: epath.Path, began: list[str]) -> bool:

@@ -15,11 +15,9 @@ import time
 import zipfile
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from saisa_jax.__main__ import main
@@ -29,7 +27,7 @@ from saisa_jax.data import prepare
 from saisa_jax.data.images import read_image
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counts import count, fingerprint
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.sources.shards import ShardedSamples
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -297,6 +295,18 @@ def test_damaged_shards(mine, tmp_path) -> None:
         except DataError as error:
             errors.append(str(error))
     assert len(errors) == 1 and "shard-00001-of-00002.arrayrecord:" in errors[0] and "cannot be read" in errors[0]
+    path.write_bytes(whole)
+    samples = open_shards(tmp_path)
+    assert samples[SAMPLES - 1].id
+    (tmp_path / "new").write_bytes(whole)
+    (tmp_path / "new").replace(path)  # under its name, and not over it
+    assert samples[SAMPLES - 1].id
+    samples = open_shards(tmp_path)
+    assert samples[SAMPLES - 1].id
+    path.write_bytes(bytes(flipped))
+    os.utime(path, ns=(0, 0))  # the clock of the disk may be coarse
+    with pytest.raises(SourceChangedError, match=r"shard-00001-of-00002.arrayrecord has changed since it was opened"):
+        _ = samples[SAMPLES - 1]
     path.write_bytes(whole[:-1000])
     with pytest.raises(DataError, match=r"shard-00001-of-00002.arrayrecord has [\d,]+ bytes, not"):
         open_shards(tmp_path)
@@ -334,27 +344,10 @@ def test_threads_share_it(mine, tmp_path) -> None:
     assert not wrong
 
 
-class Bucket(MemoryFileSystem):
-    """Stands for gs://: whole objects, nothing of which array_record can see."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.pop("finalize_on_close", None)
-        super().__init__(*args, **kwargs)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(str(path).removeprefix("gs://"))
-
-
-def test_shards_in_a_bucket(mine, tmp_path, monkeypatch) -> None:
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+def test_shards_in_a_bucket(mine, bucket, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["data", "prepare", *arguments(mine, "gs://bucket/mine", "--shards=2")]) == 0
-    assert sorted(name.rpartition("/")[2] for name in Bucket.store) == [
+    assert sorted(path.name for path in (bucket / "mine").iterdir()) == [
         "index.json", "report.jsonl", "shard-00000-of-00002.arrayrecord", "shard-00001-of-00002.arrayrecord",
     ]  # fmt: skip
     samples = open_shards("gs://bucket/mine")
@@ -365,8 +358,7 @@ def test_shards_in_a_bucket(mine, tmp_path, monkeypatch) -> None:
     assert len(list(tmp_path.rglob("*"))) == 4  # two folders, two shards, no parts
 
 
-def test_a_tokenizer_in_a_bucket(demo, tmp_path) -> None:
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+def test_a_tokenizer_in_a_bucket(demo, bucket, tmp_path) -> None:
     demo.save_pretrained(tmp_path)
     for file in tmp_path.iterdir():
         (epath.Path("gs://bucket/tokenizer") / file.name).write_bytes(file.read_bytes())

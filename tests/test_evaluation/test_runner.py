@@ -25,7 +25,7 @@ from saisa_jax.data.sample import Turn
 from saisa_jax.data.sources.easy_vqa import majority_baseline
 from saisa_jax.data.text.conversation import Encoded
 from saisa_jax.errors import UserError
-from saisa_jax.evaluation import command, runner
+from saisa_jax.evaluation import command, runner, scoring
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
 from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
@@ -165,9 +165,11 @@ def fill_disk(path: Any, text: str) -> None:
     raise OSError("the disk is full")
 
 
+@pytest.mark.parametrize("batch_size", [None, 12])
 def test_the_same_evaluation_goes_on_and_another_does_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    batch_size: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also with another `batch_size`, of which no answer depends."""
     settings, whole, folder = Settings(batch_size=32, limit=100), Pretender(), tmp_path / "evaluation"
     partial = folder / "easy_vqa.partial.jsonl"
     evaluate(whole, "easy_vqa", settings, epath.Path(tmp_path / "whole"), "m")
@@ -215,7 +217,7 @@ def test_bad_settings_name_their_flag(bad: dict[str, int]) -> None:
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(UserError, match=r"tasks='easy_vqaa' is not one of .*source; did you mean easy_vqa\?"):
+    with pytest.raises(UserError, match=r"tasks='easy_vqaa' is not one of .*source, .*; did you mean easy_vqa\?"):
         TASKS["easy_vqaa"]
 
 
@@ -288,7 +290,7 @@ def test_bad_flags(arguments: list[str], message: str) -> None:
 
 
 def test_bad_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tasks='vqa' is not one of easy_vqa"):
+    with pytest.raises(UserError, match="tasks='vqa' is not one of cv_bench"):
         command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"), tasks=["vqa"])
     with pytest.raises(CheckpointError, match="nowhere"):
         command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"))
@@ -297,7 +299,7 @@ def test_bad_names(tmp_path: Path) -> None:
 
 def test_nothing_half_written(tmp_path: Path) -> None:
     out = epath.Path(tmp_path)
-    runner._commit(out, "toy", [{"id": 1}], {"n": 1})
+    scoring.commit(out, "toy", [{"id": 1}], {"n": 1})
     with pytest.raises(TypeError):
-        runner._commit(out, "toy", [{"id": 2}], {"n": object()})
+        scoring.commit(out, "toy", [{"id": 2}], {"n": object()})
     assert json.loads((tmp_path / "toy.json").read_text()) == {"n": 1}

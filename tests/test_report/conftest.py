@@ -15,7 +15,7 @@ import pytest
 from saisa_jax import flops
 from saisa_jax.config import Config, to_dict
 from saisa_jax.data.sources import easy_vqa
-from saisa_jax.evaluation import runner
+from saisa_jax.evaluation import scoring
 from saisa_jax.evaluation.tasks import TASKS, TaskData
 from saisa_jax.testing.configs import tiny_config
 
@@ -55,7 +55,7 @@ def write_evaluation(directory: Path, config: Config, *, accuracy: float = 0.9, 
             | {"score": float(right), "kind": item.kind}
         )
     model = config.model_for("finetune")
-    record = runner._summary("easy_vqa", TASKS["easy_vqa"], predictions) | {
+    record = scoring.summary("easy_vqa", TASKS["easy_vqa"], predictions) | {
         "prompt_tokens": 11.7,
         "images_per_question": 1,
         "prefill_flops": {name: flops.prefill(model, 12, 1, convention=name).total for name in flops.CONVENTIONS},

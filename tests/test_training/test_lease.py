@@ -9,10 +9,7 @@ import threading
 import time
 from functools import partial
 
-import fsspec
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from saisa_jax.training import preemption
 from saisa_jax.training.lease import Lease, RunLockedError
@@ -119,31 +116,18 @@ def test_of_those_that_start_together_one_stays(tmp_path):
     assert outcomes.count("holds") == 1 and len(outcomes) == 4
 
 
-class Bucket(MemoryFileSystem):
-    """Files in memory under gs://."""
-
-    protocol = "gcs"
-    store, pseudo_dirs = {}, [""]
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + path.removeprefix("gs://").strip("/")
-
-
-def test_a_bucket_and_a_drive_without_locks(tmp_path, monkeypatch, caplog):
+def test_a_bucket_and_a_drive_without_locks(bucket, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preemption, "Lease", Quick)
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    with run_lock("gs://bucket/run") as guard:
+    with run_lock("gs://bucket/locked") as guard:
         assert guard is not None
         guard()
-        assert list(Bucket.store) == ["/bucket/run/.lease"]
-        with pytest.raises(RunLockedError, match=r"gs://bucket/run is in use by process"), run_lock("gs://bucket/run"):
+        assert [path.name for path in (bucket / "locked").iterdir()] == [".lease"]
+        with (
+            pytest.raises(RunLockedError, match=r"gs://bucket/locked is in use by process"),
+            run_lock("gs://bucket/locked"),
+        ):
             pass
-    assert not Bucket.store
+    assert not list((bucket / "locked").iterdir())
 
     def no_locks(*args):
         raise OSError(95, "Operation not supported")

@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.config import Config, to_dict
 from saisa_jax.training import processes
 from saisa_jax.training.telemetry.goodput import Goodput
@@ -115,6 +116,10 @@ class Journal:
             self._writer.write("eval", step, **values)
             logging.info("%s, step %d: held-out loss %.4g", self._name, step, values["loss"])
 
+    def upload(self) -> None:
+        """Has the rows where they are kept: to be called before a checkpoint, from which no row is written again."""
+        self._writer.upload()
+
     def close(self, step: int) -> None:
         """The last row of a start: where its time went."""
         self._writer.write("goodput", step, **self._clock.account())
@@ -129,5 +134,5 @@ class Journal:
             "final_loss": self.remembered["last_loss"],
         }
         if processes.is_first():
-            (self._directory / "summary.json").write_text(json.dumps(summary, indent=2))
+            buckets.write_text(self._directory / "summary.json", json.dumps(summary, indent=2))
         return summary

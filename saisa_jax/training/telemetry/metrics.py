@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.chips import GIB
 from saisa_jax.training.telemetry.wandb import WandbLog
 
@@ -22,10 +24,10 @@ class MetricsWriter:
     """Appends rows to `directory/metrics.jsonl`, and their numbers to `directory/tensorboard` and to W&B.
 
     A row is {"kind", "step", ...} as one line of valid JSON: a NaN or an infinity is null. It is on disk when `write`
-    returns.
+    returns; in a bucket, where nothing can be appended to, within a minute, and after `upload`.
 
     Args:
-      directory: made if it is not there.
+      directory: local or `gs://`; made if it is not there.
       tensorboard: write TensorBoard events too. They are rewritten from the rows when a run resumes, since
         tensorboardX loses the last ones when it is killed; TensorBoard hides what earlier files say.
       resume_step: the last step that counts; later rows, written before an interruption, are cut off and will be
@@ -33,6 +35,7 @@ class MetricsWriter:
       wandb: a log of W&B, which is closed together with this one; None: there is none.
 
     Attributes:
+      path: of the file that is written; of a bucket's the local copy.
       cut: the rows that were cut off.
     """
 
@@ -43,12 +46,11 @@ class MetricsWriter:
         resume_step: int | None = None,
         wandb: WandbLog | None = None,
     ):
-        directory = epath.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
+        self._mirror = buckets.Mirror(buckets.place(directory), ("metrics.jsonl",))
+        self.path = epath.Path(self._mirror.local) / "metrics.jsonl"
         self.cut = cut_back(self.path, resume_step)
         self._file = self.path.open("a")
-        self._events: Any = _event_writer(directory / "tensorboard", resume_step) if tensorboard else None
+        self._events: Any = _event_writer(self._mirror.local / "tensorboard", resume_step) if tensorboard else None
         self._wandb = wandb
         if self._events is not None and resume_step is not None:
             for line in self.path.read_text().splitlines():
@@ -81,6 +83,11 @@ class MetricsWriter:
             self._show(row)
         if self._wandb is not None:
             self._wandb.write(kind, step, _numbers(row))
+        self._mirror.upload(force=False)
+
+    def upload(self) -> None:
+        """Brings what was written to where it is kept, before a checkpoint says that it is there."""
+        self._mirror.upload()
 
     def _show(self, row: Mapping[str, Any]) -> None:
         for name, value in _numbers(row).items():
@@ -97,6 +104,7 @@ class MetricsWriter:
         finally:
             if self._events is not None:
                 _close_events(self._events)
+            self._mirror.close()
             if self._wandb is not None:
                 self._wandb.close()
 
@@ -120,9 +128,7 @@ def cut_back(path: epath.Path, resume_step: int | None) -> list[dict[str, Any]]:
     rows = [_row(line) for line in lines]
     counts = [row is not None and (resume_step is None or _stays(row, resume_step)) for row in rows]
     if not all(counts):
-        new = path.parent / f".{path.name}.new"
-        new.write_text("".join(line for line, kept in zip(lines, counts, strict=True) if kept))
-        new.replace(path)
+        buckets.write_text(path, "".join(line for line, kept in zip(lines, counts, strict=True) if kept))
     return [row for row, kept in zip(rows, counts, strict=True) if row is not None and not kept]
 
 
@@ -137,7 +143,7 @@ def _row(line: str) -> dict[str, Any] | None:
         return None
 
 
-def _event_writer(directory: epath.Path, resume_step: int | None) -> Any:
+def _event_writer(directory: Path, resume_step: int | None) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

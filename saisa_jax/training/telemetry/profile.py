@@ -9,6 +9,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.config import ProfileConfig
 
 
@@ -53,12 +54,14 @@ class Profiler:
             return
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # calls of Python functions fill the trace, and say nothing about the devices
-        jax.profiler.start_trace(self._directory, profiler_options=options)
+        self._mirror = buckets.Mirror(self._directory)  # the profiler writes to disks
+        jax.profiler.start_trace(self._mirror.local, profiler_options=options)
         self._running = True
 
     def _stop(self) -> None:
         self._running, self._traced = False, True
         jax.profiler.stop_trace()
+        self._mirror.close()
         logging.info(
             "trace up to step %d: look at it with `pip install xprof; xprof --logdir=%s`, or open the "
             "*.trace.json.gz under it in https://ui.perfetto.dev",

@@ -6,8 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-from etils import epath
-
+from saisa_jax import buckets
 from saisa_jax.training import processes
 from saisa_jax.training.telemetry.metrics import cut_back, jsonable
 
@@ -21,7 +20,7 @@ class SkippedSteps:
     """
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int):
-        self.path = epath.Path(directory) / "skipped.jsonl"
+        self.path = buckets.place(directory) / "skipped.jsonl"
         self._writes = processes.is_first()
         if self._writes:
             cut_back(self.path, resume_step)
@@ -34,8 +33,7 @@ class SkippedSteps:
         if self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             row = jsonable({"step": step, **values, "samples": samples})
-            with self.path.open("a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            buckets.append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
         before = step
         while before in self._steps:
             before -= 1
