@@ -52,6 +52,8 @@ def _parser() -> Parser:
     source.add_argument("--from", dest="source", help=f"a whole multimodal checkpoint, or an LLM alone: {where}")
     source.add_argument("--llm", dest="source", help=f"an LLM, for training together with --vision: {where}")
     action.add_argument("--vision", help=f"the vision tower, where the checkpoint does not hold it: {where}")
+    action.add_argument("--base", help=f"of a LoRA adapter (default: the one that it names): {where}")
+    action.add_argument("--projector", help="a trained mm_projector.bin for --llm and --vision, to start stage 2")
     action.add_argument("--to", required=True, help="the finished model: a directory that does not exist yet")
     action.add_argument("--layout", choices=LAYOUTS, help="of the source (default: told from its tensors)")
     action.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: that of the files)")
@@ -62,7 +64,9 @@ def _parser() -> Parser:
     action.add_argument("--select_layer", type=int, help="the tower's hidden state to use (default -2; ConvNeXt -1)")
     action.add_argument("--image_size", type=int, help="pixels of a side (default: what the tower was trained on)")
     action.add_argument("--seed", type=int, default=0, help="of the fresh projectors")
-    action.add_argument("--allow_pickle", action="store_true", help="read .bin files, with weights_only=True")
+    action.add_argument(
+        "--allow_nonfinite", action="store_true", help="import weights that hold inf or NaN as they are"
+    )
 
     action = actions.add_parser("export", help="a finished model -> safetensors, config and tokenizer")
     action.add_argument("--from", dest="source", required=True, help="a finished model")
@@ -74,14 +78,13 @@ def _parser() -> Parser:
     action.add_argument("source", metavar="PATH", help=f"{where}, or a finished model")
     action.add_argument("--vision", help="the vision tower, where the checkpoint does not hold it")
     action.add_argument("--all", action="store_true", help="list every tensor")
-    action.add_argument("--allow_pickle", action="store_true", help="open .bin files, with weights_only=True")
     return parser
 
 
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "image_size", "seed", "allow_pickle")
+    others = ("select_layer", "image_size", "seed", "allow_nonfinite", "base", "projector")
     plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
@@ -90,6 +93,13 @@ def _import(args: argparse.Namespace) -> None:
     print(f"tensors that the model never reads, kept in the sidecar: {len(kept)}")
     print(f"template {config.stage(plan.stage).template}; alignment {config.model.alignment}; stage {plan.stage}")
     if "vision" in plan.parts:
+        vision = config.model.vision
+        unused = vision.num_layers - vision.num_used_layers
+        rest = f"; the last {unused} are not, and stay in the sidecar" if unused else ""
+        print(
+            f"vision: {vision.num_used_layers} of {vision.num_layers} layers are used "
+            f"(model.vision.select_layer={vision.select_layer}){rest}"
+        )
         print(f"images are made square by model.vision.image_mode={config.model.vision.image_mode}")
     _print_peak(document["leaves"])
 
@@ -110,10 +120,12 @@ def _export(args: argparse.Namespace) -> None:
             "STALE: the parameters around these have changed since the import, and these have not: "
             + ", ".join(exported.stale)
         )
+    for note in exported.notes:
+        print(f"NOTE: {note}")
     _print_peak(read_account(args.source)[0]["leaves"])
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    path = resolve(args.source, args.allow_pickle)
-    vision = Path(resolve(args.vision, args.allow_pickle)) if args.vision else None
-    inspect(path, vision=vision, allow_pickle=args.allow_pickle, everything=args.all)
+    path = resolve(args.source)
+    vision = Path(resolve(args.vision)) if args.vision else None
+    inspect(path, vision=vision, everything=args.all)

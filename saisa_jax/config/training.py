@@ -149,6 +149,9 @@ class TrainingConfig:
     # skipped.jsonl, and go on.
     on_nan: str = "stop"
     max_skips: int = 10  # more skipped steps in a row stop the run
+    # Seconds without a step or an evaluation, after the first step, until the stacks of all threads are written;
+    # after as long again the process ends with status 1. 0: never.
+    watchdog: float = 3600.0
 
     def __post_init__(self) -> None:
         choice("training.on_nan", self.on_nan, ON_NAN)
@@ -156,7 +159,7 @@ class TrainingConfig:
             positive(f"training.{name}", getattr(self, name))
         if self.eval_limit is not None:
             positive("training.eval_limit", self.eval_limit)
-        for name in ("eval_every", "eval_samples", "eval_tasks_every", "loss_chunk"):
+        for name in ("eval_every", "eval_samples", "eval_tasks_every", "loss_chunk", "watchdog"):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
 
 

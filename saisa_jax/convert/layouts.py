@@ -12,6 +12,7 @@ The first three may include the vision tower or leave it in a separate directory
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ from saisa_jax.convert.rows import ConvertError, TensorRow, dense
 MULTIMODAL = ("saisa", "llava", "llava-hf")
 LAYOUTS = (*MULTIMODAL, "hf-llm", "hf-vision")
 TOWER_APART = ("saisa", "llava")  # whose tower is mostly a directory of its own
+TOWER_PREFIX = {  # of the tower's keys
+    "saisa": "model.vision_tower.vision_tower.",
+    "llava": "model.vision_tower.vision_tower.",
+    "llava-hf": "vision_tower.",
+    "hf-vision": "",
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,17 @@ def layout_for(config: ModelConfig, name: str) -> Layout:
     return _multimodal(config, name)
 
 
+def projector_layout(config: ModelConfig) -> Layout:
+    """One projector for all layers, alone in its file, as LLaVA's stage 1 leaves it."""
+    shared = dataclasses.replace(config, projector=dataclasses.replace(config.projector, sharing="shared"))
+    aliases = (
+        (r"(base_model\.model\.)?(model\.)?mm_projector\.", "model.mm_projector."),
+        (r"(model\.)?multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+        (r"(model\.)?multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    )
+    return Layout("llava", tuple(_projector(shared, "llava")), aliases, ())
+
+
 def _decoder(config: ModelConfig, name: str, body: str, head: str, aliases: Aliases = ()) -> Layout:
     family = decoder_family(config)
     rows = tuple(family.rows(config, body, f"{head}lm_head."))
@@ -131,11 +149,12 @@ def _encoder(config: VisionConfig, tower: str = "") -> Layout:
 
 
 def _multimodal(config: ModelConfig, name: str) -> Layout:
-    body, head, tower = {
-        "saisa": ("model.", "", "model.vision_tower.vision_tower."),
-        "llava": ("model.", "", "model.vision_tower.vision_tower."),
-        "llava-hf": ("language_model.model.", "language_model.", "vision_tower."),
+    body, head = {
+        "saisa": ("model.", ""),
+        "llava": ("model.", ""),
+        "llava-hf": ("language_model.model.", "language_model."),
     }[name]
+    tower = TOWER_PREFIX[name]
     decoder, vision = _decoder(config, name, body, head), _encoder(config.vision, tower)
     ignored = [*decoder.ignored, *vision.ignored]
     if name == "saisa":

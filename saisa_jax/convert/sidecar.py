@@ -2,6 +2,7 @@
 
 sidecar/NAME/source.json           layout, spellings and dtypes of all tensors, and what the parameters were
 sidecar/NAME/tensors.safetensors   the tensors that the model never reads
+sidecar/NAME/rounded/...           the tower's tensors that bfloat16 does not hold: what is frozen is stored in it
 sidecar/NAME/files/...             the source's small files
 
 NAME is `model` for the checkpoint itself and `vision` for a tower that came from a directory of its own. Training hands
@@ -18,17 +19,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
+from saisa_jax import buckets
 from saisa_jax.checkpoints import checksums, sidecar_files
+from saisa_jax.config import DTYPES as COMPUTE_DTYPES
 from saisa_jax.config import ModelConfig, VisionConfig, from_config_dict, to_dict, upgrade_saved
 from saisa_jax.convert.files.safetensors import DTYPES, write_file
 from saisa_jax.convert.files.tensors import TensorDirectory, TensorSource
+from saisa_jax.convert.hf_json import CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from saisa_jax.convert.layouts import Layout
 from saisa_jax.convert.match import Match
 from saisa_jax.convert.rows import part_of_path
 
 TENSORS = "tensors.safetensors"
-SMALL_FILES = (".json", ".txt", ".model", ".jinja")
-SMALL = 64 * 2**20
+ROUNDED = "rounded"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")  # that go with every copy
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, *TOKENIZER_FILES, *TERMS)
 CONSTANTS = ("inv_freq", "position_ids")  # not learned, so they never go stale
 
 
@@ -45,6 +65,7 @@ class Source:
       kept: the source's spelling -> part, of the tensors in the sidecar.
       known: path -> {dtype: checksum} of the parameters as they were imported.
       model: the model's configuration then.
+      repository: of the hub, `org/name`; "": a directory or a file.
     """
 
     layout: str
@@ -55,6 +76,7 @@ class Source:
     kept: dict[str, str]
     known: dict[str, dict[str, int]]
     model: dict[str, Any]
+    repository: str = ""
 
     def changed_parts(self, leaves: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Parts whose parameters are not, to the bit, those that were imported."""
@@ -88,7 +110,9 @@ def _described(config: ModelConfig, layout: str) -> ModelConfig | VisionConfig:
     return dataclasses.replace(config, **{name: getattr(ModelConfig(), name) for name in names})
 
 
-def describe_source(tensors: TensorSource, layout: Layout, parts: Sequence[str], match: Match) -> Source:
+def describe_source(
+    tensors: TensorSource, layout: Layout, parts: Sequence[str], match: Match, repository: str = ""
+) -> Source:
     """What the sidecar says of a source; `known` and `model` are filled in by `write`."""
     canonical = {name: key for key, name in match.spelt.items()}
     tied = {match.spelt[key]: other for key, other in layout.tied if key in match.spelt}
@@ -101,6 +125,7 @@ def describe_source(tensors: TensorSource, layout: Layout, parts: Sequence[str],
         kept={name: layout.part_of(canonical[name]) for name in match.ignored if name not in tied},
         known={},
         model={},
+        repository=repository,
     )
 
 
@@ -112,6 +137,7 @@ def write(
     config: ModelConfig,
     params: Mapping[str, Any],
     leaves: Mapping[str, Mapping[str, Any]],
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes the sidecar of one source.
 
@@ -119,36 +145,47 @@ def write(
       directory: `.../sidecar/NAME`.
       params: the model's, by path.
       leaves: their account: dtypes and checksums.
+      tokenizer: as of `small_files`.
     """
     known: dict[str, dict[str, int]] = {}
     for row in layout.only(source.parts):
         leaf = leaves[row.path]
         known[row.path] = {leaf["dtype"]: leaf["checksum"]}
-        theirs = DTYPES[source.dtypes[source.names[row.keys[0]]]]
-        if theirs.name != leaf["dtype"]:  # training may store a frozen part in the narrower one again
-            known[row.path] |= {theirs.name: checksums({"x": params[row.path].astype(theirs)})["x"]}
+        theirs = source.dtypes[source.names[row.keys[0]]]
+        # Training stores what is frozen in another dtype, bfloat16 mostly.
+        others = {DTYPES[theirs].name, "bfloat16", *(COMPUTE_DTYPES if row.part == "vision" else ())}
+        for dtype in sorted(others - {leaf["dtype"]}):
+            known[row.path] |= {dtype: checksums({"x": params[row.path].astype(dtype)})["x"]}
     source = dataclasses.replace(source, known=known, model=to_dict(config))
     (directory / "files").mkdir(parents=True)
     if source.kept:
         specs = [(key, tensors.dtype_name(key), tensors.shape(key)) for key in source.kept]
         write_file(directory / TENSORS, specs, tensors.read)
-    for name, path in small_files(tensors.where).items():
+    rows = layout.only(("vision",)) if "vision" in source.parts else ()
+    rounded = [source.names[key] for row in rows for key in row.keys if _rounded(tensors.read(source.names[key]))]
+    if rounded:
+        specs = [(key, tensors.dtype_name(key), tensors.shape(key)) for key in rounded]
+        (directory / ROUNDED).mkdir()
+        write_file(directory / ROUNDED / TENSORS, specs, tensors.read)
+    for name, path in small_files(tensors.where, tokenizer).items():
         shutil.copyfile(path, directory / "files" / name)
     (directory / "source.json").write_text(json.dumps(dataclasses.asdict(source), indent=1) + "\n")
 
 
-def small_files(where: Path) -> dict[str, Path]:
-    """A source's files besides tensors and code: configs, tokenizer, templates."""
-    if not where.is_dir():
-        return {}
-    return {
-        path.name: path
-        for path in sorted(where.iterdir())
-        if path.is_file()
-        and path.suffix in SMALL_FILES
-        and not path.name.endswith(".index.json")
-        and path.stat().st_size <= SMALL
-    }
+def _rounded(tensor: np.ndarray) -> bool:
+    return not np.array_equal(tensor.astype(jnp.bfloat16).astype(tensor.dtype), tensor)
+
+
+def small_files(where: Path, tokenizer: Path | None = None) -> dict[str, Path]:
+    """A source's files besides tensors, those that are known: configs, tokenizer, templates, licence.
+
+    Args:
+      tokenizer: a directory whose tokenizer the model has instead of the source's own.
+    """
+    files = {name: where / name for name in SMALL_FILES}
+    if tokenizer is not None:
+        files |= {name: tokenizer / name for name in TOKENIZER_FILES}
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def read(checkpoint: str | Path) -> dict[str, tuple[Source, Path]]:
@@ -158,17 +195,27 @@ def read(checkpoint: str | Path) -> dict[str, tuple[Source, Path]]:
       CheckpointError, DamagedError: no finished model, or a sidecar that is not what was saved.
     """
     found = {}
-    for file in sidecar_files(checkpoint):
+    for file in buckets.local_copies(sidecar_files(checkpoint), checkpoint):
         if file.name == "source.json":
             raw = json.loads(file.read_text())
             raw["parts"] = tuple(raw["parts"])
-            found[file.parent.name] = (Source(**raw), Path(file.parent))
+            found[file.parent.name] = (Source(**raw), file.parent)
     return found
 
 
-def kept_tensors(directory: Path) -> TensorSource | None:
-    """The tensors of one source's sidecar."""
-    return TensorDirectory(directory) if (directory / TENSORS).exists() else None
+def kept_tensors(directory: Path) -> dict[str, TensorSource]:
+    """The tensors of one source's sidecar that the model never reads, by the source's spelling."""
+    return _tensors(directory)
+
+
+def rounded_tensors(directory: Path) -> dict[str, TensorSource]:
+    """The tensors as they came of which the parameters may have been rounded, by the source's spelling."""
+    return _tensors(directory / ROUNDED)
+
+
+def _tensors(directory: Path) -> dict[str, TensorSource]:
+    source = TensorDirectory(directory) if (directory / TENSORS).exists() else None
+    return dict.fromkeys(source.names, source) if source else {}
 
 
 def kept_files(directory: Path) -> list[Path]:

@@ -77,6 +77,27 @@ class ParamsSource:
         return tensor.astype(DTYPES[self.dtype_name(key)], copy=False)
 
 
+class CastSource:
+    """A source whose tensors are all of one dtype."""
+
+    def __init__(self, source: TensorSource, dtype: Any):
+        self.where = source.where
+        self.names = source.names
+        self._source, self._dtype = source, np.dtype(dtype)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._source.shape(key)
+
+    def dtype_name(self, key: str) -> str:
+        return NAMES[self._dtype]
+
+    def is_float(self, key: str) -> bool:
+        return self.dtype_name(key) in FLOATS
+
+    def read(self, key: str) -> np.ndarray:
+        return self._source.read(key).astype(self._dtype, copy=False)
+
+
 def _check(flat: Mapping[str, Any], rows: Sequence[TensorRow]) -> None:
     problems = [f"missing    {row.path} {list(row.shape)}" for row in rows if row.path not in flat]
     problems += [

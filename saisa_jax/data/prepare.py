@@ -170,14 +170,17 @@ def _clear(directory: epath.Path) -> None:
 def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
     """Writes report and index, the index last."""
     accounts = [json.loads(job.account(number).read_text()) for number in range(job.shards)]
-    shards = [Shard(**account["shard"]) for account in accounts if account["shard"]["samples"]]
     tokens, images = (np.array([n for a in accounts for n in a[name]], np.int32) for name in ("tokens", "images"))
     report = [line for account in accounts for line in account[LEFT_OUT]]
     buckets.write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
-    if not shards:
+    kept = [account for account in accounts if account["shard"]["samples"]]
+    if not kept:
         raise DataError(f"none of {len(job.samples)} samples can be used; {directory / REPORT} says why")
     plan = plan | {"marks": [account["mark"] for account in accounts]}
-    index = Index(tuple(shards), plan["fingerprint"], plan, tokens, images)
+    # Finished shards of an earlier version, with which this one went on, do not say what they hold.
+    contents = tuple(account["content"] for account in kept) if all("content" in each for each in kept) else ()
+    shards = tuple(Shard(**account["shard"]) for account in kept)
+    index = Index(shards, plan["fingerprint"], plan, tokens, images, contents)
     buckets.write_text(directory / INDEX, index.to_json())
     for number, account in enumerate(accounts):
         job.account(number).unlink()
@@ -209,7 +212,7 @@ def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], obje
             tick()
 
     path = buckets.place(job.to) / job.shard_name(number)
-    size = write_shard(path, records())
+    size, account["content"] = write_shard(path, records())
     account["shard"] = dataclasses.asdict(Shard(path.name, len(account["tokens"]), size))
     buckets.write_text(job.account(number), json.dumps(account))
 

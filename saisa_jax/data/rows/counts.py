@@ -174,6 +174,8 @@ def _counts_of(
         return count(samples, config, stage, tokenizer)
     # An archive says which images there are, and `on_error` whether a sample without its own is an error.
     stamps = (_stamp(source.path), _stamp(source.images), config.data.on_error)
+    if (version := getattr(samples, "version", None)) is not None:  # of a source of several files
+        stamps = (*stamps, version)
     key = hashlib.sha256(repr((source, len(samples), stamps, mark)).encode()).hexdigest()[:16]
     path = epath.Path(cache) / f"counts-{key}.npz"
     if path.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
@@ -11,32 +11,40 @@ from etils import epath
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, Samples
 
-_LOOKED_AT = 256  # samples of a source that is not one file
-
 
 def content_mark(samples: Samples, source: SourceConfig) -> str:
-    """A hash of a source's file; of one that is not a file, of `_LOOKED_AT` samples spread over it (id, turns)."""
-    digest = hashlib.sha256()
-    for part in _parts(samples, source):
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    """A hash of all that a source says, as KIND:HASH; of pictures, how many a sample has.
 
-
-def _parts(samples: Samples, source: SourceConfig) -> Iterable[bytes]:
+    It is what the source's own `content()` tells (of the checksums in its files, say), a hash of its file (without a
+    kind), or one of every sample.
+    """
+    own = getattr(samples, "content", None)
+    if own is not None:
+        return own()
     path = epath.Path(source.path) if source.path else None
     if path is not None and path.is_file():
         with path.open("rb") as file:
-            while part := file.read(2**22):
-                yield part
-        return
-    for number in np.unique(np.linspace(0, len(samples) - 1, _LOOKED_AT).astype(int)).tolist():
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]  # type: ignore[arg-type]
+    digest = hashlib.sha256()
+    for number in range(len(samples)):
         try:
             sample = samples[number]
         except DataError:
-            yield b"unusable"
+            digest.update(b"unusable")
         else:
             turns = [(turn.role, turn.text, turn.loss) for turn in sample.turns]
-            yield repr((sample.id, turns, sample.system, len(sample.images))).encode()
+            digest.update(repr((sample.id, turns, sample.system, len(sample.images))).encode("utf-8", "surrogatepass"))
+    return f"samples:{digest.hexdigest()[:16]}"
+
+
+def same_content(before: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether marks of the same sources are of the same content.
+
+    Marks of two kinds cannot be compared, and are taken as the same: an earlier version looked at 256 samples of what
+    was not a file, and made a mark without a kind of them. (What lengths hash to is compared beside.)
+    """
+    pairs = [(one.rpartition(":"), other.rpartition(":")) for one, other in zip(before, now, strict=True)]
+    return all(one[0] != other[0] or one[2] == other[2] for one, other in pairs)
 
 
 def counts_mark(counts: Iterable[np.ndarray]) -> str:

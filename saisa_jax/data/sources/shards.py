@@ -11,6 +11,7 @@ whole set.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from jaxtyping import Int32
 
 from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.sample import DataError, Sample, Turn
+from saisa_jax.data.sample import DataError, Sample, SourceChangedError, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.cache import cache_folder, write_copy
+from saisa_jax.data.sources.record_files import records_digest
 
 FORMAT = 1  # of records and index; raised when older programs could not read them
 INDEX = "index.json"
@@ -57,10 +59,20 @@ class Index:
     plan: dict[str, Any]  # what was asked for
     tokens: Int32[np.ndarray, " n"]
     images: Int32[np.ndarray, " n"]
+    contents: tuple[str, ...] = ()  # `records_digest` of each file; sets of earlier versions say none
+    version: str = field(default="", compare=False)  # of what was read, and from where
 
     def to_json(self) -> str:
-        listed = {"tokens": self.tokens.tolist(), "images": self.images.tolist()}
-        return json.dumps({"format": FORMAT, **asdict(self), **listed})
+        document = {
+            "format": FORMAT,
+            "shards": [asdict(shard) for shard in self.shards],
+            "fingerprint": self.fingerprint,
+            "plan": self.plan,
+            "tokens": self.tokens.tolist(),
+            "images": self.images.tolist(),
+            "contents": list(self.contents),
+        }
+        return json.dumps(document)
 
     @classmethod
     def read(cls, directory: epath.Path) -> Index:
@@ -71,7 +83,8 @@ class Index:
         """
         path = directory / INDEX
         try:
-            document = json.loads(path.read_text())
+            text = path.read_text()
+            document = json.loads(text)
         except FileNotFoundError as error:
             raise DataError(
                 f"there is no {path}: it is written last, so that nothing was prepared here or not to the end; "
@@ -85,7 +98,9 @@ class Index:
         try:
             shards = tuple(Shard(**shard) for shard in document["shards"])
             counts = {name: np.array(document[name], np.int32) for name in ("tokens", "images")}
-            index = cls(shards, document["fingerprint"], document["plan"], **counts)
+            contents = tuple(map(str, document.get("contents", ())))
+            version = hashlib.sha256(f"{directory}\n{text}".encode()).hexdigest()[:16]
+            index = cls(shards, document["fingerprint"], document["plan"], **counts, contents=contents, version=version)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if sum(shard.samples for shard in shards) != len(index.tokens) or len(index.tokens) != len(index.images):
@@ -110,7 +125,8 @@ class ShardedSamples:
         self.contents = Index.read(self.directory)
         self._ends = np.cumsum([shard.samples for shard in self.contents.shards])
         self._readers: list[ArrayRecordDataSource | None] = [None] * len(self.contents.shards)
-        self._lock = threading.Lock()
+        self._opened: dict[int, tuple[str, os.stat_result]] = {}  # what the open files were then
+        self._locks = [threading.Lock() for _ in self.contents.shards]
         for shard in self.contents.shards:
             path = self.directory / shard.name
             size = path.stat().length if path.exists() else None
@@ -128,8 +144,13 @@ class ShardedSamples:
         shard = self.contents.shards[number]
         place = index - int(self._ends[number]) + shard.samples
         try:
-            return decode_record(self._reader(number)[place])
+            record = self._reader(number)[place]
+            self._check_version(number)
+            return decode_record(record)
         except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):  # a ValueError, too
+                raise
+            self._check_version(number)
             raise DataError(f"cannot be read: {error}", f"{self.directory / shard.name}:{place}") from error
 
     def counts(self, fingerprint: str) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]] | None:
@@ -137,24 +158,54 @@ class ShardedSamples:
         same = self.contents.fingerprint == fingerprint
         return (self.contents.tokens, self.contents.images) if same else None
 
+    def content(self) -> str:
+        """A hash of all records, wherever they lie; what `data prepare` wrote down, or of files changed since, theirs.
+
+        A set of an earlier version that lies in a bucket tells lengths, and what its plan says of the data.
+        """
+        index, digests = self.contents, []
+        written = None if buckets.is_remote(self.directory) else os.stat(self.directory / INDEX).st_mtime_ns
+        for number, shard in enumerate(index.shards):
+            path = self.directory / shard.name
+            if written is not None and (not index.contents or os.stat(path).st_mtime_ns > written):
+                digests.append(records_digest(path))
+            elif index.contents:
+                digests.append(index.contents[number])
+        if digests:
+            return f"records:{hashlib.sha256(repr(digests).encode()).hexdigest()[:16]}"
+        lengths = [index.tokens.tolist(), index.images.tolist(), index.plan.get("marks")]
+        return f"index:{hashlib.sha256(repr(lengths).encode()).hexdigest()[:16]}"
+
     def _reader(self, number: int) -> ArrayRecordDataSource:
-        with self._lock:
+        with self._locks[number]:
             reader = self._readers[number]
             if reader is None:
                 shard = self.contents.shards[number]
-                reader = ArrayRecordDataSource(self._local(shard))
+                local = self._local(shard)
+                self._opened[number] = local, os.stat(local)
+                reader = ArrayRecordDataSource(local)
                 if len(reader) != shard.samples:
                     raise ValueError(f"it holds {len(reader)} records, and {INDEX} says {shard.samples}")
                 self._readers[number] = reader
         return reader
+
+    def _check_version(self, number: int) -> None:
+        """Raises SourceChangedError where a file was written over since it was opened.
+
+        One whose name another file has taken, or none, is read to the end: it is still there while it is open.
+        """
+        path, opened = self._opened.get(number, ("", None))
+        with contextlib.suppress(FileNotFoundError):
+            now = os.stat(path) if opened else None
+            if opened and now and opened.st_ino == now.st_ino and _version(opened) != _version(now):
+                raise SourceChangedError(f"{path} has changed since it was opened; start again")
 
     def _local(self, shard: Shard) -> str:
         """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there."""
         path = self.directory / shard.name
         if not buckets.is_remote(path):
             return os.fspath(path)
-        version = hashlib.sha256(f"{self.directory}\n{self.contents.to_json()}".encode()).hexdigest()[:16]
-        cached = cache_folder() / version / shard.name
+        cached = cache_folder() / self.contents.version / shard.name
         if not cached.exists() or cached.stat().st_size != shard.bytes:
             with path.open("rb") as source:
                 write_copy(source, cached)
@@ -162,6 +213,10 @@ class ShardedSamples:
 
     def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
         return type(self), (self.config,)
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_mtime_ns, stat.st_size
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------
@@ -195,8 +250,8 @@ def decode_record(record: bytes) -> Sample:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
-    """Writes records to a file that is not there before it is whole; returns its size in bytes."""
+def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
+    """Writes records to a file that is not there before it is whole; returns its bytes and `records_digest`."""
     remote = buckets.is_remote(path)
     folder = tempfile.mkdtemp(prefix="saisa_jax-") if remote else os.fspath(path.parent)
     part = Path(folder) / f"{path.name}.part"
@@ -208,13 +263,13 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> int:
                 writer.write(record)
         finally:
             writer.close()
-        size = part.stat().st_size
+        size, digest = part.stat().st_size, records_digest(part)
         if remote:
             with part.open("rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, 2**24)
         else:
             os.replace(part, path)
-        return size
+        return size, digest
     finally:
         part.unlink(missing_ok=True)
         if remote:

@@ -145,3 +145,14 @@ def test_a_damaged_file_names_the_sample(prepared, tmp_path) -> None:
         except DataError as error:
             bad.append(str(error))
     assert len(bad) >= 1 and "sample 'quiz/train:" in bad[0] and "cannot be read" in bad[0]
+
+
+def test_content_is_the_records_and_not_the_place(prepared, tmp_path) -> None:
+    shutil.copytree(prepared, tmp_path / "moved")
+    first = open_source(config(prepared)).content()
+    assert open_source(config(tmp_path / "moved")).content() == first
+    assert open_source(config(prepared, split="test")).content() != first
+    (file,) = (tmp_path / "moved").rglob("*train*array_record*")
+    (other,) = (tmp_path / "moved").rglob("*test*array_record*")
+    shutil.copy(other, file)
+    assert open_source(config(tmp_path / "moved")).content() != first
