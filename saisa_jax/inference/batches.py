@@ -467,7 +467,9 @@ class Answerer:
             return said[:, None]
         sharding = NamedSharding(mesh, PartitionSpec(None, "tensor", parallel.BATCH_AXES))
         shape = (2, mesh.shape["tensor"], self._size)
-        return jax.make_array_from_callback(shape, sharding, lambda index: said[:, None, (index or (slice(None),) * 3)[2]])
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: said[:, None, (index or (slice(None),) * 3)[2]]
+        )
 
     def _receive(self, sent: _Sent) -> tuple[list[list[int] | DataError | None], bool]:
         """What the rows of a batch say, and whether all processes stop."""

@@ -199,7 +199,7 @@ def test_the_same_evaluation_goes_on_and_another_does_not(
         assert rest.batches == whole.batches[2:] and len(whole.batches) == 4
     else:
         evaluate(rest, "easy_vqa", dataclasses.replace(settings, batch_size=batch_size), epath.Path(tmp_path), "m")
-        assert sum(map(len, rest.batches)) == 100 - 64
+        assert 100 - 64 <= sum(map(len, rest.batches)) < 100 - 64 + batch_size
     answers = (place / "evaluation" / "easy_vqa.jsonl" for place in (tmp_path, tmp_path / "whole"))
     assert next(answers).read_bytes() == next(answers).read_bytes()
     assert not partial.exists()
