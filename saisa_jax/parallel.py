@@ -268,10 +268,10 @@ def together(act: Callable[[], T]) -> T:
 
 
 def agree(value: int, what: str) -> None:
-    """Raises ConfigError in every process unless all of them come with the same number."""
+    """Raises ConfigError in every process unless all of them come with the same number of 32 bits."""
     if jax.process_count() > 1:
-        seen = np.asarray(multihost_utils.process_allgather(np.asarray(value, np.int64).view(np.uint32))).reshape(-1, 2)
-        if len(np.unique(seen, axis=0)) > 1:
+        seen = np.asarray(multihost_utils.process_allgather(np.asarray(value, np.uint32)))
+        if len(np.unique(seen)) > 1:
             raise ConfigError(f"the processes have different {what}: start the same command with the same files on all")
 
 
