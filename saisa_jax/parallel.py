@@ -121,11 +121,17 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
     return tuple((name, None if name in whole else axes) for name, axes in RULES)
 
 
-def check_attention(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises:
-    ConfigError: the chosen attention implementation does not run on the mesh's devices.
+def attention_of(config: ModelConfig, mesh: Mesh) -> str:
+    """The attention implementation of a model on a mesh: `model.attention_impl`, where that is `auto` the fused one
+    that serves the model on these devices, else `xla`.
+
+    Raises:
+      ConfigError: the one that is asked for does not run on the mesh's devices.
     """
-    platform = "gpu" if (name := mesh.devices.flat[0].platform) == "cuda" else name
+    device = mesh.devices.flat[0]
+    platform = "gpu" if device.platform == "cuda" else device.platform
+    if config.attention_impl == "auto":
+        return fused_attention(config, platform, device)
     wanted = ATTENTION_IMPLS[config.attention_impl]
     if wanted not in (None, platform):
         others = [impl for impl, serves in ATTENTION_IMPLS.items() if serves in (None, platform)]
@@ -133,6 +139,19 @@ def check_attention(config: ModelConfig, mesh: Mesh) -> None:
             f"model.attention_impl={config.attention_impl} runs on {wanted}, and the devices are {platform}: set "
             f"--config.model.attention_impl={' or '.join(others)}"
         )
+    return config.attention_impl
+
+
+def fused_attention(config: ModelConfig, platform: str, device: Any) -> str:
+    """The fused implementation that serves a model on such a device (`models/attention*.py`), or `xla`."""
+    if config.head_dim % 8:
+        return "xla"
+    if platform == "tpu":
+        return "flash" if config.dtype in ("bfloat16", "float32") else "xla"
+    # cuDNN's wants an NVIDIA GPU since Ampere; those of AMD are called gpu, too.
+    recent = "NVIDIA" in device.device_kind and float(getattr(device, "compute_capability", "8.0")) >= 8
+    fits = config.head_dim <= 256 and config.dtype in ("bfloat16", "float16")
+    return "cudnn" if platform == "gpu" and recent and fits else "xla"
 
 
 @contextlib.contextmanager

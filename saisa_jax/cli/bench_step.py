@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         choices=("float32", "bfloat16"),
         help="of activations: float32 (default) or bfloat16",
     )
-    parser.add_argument("--attention", default="xla", help="model.attention_impl (default xla)")
+    parser.add_argument("--attention", default="auto", help="model.attention_impl (default auto)")
     options = parser.parse_args(argv)
     check(options)
     before = os.getloadavg()[0]

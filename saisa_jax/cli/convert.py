@@ -62,7 +62,6 @@ def _parser() -> Parser:
     action.add_argument("--select_layer", type=int, help="the tower's hidden state to use (default -2; ConvNeXt -1)")
     action.add_argument("--image_size", type=int, help="pixels of a side (default: what the tower was trained on)")
     action.add_argument("--seed", type=int, default=0, help="of the fresh projectors")
-    action.add_argument("--allow_pickle", action="store_true", help="read .bin files, with weights_only=True")
 
     action = actions.add_parser("export", help="a finished model -> safetensors, config and tokenizer")
     action.add_argument("--from", dest="source", required=True, help="a finished model")
@@ -74,14 +73,13 @@ def _parser() -> Parser:
     action.add_argument("source", metavar="PATH", help=f"{where}, or a finished model")
     action.add_argument("--vision", help="the vision tower, where the checkpoint does not hold it")
     action.add_argument("--all", action="store_true", help="list every tensor")
-    action.add_argument("--allow_pickle", action="store_true", help="open .bin files, with weights_only=True")
     return parser
 
 
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "image_size", "seed", "allow_pickle")
+    others = ("select_layer", "image_size", "seed")
     plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
@@ -116,6 +114,6 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    path = resolve(args.source, args.allow_pickle)
-    vision = Path(resolve(args.vision, args.allow_pickle)) if args.vision else None
-    inspect(path, vision=vision, allow_pickle=args.allow_pickle, everything=args.all)
+    path = resolve(args.source)
+    vision = Path(resolve(args.vision)) if args.vision else None
+    inspect(path, vision=vision, everything=args.all)

@@ -14,32 +14,36 @@ ON_LONG = ("truncate", "raise", "drop")
 class SourceConfig:
     """Where samples come from. A stage lists one or more of them, and an epoch goes through all of them."""
 
-    format: str = "llava"  # a module of `data/sources/` reads it: easy_vqa | llava | chat | tfds | arrayrecord
-    # llava, chat: a .json or .jsonl file; arrayrecord: a directory that `data prepare` wrote; tfds: the data_dir.
+    format: str = (
+        "llava"  # a module of `data/sources/` reads it: easy_vqa | llava | chat | parquet | tfds | arrayrecord
+    )
+    # llava, chat: a .json or .jsonl file; parquet: a file, a folder or a pattern of names ("data/train-*.parquet");
+    # arrayrecord: a directory that `data prepare` wrote; tfds: the data_dir.
     path: str = ""
     images: str = ""  # llava, chat: the folder, .zip or .tar that holds the samples' images
     # llava, chat: take an image's name that is an absolute path as it is; otherwise such a name is an error.
     allow_absolute: bool = False
     name: str = ""  # tfds: the data set, "vqa_rad" or "vqa_rad/config:1.0.0"
-    split: str = "train"  # easy_vqa: train | validation | test; tfds: any split, "train[:90%]"
+    split: str = "train"  # easy_vqa: train | validation | test; tfds: any split, "train[:90%]"; parquet: of a folder
     # tfds: from features to turns, "{question} => {answer}"; a caption is " => {caption}". What follows is what both
     # sides say; "<image>" stands where the images of `image_feature` stand (none: in front).
+    # parquet: so too, or the column that holds the conversation; "": texts, conversations or messages.
     turns: str = ""
-    image_feature: str = "image"
+    image_feature: str = "image"  # tfds, parquet: where the images are ("image": of parquet `images` too); "": none
     task: str = "vqa"  # easy_vqa: caption | vqa
     # How often an epoch goes through this source. 0.5: through half of it, the next epoch through the other half.
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check(0 <= self.weight < float("inf"), f"sources.weight={self.weight} is not a number from 0 on")
-        needs = {"llava": "path", "chat": "path", "arrayrecord": "path", "tfds": "name"}.get(self.format)
+        needs = {"tfds": "name", **dict.fromkeys(("llava", "chat", "parquet", "arrayrecord"), "path")}.get(self.format)
         check(
             needs is None or bool(getattr(self, needs)),
             f"a source of format={self.format!r} needs {needs}: for example --config.finetune.sources="
             f"\"({{'format': '{self.format}', '{needs}': '...'}},)\"",
         )
         check(
-            self.format != "tfds" or self.turns.count("=>") == 1,
+            (self.turns.count("=>") == 1 if self.format == "tfds" else self.turns.count("=>") <= 1),
             f"sources.turns={self.turns!r} should say what both sides say: '{{question}} => {{answer}}'",
         )
 
@@ -69,7 +73,7 @@ class DataConfig:
     augment: bool = False  # mirror and shift images, for data whose text does not depend on left and right
     blind: bool = False  # leave every image slot empty: what can be answered without the images
     num_workers: int = 0  # processes that read rows; 0: threads of this one
-    num_threads: int = 2  # of each process
+    num_threads: int | None = None  # of each process that reads; None: its share of the cores, 16 at most
     prefetch: int = 16  # batches
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class DataConfig:
             "data.packing=False",
         )
         for name in ("num_workers", "num_threads"):
-            check(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
+            check((getattr(self, name) or 0) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
         positive("data.prefetch", self.prefetch)
         if self.turns_per_sample is not None:
             positive("data.turns_per_sample", self.turns_per_sample)

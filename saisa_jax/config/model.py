@@ -231,7 +231,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat_policy: str = "none"
     scan_layers: bool = True  # False: the same scan, unrolled
-    attention_impl: str = "xla"  # of training; generation always uses xla
+    attention_impl: str = "auto"  # of training; auto: what suits the devices. Generation always uses xla
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)  # of the stage that trains; see `Config.trained_model`
@@ -244,7 +244,7 @@ class ModelConfig:
             positive(f"model.{name}", getattr(self, name))
         choice("model.alignment", self.alignment, ALIGNMENTS)
         choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
-        choice("model.attention_impl", self.attention_impl, tuple(ATTENTION_IMPLS))
+        choice("model.attention_impl", self.attention_impl, ("auto", *ATTENTION_IMPLS))
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.param_dtype", self.param_dtype, DTYPES)
         check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,8 @@ def _piece(model: _Model, layout: str, folder: str, tower: _Tower | None, dtype:
     tokenizer = None
     if layout != "hf-vision":
         kept = _tokenizer_files(model)
-        copied = (*(file for file in copied if file.name not in sidecar.TOKENIZER_FILES), *kept)
+        carried = (*sidecar.TOKENIZER_FILES, *sidecar.TERMS)
+        copied = (*(file for file in copied if file.name not in carried), *kept, *_kept(model, sidecar.TERMS))
         tokenizer = None if kept else model.tokenizer
     stale = tuple(source.stale(model.leaves)) if source else ()
     restored = tuple(key for key, (held, _) in tensors.items() if held is not params)
@@ -256,15 +257,18 @@ def _tokenizer_files(model: _Model) -> tuple[Path, ...]:
 
     The program's own copy lacks `tokenizer.model`, the only kind that the original programs read.
     """
-    _, kept_in = model.sources.get("model", (None, None))
-    files = [file for file in sidecar.kept_files(kept_in) if file.name in sidecar.TOKENIZER_FILES] if kept_in else []
-    if not files or kept_in is None:
-        return ()
-    if model.tokenizer is not None:
-        kept = load_tokenizer(kept_in / "files")
+    files = _kept(model, sidecar.TOKENIZER_FILES)
+    if files and model.tokenizer is not None:
+        kept = load_tokenizer(files[0].parent)
         if kept.get_vocab() != model.tokenizer.get_vocab() or kept.chat_template != model.tokenizer.chat_template:
             return ()
-    return tuple(files)
+    return files
+
+
+def _kept(model: _Model, names: Sequence[str]) -> tuple[Path, ...]:
+    """Files of these names from the decoder's source, whatever the layout was."""
+    _, kept_in = model.sources.get("model", (None, None))
+    return tuple(file for file in sidecar.kept_files(kept_in) if file.name in names) if kept_in else ()
 
 
 def _find_tower(model: _Model, layout: str, to: Path) -> _Tower:

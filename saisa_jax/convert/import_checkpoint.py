@@ -56,7 +56,6 @@ class ImportOptions:
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
-      allow_pickle: read `.bin` files.
     """
 
     source: str
@@ -70,7 +69,6 @@ class ImportOptions:
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     Raises:
       ConvertError: whatever does not fit, before anything was written.
     """
-    where = resolve(options.source, options.allow_pickle)
-    vision = resolve(options.vision, options.allow_pickle) if options.vision else None
-    tensors = open_checkpoint(where, options.allow_pickle)
+    where = resolve(options.source)
+    vision = resolve(options.vision) if options.vision else None
+    tensors = open_checkpoint(where)
     layout = options.layout or layout_of(tensors)
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
@@ -116,7 +114,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
         except ConfigError as error:
             raise ConvertError(str(error)) from error
         stage = STAGES[0] if vision else stage
-    pieces = find_pieces(tensors, model, layout, vision, options.dtype, options.allow_pickle)
+    pieces = find_pieces(tensors, model, layout, vision, options.dtype)
     exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
     activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)

@@ -19,7 +19,6 @@ from saisa_jax.convert import sidecar
 from saisa_jax.convert.configs import config_from_hf, decoder_config_from_hf
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.tensors import CheckpointSource
-from saisa_jax.convert.hf_json import CONFIG, read_json
 from saisa_jax.convert.layouts import TOWER_APART, Layout, decoder_family, encoder_family, layout_for
 from saisa_jax.convert.match import Match, layout_of, match, parts_in
 from saisa_jax.convert.rows import ConvertError, part_of_path
@@ -27,7 +26,7 @@ from saisa_jax.convert.rows import ConvertError, part_of_path
 SHOWN = 12  # names of a list; --all shows every one
 
 
-def inspect(path: Path, *, vision: Path | None = None, allow_pickle: bool = False, everything: bool = False) -> None:
+def inspect(path: Path, *, vision: Path | None = None, everything: bool = False) -> None:
     """Prints what is there.
 
     Raises:
@@ -37,15 +36,8 @@ def inspect(path: Path, *, vision: Path | None = None, allow_pickle: bool = Fals
     if (path / "model.json").exists():
         _inspect_model(console, path, everything)
         return
-    pickles = sorted(path.glob("*.bin")) if path.is_dir() else []
-    if pickles and not allow_pickle and not any(path.glob("*.safetensors")):
-        family = read_json(path / CONFIG).get("model_type", "unknown")
-        console.print(f"{path}: family {family}; tensors in pickles, which are not opened without --allow_pickle:")
-        for file in pickles:
-            console.print(f"  {file.name}  {_size(file.stat().st_size)}")
-        return
-    tower = open_checkpoint(vision, allow_pickle) if vision else None
-    _inspect_source(console, open_checkpoint(path, allow_pickle), path, vision, tower, everything)
+    tower = open_checkpoint(vision) if vision else None
+    _inspect_source(console, open_checkpoint(path), path, vision, tower, everything)
 
 
 def _inspect_source(

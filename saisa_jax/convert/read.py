@@ -91,7 +91,6 @@ def find_pieces(
     layout: str,
     vision: str | Path | None = None,
     dtype: Any = None,
-    allow_pickle: bool = False,
 ) -> tuple[Piece, ...]:
     """The sources that a model is made of: a checkpoint, and the directory of its tower if that lies apart.
 
@@ -113,7 +112,7 @@ def find_pieces(
         parts, vision = ("decoder", "projector"), vision_directory(tensors.where, vision)
     found: list[tuple[str, CheckpointSource, Layout, tuple[str, ...]]] = [("model", tensors, rows, parts)]
     if vision:
-        found.append(("vision", open_checkpoint(vision, allow_pickle), layout_for(config, "hf-vision"), ("vision",)))
+        found.append(("vision", open_checkpoint(vision), layout_for(config, "hf-vision"), ("vision",)))
     pieces = tuple(Piece(*piece, match(*piece[1:], dtype)) for piece in found)
     for piece in pieces:
         piece.match.checked()

@@ -46,10 +46,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-SMALL_FILES = (
-    *(CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, *TOKENIZER_FILES),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),  # terms that go with copies
-)
+TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")  # that go with every copy
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, *TOKENIZER_FILES, *TERMS)
 CONSTANTS = ("inv_freq", "position_ids")  # not learned, so they never go stale
 
 

@@ -12,6 +12,8 @@ no pictures. Length and groups are in the files' footers.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import re
@@ -27,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from saisa_jax import buckets
 from saisa_jax.data.sample import DataError
 from saisa_jax.errors import did_you_mean
 
@@ -53,7 +56,7 @@ class ParquetTable:
           path: a file, a folder (with all folders in it), or a pattern of names ("data/train-*.parquet"); on a disk or
             in a bucket (gs://).
           split: of a folder, the files of that split: named train-00000-of-00012.parquet, train.parquet or train/*.
-          columns: those that are read; None: all.
+          columns: those that are read; None: all that every file has.
           cache_bytes: bounds the unpacked groups that are kept; the last one always is.
 
         Raises:
@@ -66,12 +69,14 @@ class ParquetTable:
         if not any(file.rows for file in self.files):
             raise DataError(f"{self.path} is empty: no rows in {_listed([file.path for file in self.files])}")
         schema = schemas[0]
-        self.columns = tuple(schema.names if columns is None else columns)
+        common = [name for name in schema.names if all(name in its.names for its in schemas)]
+        self.columns = tuple(common if columns is None else columns)
         for file, its in zip(self.files, schemas, strict=True):
             for name in self.columns:
                 if name not in its.names:
                     hint = did_you_mean(name, its.names)
                     raise DataError(f"{file.path} has no column {name!r}{hint}; it has {_listed(its.names)}")
+        self.names = [name for column in schema if column.name in self.columns for name in _inner(column)]
         features = _features(schema)
         self.image_columns = tuple(name for name in self.columns if _holds_images(schema.field(name), features))
         self.labels = {
@@ -81,6 +86,13 @@ class ParquetTable:
         }
         self._ends = np.cumsum([file.rows for file in self.files])
         self._start_up()
+
+    def select(self, columns: Sequence[str]) -> ParquetTable:
+        """The same rows, of which these columns are read; all of them are columns of this table."""
+        other = copy.copy(self)
+        other.columns = tuple(columns)
+        other.image_columns = tuple(name for name in columns if name in self.image_columns)
+        return other
 
     def _start_up(self) -> None:
         self._lock = threading.Lock()
@@ -107,7 +119,8 @@ class ParquetTable:
     def image_bytes(self, index: int, column: str, place: int | None = None) -> bytes:
         """The encoded file of a picture; `place` within the cell's list. DataError if there is none."""
         cell = self._values(index, column)[column]
-        cell = cell if place is None else cell[place]
+        if place is not None:
+            cell = cell[place] if cell and place < len(cell) else None  # a damaged file may hold fewer than it says
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
             path = cell.get("path") if isinstance(cell, dict) else None
@@ -140,6 +153,24 @@ class ParquetTable:
     def version(self) -> tuple[tuple[str, int, int], ...]:
         """Names, sizes and times of the files: changes when one of them is replaced."""
         return tuple((file.path.removeprefix(self.root), file.bytes, file.modified) for file in self.files)
+
+    def content(self) -> str:
+        """A hash of all that the columns say, of pictures their number and paths: of the columns as they are packed."""
+        digest = hashlib.sha256(repr(self.columns).encode())
+        for number, file in enumerate(self.files):
+            metadata = self._file(number).parquet.metadata
+            with buckets.place(file.path).open("rb") as stream:
+                for group in range(metadata.num_row_groups):
+                    for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+                        name = column.path_in_schema.split(".")[0]
+                        if name not in self.columns:
+                            continue
+                        digest.update(f"{column.path_in_schema} {column.num_values}\n".encode())
+                        if name not in self.image_columns or column.path_in_schema.endswith(".path"):
+                            start = column.dictionary_page_offset or column.data_page_offset
+                            stream.seek(start)
+                            digest.update(stream.read(column.total_compressed_size))
+        return f"parquet:{digest.hexdigest()[:16]}"
 
     # --- Groups ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +224,11 @@ class ParquetTable:
         file = self._file(number)
         try:
             with file.lock:
-                return file.parquet.read_row_group(group, columns=columns)
+                found = file.parquet.read_row_group(group, columns=columns)
+            ends = (0, *self.files[number].ends)
+            if found.num_rows != ends[group + 1] - ends[group]:
+                raise ValueError(f"it has {found.num_rows} rows, and not {ends[group + 1] - ends[group]}")
+            return found
         except Exception as error:  # pyarrow's own, OSError, and those of a bucket's client
             path = self.files[number].path
             raise DataError(f"{path}: row group {group} cannot be read: {error}; is the file damaged?") from error
@@ -270,7 +305,7 @@ class File(NamedTuple):
 
 def find_files(path: str, split: str | None = None) -> tuple[str, list[str]]:
     """The folder that all are in, with a slash, and the files in the order of their names; see `ParquetTable`."""
-    place = epath.Path(path)
+    place = buckets.place(path)
     if place.is_file():
         return path[: path.rfind("/") + 1], [path]
     if not place.is_dir():
@@ -334,10 +369,10 @@ def _check_shards(paths: Iterable[str]) -> None:
 
 
 def _open(path: str) -> tuple[pq.ParquetFile, Any]:
-    place = epath.Path(path)
+    place = buckets.place(path)
     try:
         stat = place.stat()
-        remote = "://" in path
+        remote = buckets.is_remote(path)
         source = place.open("rb") if remote else path
         return pq.ParquetFile(source, pre_buffer=remote, page_checksum_verification=True), stat
     except pa.ArrowInvalid as error:
@@ -390,6 +425,15 @@ def _holds_images(column: pa.Field, features: Mapping[str, Any]) -> bool:
         return False
     declared = features.get(column.name)
     return declared is None or '"_type": "Image"' in json.dumps(declared)  # of a list, what it is a list of
+
+
+def _inner(column: pa.Field) -> list[str]:
+    """A column's name and, where it is a struct, what is in it: outer/inner."""
+    kind = column.type
+    while _is_list(kind):
+        kind = kind.value_type
+    below = [f"{column.name}/{name}" for part in kind for name in _inner(part)] if pa.types.is_struct(kind) else []
+    return [column.name, *below]
 
 
 def _is_list(kind: pa.DataType) -> bool:

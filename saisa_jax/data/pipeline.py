@@ -13,6 +13,7 @@ those after the last whole batch of a stage. (`data.group_by_length` ends each e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,8 @@ from saisa_jax.data.rows.unusable import Unusable, check_unusable
 from saisa_jax.data.sample import DataError, Samples
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
+
+MOST_THREADS = 16
 
 
 class StageData:
@@ -238,6 +241,8 @@ class TrainIterator(Iterator[HostBatch]):
     def _open(self) -> Any:
         data, share = self._rows.reader.config.data, _Share(self._rows, self._own, self._next_row)
         threads = data.num_threads
+        if threads is None:
+            threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // max(1, data.num_workers)))
         buffered = max(data.prefetch * len(self._own), threads)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffered if threads else 0)
         read = grain.MapDataset.source(share).to_iter_dataset(options)

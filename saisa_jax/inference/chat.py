@@ -19,7 +19,6 @@ from saisa_jax.data.text.conversation import IMAGE
 from saisa_jax.inference.generate import GREEDY, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import EncodedImage
 from saisa_jax.inference.model import Request, VisionLanguageModel
-from saisa_jax.models import kv_cache
 from saisa_jax.models.kv_cache import KVCache
 
 MAX_NEW_TOKENS = 256  # of an answer, unless asked for otherwise
@@ -130,13 +129,11 @@ class Chat:
     def _tokens(self, request: Request, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
         """New tokens, one by one; `_read` says at any time what the cache holds."""
         model, generator = self.model, self.model.generator
-        key = jax.random.key(seed)
         with model.on_mesh():
-            logits, read = self._read_prompt(request, max_new_tokens)
-            token = generator.first(logits, jax.random.fold_in(key, 0), sampling)
+            token, read = self._read_prompt(request, max_new_tokens, sampling, seed)
         position = request.encoded.length
         for n in range(1, max_new_tokens + 1):
-            number = int(token[0])
+            number = int(np.asarray(token)[0])  # not an operation on the device
             if number in generator.eos_ids:
                 return
             yield number
@@ -145,9 +142,7 @@ class Chat:
             self._read = None  # an interrupt in the next lines must not leave a donated cache
             with model.on_mesh():
                 now = np.asarray([position], np.int32)
-                token, read.cache = generator.step(
-                    model.params, token, now, read.cache, jax.random.fold_in(key, n), sampling
-                )
+                token, read.cache = generator.step(model.params, token, now, read.cache, n, sampling, seed)
             read.tokens.append(number)
             read.positions.append(position)
             self._read = read
@@ -155,8 +150,10 @@ class Chat:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _read_prompt(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
-        """The logits after the prompt; the part of it that the cache holds is kept."""
+    def _read_prompt(
+        self, request: Request, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> tuple[jax.Array, _Read]:
+        """The first token after the prompt; the part of it that the cache holds is kept."""
         encoded = request.encoded
         tokens, positions = encoded.tokens.tolist(), encoded.positions.tolist()
         images = self._places(request)
@@ -164,12 +161,12 @@ class Chat:
         kept = 0 if old is None else self._kept(old, tokens, positions, images)
         self.reused = kept
         if old is None or kept == 0:
-            logits, read = self._prefill(request, max_new_tokens)
+            token, read = self._start(request, max_new_tokens, sampling, seed)
         else:
-            logits, read = self._extend(old, request, kept, max_new_tokens)
+            token, read = self._extend(old, request, kept, max_new_tokens, sampling, seed)
         read.tokens, read.positions, read.images = tokens, positions, images
         self._read = read
-        return logits, read
+        return token, read
 
     def _places(self, request: Request) -> list[tuple[str, int]]:
         positions = request.encoded.image_positions.tolist()
@@ -189,40 +186,45 @@ class Chat:
                 return 0
         return min(kept, len(tokens) - 1)  # the logits are those after the last token: at least one is processed
 
-    def _prefill(self, request: Request, max_new_tokens: int) -> tuple[jax.Array, _Read]:
+    def _start(self, request: Request, max_new_tokens: int, sampling: Sampling, seed: int) -> tuple[jax.Array, _Read]:
         model = self.model
         batch = model.batch([request])
-        count = len(request.encoded.tokens)
-        padded = batch["tokens"].shape[1]
-        extra = bucket(count + max_new_tokens) - padded  # `padded` is the bucket of `count`
-        logits, cache, _ = model.generator.prefill(model.params, batch, extra, model.image_slots(batch, [request]))
-        offset = cache.k.shape[3] - padded - extra
-        return logits, _Read(kv_cache.rewind(cache, offset + count), [], [], [], offset)
+        padded = batch["tokens"].shape[1]  # the bucket of the prompt's length
+        extra = bucket(len(request.encoded.tokens) + max_new_tokens) - padded
+        images = model.image_slots(batch, [request])
+        token, cache = model.generator.start(model.params, batch, extra, images, sampling, seed)
+        return token, _Read(cache, [], [], [], offset=cache.k.shape[3] - padded - extra)
 
-    def _extend(self, old: _Read, request: Request, kept: int, max_new_tokens: int) -> tuple[jax.Array, _Read]:
+    def _extend(
+        self, old: _Read, request: Request, kept: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> tuple[jax.Array, _Read]:
         model, encoded = self.model, request.encoded
         new = len(encoded.tokens) - kept
         length = bucket(new)
-        cache = kv_cache.rewind(old.cache, old.offset + kept)
+        cache = old.cache
         # All of the padded piece is written, and every new token after it.
         needed = old.offset + kept + max(length, new + max_new_tokens)
         room = cache.k.shape[3]
         if needed > room:
-            cache = kv_cache.grow(cache, bucket(needed) - room)
+            room = bucket(needed)
         batch = model.batch([request])
         if model.generator.caches_images and old.images != self._places(request):
             images = model.image_slots(batch, [request])
             visual = None if images is None else model.generator.place(model.params, batch, images)
             cache = cache._replace(visual=visual)
         pad = lambda values: np.pad(np.asarray(values[kept:], np.int32), (0, length - new))[None]  # noqa: E731
-        logits, cache = model.generator.extend(
+        token, cache = model.generator.extend(
             model.params,
             pad(encoded.tokens),
             pad(encoded.positions),
             pad(np.ones(len(encoded.tokens), np.int32)),
             cache,
+            old.offset + kept,
+            room,
+            sampling,
+            seed,
         )
-        return logits, _Read(cache, [], [], [], old.offset)
+        return token, _Read(cache, [], [], [], old.offset)
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:

@@ -1,8 +1,9 @@
-"""Generation: encode images, prefill, decode, one jit each, over a preallocated key/value cache.
+"""Generation over a preallocated key/value cache: two programs, one that encodes images and one that answers.
 
 Rows of different lengths share a batch: positions and segments, not the side of the padding, say who reads what. A
 batch is compiled once for its bucket (rows, text length, image slots, new tokens), so a second batch of a like size
-compiles nothing.
+compiles nothing. Whatever touches an array is inside a jitted function: an operation outside is a program of its own,
+which every process compiles anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from saisa_jax.batch import Batch
 from saisa_jax.config import ConfigError, ModelConfig
 from saisa_jax.inference.quantize import variables_of
-from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV, gather_images
+from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV, gather_images, grow, rewind
 from saisa_jax.models.saisa import Saisa
 
 SMALLEST_BUCKET = 16
@@ -77,8 +78,9 @@ class ImageSlots(NamedTuple):
 class Generator:
     """Generates with one model; keeps its compiled programs.
 
-    Under SAISA and NAAViT generation is always three programs: `encode` the images, `prefill` the text that reads them,
-    decode; images that were encoded before skip the first. Under LLaVA images are encoded within `prefill`.
+    Under SAISA and NAAViT generation is always two programs: `encode` the images, then prefill the text that reads them
+    and decode; images that were encoded before skip the first. Under LLaVA images are encoded within the second. A
+    conversation, which wants every token as it comes, has `encode`, `start` or `extend`, and `step`.
 
     Args:
       config: the model.
@@ -92,15 +94,13 @@ class Generator:
         self.eos_ids = tuple(dict.fromkeys((*eos_ids, *config.end_token_ids)))
         self._model = Saisa(config)
         self._encode = jax.jit(self._run_encode)
-        self._split = jax.jit(
-            lambda kv: [ImageKV(kv.k[:, i : i + 1], kv.v[:, i : i + 1]) for i in range(kv.k.shape[1])]
-        )
+        self._answer = jax.jit(self._run_answer, static_argnames="capacity")
         self._prefill = jax.jit(self._run_prefill, static_argnames="extra")
-        self._decode = jax.jit(self._run_decode, static_argnames="capacity")
+        self._start = jax.jit(self._run_start, static_argnames="extra")
         self._place = jax.jit(self._run_place)
         self._extend = jax.jit(self._run_extend, donate_argnames="cache")
+        self._extend_in_more_room = jax.jit(self._run_extend, static_argnames="room")  # no buffer fits another size
         self._step = jax.jit(self._run_step, donate_argnames="cache")
-        self._sample = jax.jit(sample)
 
     @property
     def caches_images(self) -> bool:
@@ -129,11 +129,16 @@ class Generator:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         check_sampling(sampling)
-        capacity = bucket(max_new_tokens)
-        logits, cache, positions = self.prefill(params, batch, capacity, images)
         empty = np.asarray(batch["segment_ids"]).max(axis=1) == 0
-        tokens = self._decode(
-            params, logits, cache, positions, empty, jax.random.key(seed), max_new_tokens, *sampling, capacity=capacity
+        batch, images = self._with_encoded(params, batch, images)
+        tokens = self._answer(
+            params,
+            batch,
+            images,
+            empty,
+            np.int32(max_new_tokens),
+            *_chosen_by(sampling, seed),
+            capacity=bucket(max_new_tokens),
         )
         return [self._until_end(row) for row in np.asarray(tokens)]
 
@@ -143,69 +148,161 @@ class Generator:
         """Keys and values of images, one [Lv, 1, K, P, H] each; compiled for buckets of I."""
         padding = bucket(len(images), smallest=self.multiple_of) - len(images)
         padded = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])
-        return self._split(self._encode(params, padded))[: len(images)]
+        return self._encode(params, padded)[: len(images)]
 
     def prefill(
         self, params: Any, batch: Batch, extra: int, images: ImageSlots | None = None
     ) -> tuple[Float[Array, "B W"], KVCache, Int[Array, " B"]]:
         """Logits after each prompt, a cache with room for `extra` more tokens a row, and the next positions."""
-        if images is None and self.caches_images and batch["image_positions"].shape[1]:
-            rows, slots = batch["image_positions"].shape
-            pixels = batch["images"].reshape(rows * slots, *batch["images"].shape[2:])
-            images = ImageSlots(
-                (self._encode(params, pixels),), np.arange(rows * slots, dtype=np.int32).reshape(rows, -1)
-            )
-        if images is not None:
-            batch = cast("Batch", {name: x for name, x in batch.items() if name != "images"})
-        return self._prefill(params, batch, images, extra=extra)
+        return self._prefill(params, *self._with_encoded(params, batch, images), extra=extra)
+
+    def start(
+        self,
+        params: Any,
+        batch: Batch,
+        extra: int,
+        images: ImageSlots | None = None,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> tuple[Int[Array, " B"], KVCache]:
+        """The first token after prompts that are padded on the right, and a cache that holds the prompts alone.
+
+        `extra` columns are allocated beyond those of the batch; those of its padding are free as well.
+        """
+        used = int(np.sum(np.asarray(batch["segment_ids"]) > 0, axis=1).max())
+        batch, images = self._with_encoded(params, batch, images)
+        return self._start(params, batch, images, np.int32(used), *_chosen_by(sampling, seed), extra=extra)
 
     def place(self, params: Any, batch: Batch, images: ImageSlots) -> VisualKV:
         """Encoded images at the positions of the batch's slots."""
         return self._place(params, batch["image_positions"], batch["image_segment_ids"], images)
 
     def extend(
-        self, params: Any, tokens: Any, positions: Any, segment_ids: Any, cache: KVCache
-    ) -> tuple[Float[Array, "B W"], KVCache]:
-        """`Saisa.extend`; the cache that is given is used up."""
-        return self._extend(params, tokens, positions, segment_ids, cache=cache)
+        self,
+        params: Any,
+        tokens: Any,
+        positions: Any,
+        segment_ids: Any,
+        cache: KVCache,
+        kept: int,
+        room: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> tuple[Int[Array, " B"], KVCache]:
+        """The first token after `kept` columns of the cache and T more tokens a row (`Saisa.extend`), and their cache.
 
-    def first(self, logits: Float[Array, "B W"], key: Any, sampling: Sampling) -> Int[Array, " B"]:
-        """The first token after a prompt."""
-        return self._sample(logits, key, *sampling)
+        The cache that is given is used up; the one that comes back has `room` columns, or as many as it had.
+        """
+        args = params, tokens, positions, segment_ids, np.int32(kept), *_chosen_by(sampling, seed)
+        if room <= cache.k.shape[3]:
+            return self._extend(*args, cache=cache)
+        return self._extend_in_more_room(*args, cache=cache, room=room)
 
     def step(
-        self, params: Any, tokens: Any, positions: Any, cache: KVCache, key: Any, sampling: Sampling
+        self,
+        params: Any,
+        tokens: Any,
+        positions: Any,
+        cache: KVCache,
+        number: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
     ) -> tuple[Int[Array, " B"], KVCache]:
-        """Reads one token a row and chooses the next; for who wants to see every token as it comes."""
-        return self._step(params, tokens, positions, key, *sampling, cache=cache)
+        """Reads one token a row and chooses the next, which is the one of that `number` (from 0) in its answer."""
+        return self._step(params, tokens, positions, np.int32(number), *_chosen_by(sampling, seed), cache=cache)
+
+    def _with_encoded(self, params: Any, batch: Batch, images: ImageSlots | None) -> tuple[Batch, ImageSlots | None]:
+        """The batch without pixels and its encoded images, where there are such; the pixels of LLaVA stay."""
+        if images is None and self.caches_images and batch["image_positions"].shape[1]:
+            rows, slots = batch["image_positions"].shape
+            pixels = batch["images"].reshape(rows * slots, *batch["images"].shape[2:])
+            parts = tuple(self._encode(params, pixels))
+            images = ImageSlots(parts, np.arange(rows * slots, dtype=np.int32).reshape(rows, -1))
+        if images is not None:
+            batch = cast("Batch", {name: x for name, x in batch.items() if name != "images"})
+        return batch, images
 
     # --- what is compiled ---------------------------------------------------------------------------------------------
 
     def _apply(self, params: Any, *args: Any, method: Any) -> Any:
         return self._model.apply(variables_of(params), *args, method=method)
 
-    def _run_encode(self, params: Any, images: Any) -> ImageKV:
-        return self._apply(params, images, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))
+    def _run_encode(self, params: Any, images: Any) -> list[ImageKV]:
+        kv = self._apply(params, images, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))
+        return [ImageKV(kv.k[:, i : i + 1], kv.v[:, i : i + 1]) for i in range(kv.k.shape[1])]
 
     def _run_prefill(self, params: Any, batch: Batch, images: ImageSlots | None, extra: int) -> Any:
         image_kv = None if images is None else _gather(images)
         logits, cache = self._apply(params, batch, extra, None, image_kv, method=Saisa.prefill)
         return logits, cache, jnp.max(jnp.where(cache.segment_ids > 0, cache.positions, -1), axis=1) + 1
 
+    def _run_answer(
+        self,
+        params: Any,
+        batch: Batch,
+        images: ImageSlots | None,
+        empty: Any,
+        limit: Any,
+        seed: Any,
+        temperature: Any,
+        top_p: Any,
+        capacity: int,
+    ) -> Any:
+        logits, cache, positions = self._run_prefill(params, batch, images, capacity)
+        key = jax.random.key(seed)
+        return self._decode(params, logits, cache, positions, empty, key, limit, temperature, top_p, capacity)
+
+    def _run_start(
+        self,
+        params: Any,
+        batch: Batch,
+        images: ImageSlots | None,
+        used: Any,
+        seed: Any,
+        temperature: Any,
+        top_p: Any,
+        extra: int,
+    ) -> tuple[Any, KVCache]:
+        logits, cache, _ = self._run_prefill(params, batch, images, extra)
+        visual = cache.k.shape[3] - batch["tokens"].shape[1] - extra  # columns of LLaVA's visual tokens
+        return _choose(logits, seed, 0, temperature, top_p), rewind(cache, visual + used)
+
     def _run_place(self, params: Any, positions: Any, segment_ids: Any, images: ImageSlots) -> VisualKV:
         slots = {"image_positions": positions, "image_segment_ids": segment_ids}
         return self._apply(params, _gather(images), slots, method=Saisa.place_images)
 
-    def _run_extend(self, params: Any, tokens: Any, positions: Any, segment_ids: Any, cache: KVCache) -> Any:
-        return self._apply(params, tokens, positions, segment_ids, cache, method=Saisa.extend)
+    def _run_extend(
+        self,
+        params: Any,
+        tokens: Any,
+        positions: Any,
+        segment_ids: Any,
+        kept: Any,
+        seed: Any,
+        temperature: Any,
+        top_p: Any,
+        cache: KVCache,
+        room: int = 0,
+    ) -> tuple[Any, KVCache]:
+        cache = rewind(grow(cache, room - cache.k.shape[3]) if room else cache, kept)
+        logits, cache = self._apply(params, tokens, positions, segment_ids, cache, method=Saisa.extend)
+        return _choose(logits, seed, 0, temperature, top_p), cache
 
     def _run_step(
-        self, params: Any, tokens: Any, positions: Any, key: Any, temperature: Any, top_p: Any, cache: KVCache
-    ) -> Any:
+        self,
+        params: Any,
+        tokens: Any,
+        positions: Any,
+        number: Any,
+        seed: Any,
+        temperature: Any,
+        top_p: Any,
+        cache: KVCache,
+    ) -> tuple[Any, KVCache]:
         logits, cache = self._apply(params, tokens, positions, cache, method=Saisa.decode)
-        return sample(logits, key, temperature, top_p), cache
+        return _choose(logits, seed, number, temperature, top_p), cache
 
-    def _run_decode(
+    def _decode(
         self,
         params: Any,
         logits: Any,
@@ -244,6 +341,16 @@ class Generator:
     def _until_end(self, row: np.ndarray) -> list[int]:
         ended = np.flatnonzero(np.isin(row, (*self.eos_ids, -1)))
         return row[: ended[0] if len(ended) else None].tolist()
+
+
+def _chosen_by(sampling: Sampling, seed: int) -> tuple[np.uint32, np.float32, np.float32]:
+    """Seed, temperature and top_p, of one type whatever the caller's: another one would be another program."""
+    return np.uint32(seed % 2**32), np.float32(sampling.temperature), np.float32(sampling.top_p)
+
+
+def _choose(logits: Any, seed: Any, number: Any, temperature: Any, top_p: Any) -> Any:
+    """Token `number` of an answer that is sampled with `seed`."""
+    return sample(logits, jax.random.fold_in(jax.random.key(seed), number), temperature, top_p)
 
 
 def _gather(images: ImageSlots) -> ImageKV:

@@ -4,9 +4,9 @@
     flash   TPU: our own kernel (`attention_tpu.py`); neither scores nor masks in memory
     cudnn   NVIDIA GPU: cuDNN's fused attention (`attention_gpu.py`); 16-bit, and no scores in memory
 
-`model.attention_impl` chooses for whole sequences: training and held-out losses. Generation has few queries
-at a time and always uses `xla`. An implementation that does not support its inputs raises an error; there is no silent
-fallback.
+`model.attention_impl` chooses for whole sequences: training and held-out losses; `auto`, the default, is settled by the
+devices when a stage is set up (`parallel.attention_of`), and `xla` elsewhere. Generation has few queries at a time and
+always uses `xla`. An implementation that does not support its inputs raises an error; there is no silent fallback.
 
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -47,7 +47,7 @@ def attend(
       ValueError: an unknown `impl`, or a dtype or shape that it does not support.
     """
     q = q * (q.shape[-1] ** -0.5)
-    if impl == "xla":
+    if impl in ("xla", "auto"):
         return _xla_attention(q, blocks)
     if impl not in KERNELS:
         raise ValueError(f"model.attention_impl={impl!r} is unknown; known: xla, {', '.join(KERNELS)}")

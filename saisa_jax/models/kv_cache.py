@@ -91,7 +91,7 @@ def append(
     )
 
 
-def rewind(cache: KVCache, length: int) -> KVCache:
+def rewind(cache: KVCache, length: Int[Array, ""]) -> KVCache:
     """The cache as it was when its first `length` columns were in use."""
     kept = jnp.arange(cache.segment_ids.shape[1]) < length
     return cache._replace(segment_ids=jnp.where(kept, cache.segment_ids, 0), length=jnp.asarray(length, jnp.int32))

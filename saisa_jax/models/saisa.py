@@ -145,7 +145,7 @@ class Saisa(nn.Module):
         unknown = set(capture) - set(CAPTURES)
         if unknown:
             raise ValueError(f"capture={sorted(unknown)} is unknown; known: {', '.join(CAPTURES)}")
-        if "attention" in capture and self.config.attention_impl != "xla":
+        if "attention" in capture and self.config.attention_impl not in ("xla", "auto"):
             raise ValueError(
                 f"model.attention_impl={self.config.attention_impl} never holds the attention that capture asks for; "
                 "set model.attention_impl=xla"

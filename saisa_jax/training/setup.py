@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +57,7 @@ def setup_stage(config: Config, name: str, steps: int, devices: list[Any] | None
     settings, model = config.stage(name), config.trained_model(name)
     mesh = parallel.make_mesh(config.mesh, devices)
     rules = parallel.make_rules(model, mesh)
-    parallel.check_attention(model, mesh)
+    model = dataclasses.replace(model, attention_impl=parallel.attention_of(model, mesh))
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * settings.accumulation
     if settings.batch_size % ways:
         raise ConfigError(

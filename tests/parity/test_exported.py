@@ -118,7 +118,7 @@ def test_torch_reads_the_official_layout(kind: str, tmp_path: Path, close: Calla
     out = tmp_path / "out"
     convert("export", "--from", source, "--layout", "saisa", "--to", out, "--dtype", "float32")
     raw = json.loads((out / "config.json").read_text())
-    assert raw["mm_vision_tower"] == "vision_tower"
+    assert raw["mm_vision_tower"] == str(out / "vision_tower")
     tower = transformers.CLIPVisionModel.from_pretrained(out / "vision_tower")
     params, config, *_ = load_model(source)
     batch, places, visual = row(config.model, True)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.checkpoints import CheckpointError, DamagedError, load_model, save_model
+from saisa_jax.checkpoints import CheckpointError, DamagedError, load_model, save_model, storage
 from saisa_jax.checkpoints.checksums import seal, unseal
 from saisa_jax.testing.configs import tiny_config
 
@@ -96,6 +97,25 @@ def test_from_a_mesh_and_onto_one(tmp_path):
         loaded, *_ = load_model(tmp_path / "model", abstract=abstract)
     assert_same(loaded, params)
     assert loaded["layers"]["kernel"].sharding.is_equivalent_to(rows, 3)
+
+
+def test_a_part_is_read_without_the_rest(tmp_path, monkeypatch):
+    """As one of eight hosts does that holds an eighth of a model which was saved on one device."""
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 2**14)
+    save_model(tmp_path / "model", make_params(), CONFIG, None, METADATA)
+    base = f"file://{tmp_path / 'model' / 'params'}"
+    kvstore = {"driver": "ocdbt", "base": base, "path": "layers.kernel/"}
+    kernel = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    assert kernel.shape == (8, 64, 64)
+
+    def bytes_read():
+        metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return sum(metric["values"][0]["value"] for metric in metrics)
+
+    before = bytes_read()
+    part = kernel[:, :8].read().result()
+    np.testing.assert_array_equal(part, make_params()["layers"]["kernel"][:, :8])
+    assert bytes_read() - before <= 2 * part.nbytes < kernel.size * 4 / 3
 
 
 def test_replaces_a_model_and_nothing_else(model):

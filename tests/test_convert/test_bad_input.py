@@ -18,8 +18,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from saisa_jax.__main__ import main
-from saisa_jax.convert.files import hub
-from saisa_jax.convert.rows import ConvertError
 from saisa_jax.testing.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -139,49 +137,3 @@ def test_a_killed_import_leaves_nothing_that_looks_finished(whole: Path, tmp_pat
     if not finished:
         assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_where_a_source_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local path never touches the network, and without one a repository is a clear error."""
-    import huggingface_hub
-
-    asked: list[tuple[str, list[str]]] = []
-
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        raise OSError("We couldn't connect\nto the hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org").mkdir()
-    for missing in ("org/name", "./a/b", "/nowhere/x", "a/b/c"):
-        with pytest.raises(ConvertError, match="there is no"):
-            hub.resolve(missing)
-    assert not asked
-    with pytest.raises(ConvertError, match=r"other/name is no local path.*couldn't connect\. Without a network"):
-        hub.resolve("other/name")
-    assert asked[0][0] == "other/name" and not any(p.endswith((".py", ".bin")) for p in asked[0][1])
-
-
-def test_pickles_only_when_asked_for(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch = pytest.importorskip("torch", reason="CPU torch is not installed")
-    from safetensors.torch import load_file as load_torch
-
-    copy = tmp_path / "in"
-    copy.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(whole / name, copy)
-    held = {k: v for file in whole.glob("*.safetensors") for k, v in load_torch(file).items()}
-    torch.save(held, copy / "pytorch_model.bin")
-    words = ["convert", "import", f"--from={copy}", f"--to={tmp_path / 'out'}"]
-    assert main(words) == 2
-    assert "--allow_pickle" in capsys.readouterr().err
-    assert main(["convert", "inspect", str(copy)]) == 0
-    assert "not opened without --allow_pickle" in capsys.readouterr().out
-    assert main([*words, "--allow_pickle"]) == 0
-    assert main(["convert", "export", f"--from={tmp_path / 'out'}", "--layout=hf-llm", f"--to={tmp_path / 'b'}"]) == 0
-    for key, value in load_torch(tmp_path / "b" / "model.safetensors").items():
-        assert torch.equal(value, held[key]) and value.dtype == held[key].dtype
-    torch.save({"x": print}, copy / "pytorch_model.bin")
-    assert main(["convert", "import", f"--from={copy}", f"--to={tmp_path / 'c'}", "--allow_pickle"]) == 2
-    assert "no file of tensors alone" in capsys.readouterr().err

@@ -9,15 +9,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from saisa_jax import buckets
 from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.parquet import ParquetImage, ParquetTable, find_files
 from saisa_jax.data.sample import DataError, StoredImage
@@ -236,29 +234,9 @@ def test_a_picture_without_bytes(tmp_path) -> None:
             ImageLoader(2, "resize", (0, 0, 0))(picture)
 
 
-class Bucket(MemoryFileSystem):
-    """Stands for gs://."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.pop("finalize_on_close", None)
-        super().__init__(*args, **kwargs)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(str(path).removeprefix("gs://"))
-
-
-def test_a_bucket(data, monkeypatch) -> None:
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    for path in sorted((data / "data").iterdir()):
-        target = epath.Path(f"gs://bucket/hub/data/{path.name}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+def test_a_bucket(data, bucket) -> None:
+    for file in (data / "data").iterdir():
+        (buckets.place("gs://bucket/hub/data") / file.name).write_bytes(file.read_bytes())
     for where in ({"path": "gs://bucket/hub", "split": "train"}, {"path": "gs://bucket/hub/data/train-*.parquet"}):
         rows = ParquetTable(**where)
         assert len(rows) == 3 * ROWS and rows[40]["question"] == "what is 40?"

@@ -52,11 +52,18 @@ def test_the_cache_holds_what_a_new_prefill_would(model, pictures):
     chat.add_image(pictures[0])
     list(chat.ask("what color is the shape?", NEW))
     request = model.request([*chat.turns, Turn(USER, "is it red?")], chat.images, NEW)
-    logits, _ = chat._read_prompt(request, NEW)
-    assert chat.reused > 0
-    alone, _ = Chat(model)._read_prompt(request, NEW)
-    inside = slice(model.model_config.vocab_size)
-    np.testing.assert_allclose(logits[:, inside], alone[:, inside], atol=1e-5)
+    ours, alone = chat, Chat(model)
+    for each in (ours, alone):
+        token, _ = each._read_prompt(request, NEW, GREEDY, 0)
+        assert token.shape == (1,)
+    assert ours.reused > 0 == alone.reused
+    columns = [np.flatnonzero(np.asarray(each._read.cache.segment_ids)[0]) for each in (ours, alone)]
+    for name in ("k", "v"):
+        one, two = (
+            np.asarray(getattr(each._read.cache, name))[:, :, :, used]
+            for each, used in zip((ours, alone), columns, strict=True)
+        )
+        np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 def test_an_answer_that_was_stopped_and_a_turn_that_was_taken_back(model, pictures):

@@ -11,6 +11,7 @@ from saisa_jax.inference.generate import Generator, Sampling, bucket, sample
 from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.testing.batches import IMAGE, make_batch
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.programs import compilations
 
 LAYOUTS = [[1, 2, 3, 4, 5], [1, IMAGE, 7, 8], [9, IMAGE, 10, 11, IMAGE, 12, 13]]
 NEVER = 127
@@ -73,10 +74,11 @@ def test_a_bucket_compiles_once():
     config, params, generator = model_of("saisa")
     batch = make_batch(config, LAYOUTS, text_length=16, max_images=2)
     generator(params, batch, 5)
-    before = generator._prefill._cache_size(), generator._decode._cache_size()
-    generator(params, make_batch(config, LAYOUTS[::-1], text_length=16, max_images=2), 9)
-    generator(params, batch, 3, Sampling(temperature=0.7, top_p=0.9), seed=3)
-    assert (generator._prefill._cache_size(), generator._decode._cache_size()) == before
+    with compilations() as compiled:
+        generator(params, make_batch(config, LAYOUTS[::-1], text_length=16, max_images=2), 9)
+        generator(params, batch, 3, Sampling(temperature=0.7, top_p=0.9), seed=3)
+        generator(params, batch, 3, Sampling(temperature=1, top_p=1), seed=-(2**40))
+    assert compiled == []
     assert [bucket(n) for n in (1, 16, 17, 100)] == [16, 16, 32, 128] and bucket(3, smallest=1) == 4
     assert [bucket(n, smallest=6) for n in (1, 6, 7, 13)] == [6, 6, 12, 24]
 

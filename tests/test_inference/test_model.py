@@ -17,8 +17,9 @@ from saisa_jax.checkpoints import save_model
 from saisa_jax.config import MeshConfig
 from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.inference.image_cache import EncodedImage, ImageCache
-from saisa_jax.inference.model import Conversation, Request, load
+from saisa_jax.inference.model import Conversation, Request, VisionLanguageModel, load
 from saisa_jax.models.kv_cache import ImageKV
+from saisa_jax.testing.programs import compilations
 
 QUESTIONS = [
     "what color is the shape?",
@@ -98,24 +99,6 @@ def test_a_second_batch_of_a_like_size_compiles_nothing(model, pictures):
     with compilations() as seen:
         model.generate(QUESTIONS * 5, images * 5, max_new_tokens=6)
     assert seen  # the counter counts
-
-
-class compilations:
-    """The names of the programs that are compiled within the block."""
-
-    def __enter__(self) -> list[str]:
-        self.names: list[str] = []
-        self.active = True
-
-        def listen(event: str, duration: float, **kwargs) -> None:
-            if self.active and event == "/jax/core/compile/backend_compile_duration":
-                self.names.append(kwargs.get("fun_name", event))
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        return self.names
-
-    def __exit__(self, *error) -> None:
-        self.active = False
 
 
 def test_bad_requests_are_all_named_and_harm_no_other(model, pictures, tmp_path):
@@ -260,3 +243,27 @@ def test_load_spreads_a_model_over_a_mesh_and_casts_it(alignment, tiny_model, pi
     assert half.model_config.dtype == "bfloat16" and "in bfloat16, computed in bfloat16)" in repr(half)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(half.params)} == {1}
+
+
+def test_few_programs_are_compiled(tiny_model, pictures):
+    """Each takes seconds on a slow machine: what is done eagerly, before or after a program, is one more."""
+    shared = tiny_model("saisa")
+    model = VisionLanguageModel(shared.params, shared.config, shared.tokenizer, "finetune", shared.metadata)
+    jax.clear_caches()  # of other tests in this process
+    with compilations() as first:
+        model.generate("what color is the shape?", pictures[0], max_new_tokens=4)
+    assert first == ["jit(_run_encode)", "jit(_run_answer)"]
+    with compilations() as like_it:
+        model.generate("what is it?", pictures[1], max_new_tokens=8, temperature=1, top_p=0.5, seed=7)
+    assert like_it == []
+    with compilations() as longer:
+        model.generate("what is it? " * 8, pictures[1], max_new_tokens=4)
+    assert longer == ["jit(_run_answer)"]
+    chat = model.chat()
+    chat.add_image(pictures[1])
+    with compilations() as talk:
+        list(chat.ask("what color is the shape?", 4))
+    assert talk == ["jit(_run_start)", "jit(_run_step)"]
+    with compilations() as turn:
+        list(chat.ask("what is it?", 4))
+    assert set(turn) <= {"jit(_run_extend)", "jit(_run_step)"} and len(turn) <= 2

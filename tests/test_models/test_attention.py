@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -265,8 +266,31 @@ def test_attention_is_captured_under_xla_alone():
 def test_an_implementation_for_other_devices_is_an_error():
     config = tiny_config().model
     mesh = parallel.make_mesh(MeshConfig(-1, 1, 1))
-    parallel.check_attention(config, mesh)
+    parallel.attention_of(config, mesh)
     for impl, platform in (("flash", "tpu"), ("cudnn", "gpu")):
         message = f"{impl} runs on {platform}, and the devices are cpu: set --config.model.attention_impl=xla"
         with pytest.raises(ConfigError, match=message):
-            parallel.check_attention(dataclasses.replace(config, attention_impl=impl), mesh)
+            parallel.attention_of(dataclasses.replace(config, attention_impl=impl), mesh)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "dtype", "head_dim", "chosen"),
+    [
+        ("tpu", "TPU v5 lite", "bfloat16", 128, "flash"),
+        ("tpu", "TPU v5 lite", "float16", 128, "xla"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 128, "cudnn"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "float32", 128, "xla"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 20, "xla"),
+        ("gpu", "AMD Instinct MI300X", "bfloat16", 128, "xla"),
+        ("cpu", "cpu", "bfloat16", 128, "xla"),
+    ],
+)
+def test_auto_is_what_suits_the_devices(platform, kind, dtype, head_dim, chosen):
+    config = dataclasses.replace(tiny_config().model, dtype=dtype, head_dim=head_dim)
+    assert parallel.fused_attention(config, platform, SimpleNamespace(device_kind=kind)) == chosen
+
+
+def test_auto_is_xla_on_a_gpu_of_before_ampere():
+    device = SimpleNamespace(device_kind="NVIDIA TITAN V", compute_capability="7.0")
+    config = dataclasses.replace(tiny_config().model, dtype="bfloat16")
+    assert parallel.fused_attention(config, "gpu", device) == "xla"

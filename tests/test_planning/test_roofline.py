@@ -50,7 +50,9 @@ def test_bytes_of_a_split_state() -> None:
 
 def test_remedies_come_in_order_and_say_only_what_changes(recipe: Config) -> None:
     tpu, gpu = parse("v5e:4x4"), parse("h100:8")
-    none = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat_policy="none"))
+    none = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, remat_policy="none", attention_impl="xla")
+    )
     lines = [str(remedy) for remedy in remedies.candidates(none, "finetune", tpu)]
     first = "--config.model.remat_policy=full --config.model.attention_impl=flash"
     assert lines[:2] == [first, f"{first} --config.finetune.accumulation=2"]

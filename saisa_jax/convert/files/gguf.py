@@ -1,8 +1,12 @@
-"""A GGUF file of a Llama-family model as tensors under Hugging Face's names, with its config and tokenizer."""
+"""A GGUF file of a Llama-family model as tensors under Hugging Face's names, with its config and tokenizer.
+
+A large one is split into `NAME-00001-of-00003.gguf` and so on, the first of which says what the model is.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ _BLOCK = {
 }
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ARCHITECTURES = ("llama", "qwen2")
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling of the frequencies, as its outcome
 
 
@@ -30,10 +35,11 @@ class GgufFile:
     """The tensors of a GGUF file, dequantised to float32 one by one.
 
     Args:
-      path: of a model whose architecture is llama (Mistral and SmolLM2 among them) or qwen2.
+      path: of a model whose architecture is llama (Mistral and SmolLM2 among them) or qwen2; of a split one any part.
 
     Raises:
-      ConvertError: the `gguf` package is missing, no whole GGUF file, or another architecture.
+      ConvertError: the `gguf` package is missing, no whole GGUF file, a part that is not there, or another
+        architecture.
     """
 
     def __init__(self, path: str | Path):
@@ -44,26 +50,29 @@ class GgufFile:
             import gguf
         except ImportError as error:
             raise ConvertError("reading GGUF files takes the gguf package: pip install gguf") from error
-        try:
-            reader = gguf.GGUFReader(self.where)
-            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-            found = [
-                (t.name, t.tensor_type, tuple(map(int, t.shape)), t.data_offset, t.n_bytes) for t in reader.tensors
-            ]
-        except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
-            raise ConvertError(f"{self.where} is no whole GGUF file (truncated?): {error}") from error
-        del reader  # it has mapped the file
+        self.metadata: dict[str, Any] = {}
+        # Their type, shape, offset, size and file.
+        self._tensors: dict[str, tuple[Any, tuple[int, ...], int, int, Path]] = {}
+        for file in _shards(self.where):
+            try:
+                reader = gguf.GGUFReader(file)
+                held = {name: field.contents() for name, field in reader.fields.items()}
+                found = {
+                    _their_name(t.name): (t.tensor_type, tuple(map(int, t.shape)), t.data_offset, t.n_bytes, file)
+                    for t in reader.tensors
+                }
+            except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
+                raise ConvertError(f"{file} is no whole GGUF file (truncated?): {error}") from error
+            del reader  # it has mapped the file
+            self.metadata = {**held, **self.metadata}  # the first one says what the model is
+            self._tensors |= found
+            end = max((offset + size for _, _, offset, size, _ in found.values()), default=0)
+            if end > file.stat().st_size:
+                raise ConvertError(f"{file} is no whole GGUF file (truncated?): its tensors end at byte {end}")
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ConvertError(f"{self.where}: architecture {self.architecture!r} is not known here; known: {known}")
-        # Their type, shape, offset and size.
-        self._tensors: dict[str, tuple[Any, tuple[int, ...], int, int]] = {
-            _their_name(name): (kind, shape, offset, size) for name, kind, shape, offset, size in found
-        }
-        end = max((offset + size for _, _, offset, size in self._tensors.values()), default=0)
-        if end > self.where.stat().st_size:
-            raise ConvertError(f"{self.where} is no whole GGUF file (truncated?): its tensors end at byte {end}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,16 +88,16 @@ class GgufFile:
         return True
 
     def stored(self, key: str) -> tuple[str, int]:
-        kind, _, _, size = self._tensors[key]
+        kind, _, _, size, _ = self._tensors[key]
         return kind.name, size
 
     def read(self, key: str) -> np.ndarray:
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-        kind, _, offset, size = self._tensors[key]
-        raw = np.fromfile(self.where, np.uint8, count=size, offset=offset)
+        kind, _, offset, size, file = self._tensors[key]
+        raw = np.fromfile(file, np.uint8, count=size, offset=offset)
         if raw.size != size:
-            raise ConvertError(f"{self.where} is no whole GGUF file (truncated while it was read?)")
+            raise ConvertError(f"{file} is no whole GGUF file (truncated while it was read?)")
         shape = self.shape(key)
         if kind.name in ("F32", "F16"):
             array = raw.view(np.float32 if kind.name == "F32" else np.float16).reshape(shape)
@@ -146,8 +155,8 @@ class GgufFile:
 
     def _llama3_scaling(self, head_dim: int, theta: float) -> dict[str, Any]:
         """Llama 3.1 to 3.3 differ in one number; the file holds what came of it for each frequency."""
-        _, shape, offset, _ = self._tensors[ROPE_FACTORS]
-        seen = np.fromfile(self.where, np.float32, count=shape[0], offset=offset)
+        _, shape, offset, _, file = self._tensors[ROPE_FACTORS]
+        seen = np.fromfile(file, np.float32, count=shape[0], offset=offset)
         turns = 8192 / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
         for factor in (8.0, 32.0):
             smooth = np.clip((turns - 1) / 3, 0, 1)
@@ -170,6 +179,34 @@ class GgufFile:
         from saisa_jax.convert.files.gguf_tokenizer import build_tokenizer
 
         return build_tokenizer(self.metadata, self.where)
+
+
+def choose_gguf(files: Sequence[str], where: str) -> list[str]:
+    """Of the GGUF files of a folder the only one, or all parts of the only one that is split.
+
+    Raises:
+      ConvertError: there are several, by name.
+    """
+    models: dict[str, list[str]] = {}
+    for file in sorted(files):
+        split = SPLIT.fullmatch(file)
+        models.setdefault(split[1] if split else file, []).append(file)
+    if len(models) != 1:
+        named = ", ".join(parts[0] for parts in models.values())
+        raise ConvertError(f"{where} holds {len(models)} models in GGUF: name the file that is meant: {named}")
+    return next(iter(models.values()))
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of a model, of which `path` is one; the first one first."""
+    split = SPLIT.fullmatch(path.name)
+    if not split:
+        return [path]
+    files = [path.with_name(f"{split[1]}-{n:05}-of-{split[3]}{split[4]}") for n in range(1, int(split[3]) + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConvertError(f"{path} is one of {len(files)} parts, and these are not there: {', '.join(missing)}")
+    return files
 
 
 def _their_name(name: str) -> str:

@@ -159,13 +159,7 @@ class TensorDirectory(Directory):
             return found[0]
         if found:
             raise ConvertError(f"{self.where} holds {', '.join(found)} but no {INDEX} that says which belong together")
-        pickled = sorted(path.name for path in self.where.glob("*.bin"))
-        hint = (
-            f"; {', '.join(pickled)} would have to be saved as safetensors first, or be asked for: --allow_pickle"
-            if pickled
-            else ""
-        )
-        raise ConvertError(f"{self.where} holds neither {SINGLE} nor {INDEX}{hint}")
+        raise ConvertError(f"{self.where} holds neither {SINGLE} nor {INDEX}")
 
     def _header(self, file: str) -> Header:
         if file not in self._headers:

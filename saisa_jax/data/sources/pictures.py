@@ -56,6 +56,8 @@ def find_picture(given: Any, where: str, images: Images, allow_absolute: bool, s
         if key in ("bytes", "base64", "data") and isinstance(given[key], str) and not given[key].startswith("data:"):
             return _decoded(given[key], f"{where}.{key}", sample_id)
         return find_picture(given[key], f"{where}.{key}", images, allow_absolute, sample_id)
+    if isinstance(given, bytes):  # JSON has none
+        return given
     if not isinstance(given, str):
         raise DataError(f"{where} should be text or an object, and is of type {type(given).__name__}", sample_id)
     if given.startswith("data:"):

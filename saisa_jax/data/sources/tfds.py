@@ -7,21 +7,18 @@ the encoded bytes that the data set holds, and are decoded as all others are.
 from __future__ import annotations
 
 import hashlib
-import string
 import threading
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample, Turn
+from saisa_jax.data.sample import DataError, Sample
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.llava import make_sample
 from saisa_jax.data.sources.record_files import records_digest
-from saisa_jax.errors import did_you_mean
+from saisa_jax.data.sources.turns import TurnsTemplate, as_text, check_name, entries
 
 
 @SOURCES.register("tfds")
@@ -38,13 +35,9 @@ class TfdsSamples:
         self._lock = threading.Lock()
         builder = _open_builder(config)
         self._features = builder.info.features
-        self.user, self.assistant = config.turns.split("=>")
-        names = _flatten(self._features)
-        for side in (self.user, self.assistant):
-            for name in _fields(side, config):
-                _check_feature(name, names, "turns", config)
+        self._template = TurnsTemplate(config.turns, _flatten(self._features), config.name)
         if config.image_feature:
-            _check_feature(config.image_feature, list(self._features), "image_feature", config)
+            check_name(config.image_feature, list(self._features), "image_feature", config.name)
         self._data = _open_data(builder, config)
         self._builder = builder
 
@@ -62,8 +55,8 @@ class TfdsSamples:
             raise DataError(f"cannot be read: {error}", sample_id) from error
         images = ()
         if self.config.image_feature:
-            images = tuple(bytes(item) for item in _entries(example[self.config.image_feature]))
-        said = [Turn(USER, self._render(self.user, example)), Turn(ASSISTANT, self._render(self.assistant, example))]
+            images = tuple(bytes(item) for item in entries(example[self.config.image_feature]))
+        said = self._template(lambda name: _as_text(example, self._features, name))
         return make_sample(sample_id, said, images)
 
     def content(self) -> str:
@@ -77,15 +70,6 @@ class TfdsSamples:
 
     def _files(self) -> list[epath.Path]:
         return [epath.Path(path) for path in self._builder.info.splits[self.config.split].filepaths]
-
-    def _render(self, side: str, example: dict[str, Any]) -> str:
-        """One side's words, the features filled in."""
-        words = []
-        for literal, name, *_ in string.Formatter().parse(side.strip()):
-            words.append(literal)
-            if name is not None:
-                words.append(_as_text(example, self._features, name))
-        return "".join(words)
 
     def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
         return type(self), (self.config,)
@@ -142,37 +126,7 @@ def _flatten(features: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _fields(side: str, config: SourceConfig) -> list[str]:
-    try:
-        parts = list(string.Formatter().parse(side))
-    except ValueError as error:
-        raise DataError(f"sources.turns={config.turns!r}: {error}; a brace that is text is written twice") from error
-    if any(spec or conversion for _, _, spec, conversion in parts):
-        raise DataError(f"sources.turns={config.turns!r}: braces hold a feature's name and nothing else")
-    return [name for _, name, *_ in parts if name is not None]
-
-
-def _check_feature(name: str, known: list[str], field: str, config: SourceConfig) -> None:
-    if name not in known:
-        hint = did_you_mean(name, known, n=2, otherwise=f"; it has {', '.join(known)}")
-        raise DataError(f"sources.{field}: {config.name!r} has no feature {name!r}{hint}")
-
-
 def _as_text(example: Any, features: Any, name: str) -> str:
-    """A feature as text: bytes decoded, a class by its label, of a list the first entry, "" of an empty one."""
     for part in name.split("/"):
         example, features = example[part], getattr(features, "feature", features)[part]
-    entries = _entries(example)
-    value, feature = entries[0] if len(entries) else b"", getattr(features, "feature", features)
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return feature.int2str(int(value)) if hasattr(feature, "int2str") else str(value)
-
-
-def _entries(value: Any) -> Sequence[Any]:
-    """The entries of a list, or the value itself as the only one; none if it is missing."""
-    if value is None or (isinstance(value, bytes) and not value):
-        return ()
-    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
-        return list(value)
-    return (value,)
+    return as_text(example, getattr(getattr(features, "feature", features), "int2str", None))

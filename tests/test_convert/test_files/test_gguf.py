@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from saisa_jax.__main__ import main
 from saisa_jax.convert.configs import decoder_config_from_hf
 from saisa_jax.convert.files.gguf import GgufFile
 from saisa_jax.convert.files.gguf_tokenizer import build_tokenizer
+from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.rows import ConvertError
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -30,9 +32,11 @@ def byte_tokens() -> list[str]:
     return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĠĠ", "12"]
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], pre: str = "smollm", architecture: str = "llama") -> Path:
-    """A GGUF file whose projections are quantised (Q8_0)."""
-    writer = gguf.GGUFWriter(path, architecture)
+def write(
+    path: Path, tensors: dict[str, np.ndarray], pre: str = "smollm", architecture: str = "llama", split: int = 0
+) -> Path:
+    """A GGUF file whose projections are quantised (Q8_0); split: files of so many tensors."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     writer.add_context_length(128)
     writer.add_embedding_length(D)
     writer.add_block_count(L)
@@ -133,6 +137,37 @@ def test_an_import_answers(file: Path, tmp_path: Path) -> None:
     model = saisa_jax.load(str(tmp_path / "ckpt"))
     assert model.stage_config.template == "chatml" and model.config.data.system_prompt == "Be kind."
     assert len(model.generate(["hi"], [[]], max_new_tokens=2)) == 1
+
+
+def test_split_files_and_folders_of_one_model(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = GgufFile(file)
+    write(tmp_path / "big.gguf", tensors(), split=8)
+    parts = sorted(tmp_path.iterdir())
+    assert [path.name for path in parts] == [f"big-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for source in (GgufFile(parts[0]), GgufFile(parts[1]), open_checkpoint(tmp_path)):
+        assert source.names == whole.names and source.config() == whole.config()
+        for key in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
+            np.testing.assert_array_equal(source.read(key), whole.read(key))
+    shutil.copy(file, tmp_path / "other.GGUF")
+    words = ["convert", "import", f"--to={tmp_path / 'out'}"]
+    assert main([*words, f"--from={tmp_path}"]) == 2
+    said = "holds 2 models in GGUF: name the file that is meant: big-00001-of-00003.gguf, other.GGUF"
+    assert said in capsys.readouterr().err
+    parts[1].unlink()
+    assert main([*words, f"--from={parts[0]}"]) == 2
+    assert "one of 3 parts, and these are not there: big-00002-of-00003.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["~/models/tiny.GGUF", "~/models"])
+def test_load_reads_a_gguf(given: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SAISA_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "models").mkdir()
+    shutil.copy(file, tmp_path / "models" / "tiny.GGUF")
+    model = saisa_jax.load(given)
+    table = np.asarray(model.params["embed_tokens"]["embedding"])[:W]
+    np.testing.assert_array_equal(table, tensors()["token_embd.weight"])
+    assert model.tokenizer.tokenize("a 12") == ["a", "Ġ", "1", "2"] and model.stage_config.template == "chatml"
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from saisa_jax.testing.configs import tiny_config
 
 
 def test_every_format_is_found_by_its_name() -> None:
-    assert set(SOURCES) == {"arrayrecord", "chat", "easy_vqa", "llava", "tfds"}
+    assert set(SOURCES) == {"arrayrecord", "chat", "easy_vqa", "llava", "parquet", "tfds"}
     with pytest.raises(UnknownNameError, match=r"sources.format='lava' is not one of .*; did you mean llava\?"):
         open_source(SourceConfig("lava"))
 
