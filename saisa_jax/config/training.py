@@ -144,12 +144,15 @@ class TrainingConfig:
     # skipped.jsonl, and go on.
     on_nan: str = "stop"
     max_skips: int = 10  # more skipped steps in a row stop the run
+    # Seconds without a step or an evaluation, after the first step, until the stacks of all threads are written;
+    # after as long again the process ends with status 1. 0: never.
+    watchdog: float = 3600.0
 
     def __post_init__(self) -> None:
         choice("training.on_nan", self.on_nan, ON_NAN)
         for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "max_skips"):
             positive(f"training.{name}", getattr(self, name))
-        for name in ("eval_every", "eval_samples", "loss_chunk"):
+        for name in ("eval_every", "eval_samples", "loss_chunk", "watchdog"):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
 
 

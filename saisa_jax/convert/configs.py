@@ -21,6 +21,9 @@ from saisa_jax.convert.match import layout_of
 from saisa_jax.convert.rows import ConvertError
 
 MAY_BE_NULL = ("sliding_window", "num_key_value_heads", "head_dim")  # where null is not the class default
+# In the config.json of an encoder that is exported alone: which features of it, and of which pictures, are meant.
+FEATURE_LAYER, FEATURE_NORM = "vision_feature_layer", "vision_feature_norm"
+FEATURE_IMAGE_MODE = "vision_image_mode"
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -70,8 +73,9 @@ def vision_config_from_hf(
     Args:
       raw: fields as in config.json, or in its vision_config.
       source: the directory, for messages and for its preprocessor_config.json (mean and standard deviation).
-      select_layer: which hidden state is put out; None: the family's, mostly LLaVA's choice, -2.
-      image_mode: None: pad.
+      select_layer: which hidden state is put out; None: the one that an export of ours names, or the family's, mostly
+        LLaVA's choice, -2.
+      image_mode: None: the one that an export of ours names, or pad.
 
     Raises:
       ConvertError: an unknown family, or an option that our encoder does not have.
@@ -83,7 +87,9 @@ def vision_config_from_hf(
         raise _unknown(raw, source, named)
     name, family = named[model_type]
     fields = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
-    select_layer = family.select_layer if select_layer is None else select_layer
+    declared = raw.get(FEATURE_LAYER)
+    if select_layer is None:
+        select_layer = family.select_layer if declared is None else declared
     if not isinstance(select_layer, int):
         raise ConvertError(f"{source}: features of several layers ({select_layer!r}) are not supported, only of one")
     preprocessor = read_preprocessor(source)
@@ -93,9 +99,10 @@ def vision_config_from_hf(
             family=name,
             **{**family.switches, **family.config_from_hf(fields, preprocessor, select_layer)},
             select_layer=select_layer,
+            post_norm=bool(raw.get(FEATURE_NORM)) and select_layer == declared,
             image_mean=tuple(preprocessor.get("image_mean", family.image_mean)),
             image_std=tuple(preprocessor.get("image_std", family.image_std)),
-            image_mode=image_mode or "pad",
+            image_mode=image_mode or raw.get(FEATURE_IMAGE_MODE, "pad"),
         )
     except (ConfigError, TypeError) as error:
         raise ConvertError(f"{source}: {error}") from error
@@ -236,11 +243,24 @@ def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
     return {"architectures": [family.architecture], "model_type": family.model_type, **fields}
 
 
-def preprocessor_to_hf(config: VisionConfig, *, in_llava: bool = False) -> dict[str, Any]:
+def features_to_hf(config: VisionConfig) -> dict[str, Any]:
+    """What an encoder's config.json says, that its import may give the same features; {}: they are the usual ones."""
+    fields: dict[str, Any] = {}
+    if config.post_norm or config.select_layer != encoder_family(config).select_layer:
+        fields[FEATURE_LAYER] = config.select_layer
+    if config.post_norm:
+        fields[FEATURE_NORM] = True
+    if config.image_mode != "pad":
+        fields[FEATURE_IMAGE_MODE] = config.image_mode
+    return fields
+
+
+def preprocessor_to_hf(config: VisionConfig, *, pads: bool = False) -> dict[str, Any]:
     """The preprocessor_config.json: how pictures become pixels.
 
     Args:
-      in_llava: of llava-hf, whose processor can pad; an encoder's own cannot, and crops where we pad.
+      pads: with LLaVA's processor where we pad; else with the encoder's own, which cannot, and crops: the original
+        programs of saisa and llava pad before they call it.
     """
     size = config.image_size
     square = config.image_mode != "resize"
@@ -257,7 +277,7 @@ def preprocessor_to_hf(config: VisionConfig, *, in_llava: bool = False) -> dict[
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
     }
-    if in_llava and config.image_mode == "pad":
+    if pads and config.image_mode == "pad":
         raw |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     if square:
         raw["crop_size"] = {"height": size, "width": size}

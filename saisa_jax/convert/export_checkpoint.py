@@ -16,6 +16,7 @@ from saisa_jax.convert import sidecar
 from saisa_jax.convert.configs import (
     TORCH_DTYPES,
     decoder_to_hf,
+    features_to_hf,
     multimodal_to_hf,
     preprocessor_to_hf,
     vision_to_hf,
@@ -26,6 +27,7 @@ from saisa_jax.convert.hf_json import (
     CONFIG,
     GENERATION_CONFIG,
     PREPROCESSOR_CONFIG,
+    PROCESSOR_CONFIG,
     read_json,
     read_json_if_there,
     write_json,
@@ -39,6 +41,8 @@ from saisa_jax.data.text.conversation import IMAGE, end_token_id
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import share_to_per_layer
 
+# Of generation_config.json: transformers does not save a model that has them without do_sample.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 TOWER = "vision_tower"  # the folder of the tower, beside a checkpoint in the layout saisa or llava
 
 
@@ -235,12 +239,15 @@ def _piece(model: _Model, layout: str, folder: str, tower: _Tower | None, dtype:
     stored = dtype or params.dtype_name(params.names[0])
     torch_dtype = TORCH_DTYPES.get(stored, stored)
     raw = read_json(kept_in / "files" / CONFIG) if CONFIG in {file.name for file in copied} and kept_in else None
+    written = _beside(model, layout, not folder, {file.name: file for file in copied})
     if raw and source and source.describes(model.config):
         changes = {"dtype" if "dtype" in raw else "torch_dtype": torch_dtype} if dtype else {}
         changes |= {"mm_vision_tower": tower.name} if tower else {}
-        written = {CONFIG: raw | changes} if any(raw.get(name) != value for name, value in changes.items()) else {}
+        changes |= features_to_hf(model.config.vision) if layout == "hf-vision" and not folder else {}
+        if any(raw.get(name) != value for name, value in changes.items()):
+            written[CONFIG] = raw | changes
     else:
-        written = _written(model, layout, tower.name if tower else "", torch_dtype)
+        written[CONFIG] = _config_json(model, layout, tower.name if tower else "", torch_dtype, not folder)
     tokenizer = None
     if layout != "hf-vision":
         kept = _tokenizer_files(model)
@@ -330,27 +337,47 @@ def _vision(model: _Model, layout: str) -> VisionConfig:
     return dataclasses.replace(vision, num_layers=used, select_layer=-1, **stages)
 
 
-def _written(model: _Model, layout: str, tower: str, torch_dtype: str) -> dict[str, dict[str, Any]]:
-    """The JSON files of a checkpoint, from our configuration."""
+def _config_json(model: _Model, layout: str, tower: str, torch_dtype: str, alone: bool) -> dict[str, Any]:
+    """The config.json of a checkpoint, from our configuration.
+
+    Args:
+      tower: its name, of saisa and llava.
+      alone: no part of a checkpoint of saisa or llava.
+    """
     vision = _vision(model, layout)
-    files: dict[str, dict[str, Any]] = {}
-    if layout in ("hf-vision", "llava-hf"):
-        files[PREPROCESSOR_CONFIG] = preprocessor_to_hf(vision, in_llava=layout == "llava-hf")
     if layout == "hf-vision":
-        return files | {CONFIG: vision_to_hf(vision) | {"torch_dtype": torch_dtype}}
-    config, ids, image_token = dataclasses.replace(model.config, vision=vision), {}, None
-    if model.tokenizer is not None:
-        ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        image_token = _image_token(model) if layout == "llava-hf" else None
-    if model.end_tokens:
+        raw = vision_to_hf(vision) | (features_to_hf(vision) if alone else {})
+    elif layout == "hf-llm":
+        raw = decoder_to_hf(model.config) | _token_ids(model)
+    else:
+        token = _image_token(model) if layout == "llava-hf" and model.tokenizer is not None else None
+        config = dataclasses.replace(model.config, vision=vision)
+        raw = multimodal_to_hf(config, layout, tower=tower, image_token=token) | _token_ids(model)
+    return raw | {"torch_dtype": torch_dtype}
+
+
+def _token_ids(model: _Model) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id") if model.tokenizer is not None else ()
+    return {name: getattr(model.tokenizer, name) for name in names}
+
+
+def _beside(model: _Model, layout: str, alone: bool, copied: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """JSON files beside config.json that do not go out as they came: none came, or what they speak of has changed."""
+    files: dict[str, dict[str, Any]] = {}
+    came = copied.keys() & {PREPROCESSOR_CONFIG, PROCESSOR_CONFIG}
+    if layout in ("hf-vision", "llava-hf") and (not came or model.changed("vision")):
+        files[PREPROCESSOR_CONFIG] = preprocessor_to_hf(_vision(model, layout), pads=alone)
+    trained = model.changed("decoder") or model.changed("projector")
+    if layout == "hf-vision" or not model.end_tokens or (CONFIG in copied and not trained):
+        return files
+    kept = read_json(copied[GENERATION_CONFIG]) if GENERATION_CONFIG in copied else {}
+    said = kept.get("eos_token_id")
+    if set(said if isinstance(said, list) else [said]) != set(model.end_tokens):  # other words, another end
+        sampling = () if kept.get("do_sample") else SAMPLING
+        kept = {name: value for name, value in kept.items() if name not in sampling}
         first, *others = model.end_tokens
-        files[GENERATION_CONFIG] = ids | {"eos_token_id": [first, *others] if others else first}
-    raw = (
-        decoder_to_hf(config)
-        if layout == "hf-llm"
-        else multimodal_to_hf(config, layout, tower=tower, image_token=image_token)
-    )
-    return files | {CONFIG: raw | ids | {"torch_dtype": torch_dtype}}
+        files[GENERATION_CONFIG] = _token_ids(model) | kept | {"eos_token_id": [first, *others] if others else first}
+    return files
 
 
 def _image_token(model: _Model) -> int | None:

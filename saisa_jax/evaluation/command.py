@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -74,6 +75,8 @@ def run(
         prompts=prompts,
     )
     for name in tasks:
+        tokens = max_new_tokens or TASKS[name].max_new_tokens or defaults.max_new_tokens
+        settings = dataclasses.replace(settings, max_new_tokens=tokens)
         record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
         console.print(table(record))
         for line in (record["note"], *(f"{output}/evaluation/{file}" for file in record["files"])):

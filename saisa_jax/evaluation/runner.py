@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -104,7 +103,9 @@ def evaluate(
       Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt. The next run goes on.
     """
     task = TASKS[name].under(settings.prompts)
-    items = _items(model, name, task, settings)
+    validation = model.stage_config.validation
+    data = TaskData(settings.data, settings.images, validation, model.stage, settings.prompts, name)
+    items = read_items(task, data, settings.limit)
     started = time.monotonic()
     folder = output / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def evaluate(
     record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
     record |= {"decoding": _decoding(model, settings)}
     record |= _origin(model, checkpoint)
-    scoring.commit(folder, name, predictions, record, task.files(predictions))
+    scoring.commit(folder, name, predictions, record, task.files(predictions, data))
     partial.unlink()
     return record
 
@@ -137,25 +138,23 @@ def evaluate(
 # --- the questions ---------------------------------------------------------------------------------------------------
 
 
-def _items(model: VisionLanguageModel, name: str, task: Task, settings: Settings) -> list[Item]:
-    """The questions to ask; DataError if some cannot be, because they or their pictures are not there."""
-    validation = model.stage_config.validation
-    data = TaskData(settings.data, settings.images, validation, model.stage, settings.prompts, name)
-    found = list(islice(task.items(data), settings.limit))
+def read_items(task: Task, data: TaskData, limit: int | None = None, *, pictures: bool = True) -> list[Item]:
+    """The questions to ask; DataError if some cannot be, because they or (`pictures`) their pictures are not there."""
+    found = list(islice(task.items(data), limit))
     items = [item for item in found if isinstance(item, Item)]
     reasons = [(item.sample_id, item.reason) for item in found if isinstance(item, DataError)]
-    for item in items:
+    for item in items if pictures else ():
         paths = [os.fspath(image) for image in item.images if isinstance(image, str | os.PathLike)]
-        reasons += [(item.id, f"there is no image {path}") for path in paths if not Path(path).exists()][:1]
+        reasons += [(item.id, f"there is no image {path}") for path in paths if not epath.Path(path).exists()][:1]
     if reasons:
         raise DataError(
-            f"{len(reasons)} of {len(found)} questions of {name} cannot be asked: {scoring.some(reasons)}. "
+            f"{len(reasons)} of {len(found)} questions of {data.task} cannot be asked: {scoring.some(reasons)}. "
             "--data=FILE with --images=FOLDER says where questions and pictures lie"
         )
     if not items:
-        raise DataError(f"{name} has no questions{f' in --data={settings.data}' if settings.data else ''}")
+        raise DataError(f"{data.task} has no questions{f' in --data={data.data}' if data.data else ''}")
     if len({item.id for item in items}) < len(items):
-        raise DataError(f"{name} has two questions of one id: {_repeated(items)!r}")
+        raise DataError(f"{data.task} has two questions of one id: {_repeated(items)!r}")
     return items
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from saisa_jax import flops
 from saisa_jax.config import ModelConfig, ProjectorConfig
-from saisa_jax.evaluation.metrics import normalise
+from saisa_jax.evaluation.scorers.words import normalise
 from saisa_jax.report import units
 from saisa_jax.report.runs import NAMES, Run, StageRecord
 

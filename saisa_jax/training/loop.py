@@ -45,6 +45,7 @@ from saisa_jax.training.telemetry.goodput import Goodput
 from saisa_jax.training.telemetry.journal import Journal
 from saisa_jax.training.telemetry.profile import Profiler
 from saisa_jax.training.telemetry.wandb import check_wandb
+from saisa_jax.training.watchdog import Watchdog
 
 
 def run(config: Config, workdir: epath.Path) -> int:
@@ -215,6 +216,7 @@ class StageTrainer:
         with (
             self.journal.open(first, self.flops, self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
+            Watchdog(options.watchdog) as watchdog,
         ):
             clock.started()
             if held_out and self.evaluation_due:
@@ -246,6 +248,7 @@ class StageTrainer:
                     waiting, over = None, self._dropped_too_many() != ""
                 if held_out and evaluate and not stopping:
                     self._evaluate(held_out, step)
+                    watchdog.beat(f"the evaluation at step {step}")
                 if save:
                     with clock("save"):
                         self.journal.upload()
@@ -256,6 +259,7 @@ class StageTrainer:
                     raise DataError(self._dropped_too_many())
                 if stopping:
                     break
+                watchdog.beat(f"step {step}")
             self.journal.close(step)
         if sync.stopping:  # after the last step, too: the next start has only to write the model
             by = stop.requested or "another process"

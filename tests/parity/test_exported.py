@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.saisa import Saisa
-from saisa_jax.testing.checkpoints import write_checkpoint
+from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
 
 torch = pytest.importorskip("torch", reason="CPU torch is not installed")
 transformers = pytest.importorskip("transformers")
@@ -104,6 +105,31 @@ def test_transformers_loads_it(checkpoint: Path, layout: str, tmp_path: Path, cl
         picture = {"pixel_values": pixels(config.model, batch)}
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(ids[None]), **picture).logits[0].numpy()[places]
+    close(ours(config.model, params, batch), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["hf-llm", "llava-hf"])
+def test_a_tied_head_stays_tied(layout: str, tmp_path: Path, close: Callable[..., None]) -> None:
+    """After training, also where the source held a second copy of it."""
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    model = dataclasses.replace(tiny_model("llava"), tie_embeddings=True)
+    write_checkpoint(tmp_path / "in", layout, model)
+    file = tmp_path / "in" / "model.safetensors"
+    held = load_torch(file)
+    embedding = next(key for key in held if key.endswith("embed_tokens.weight"))
+    head = "lm_head.weight" if layout == "hf-llm" else "language_model.lm_head.weight"
+    save_torch({**held, head: held[embedding].clone()}, file, {"format": "pt"})
+    convert("import", "--from", tmp_path / "in", "--to", tmp_path / "ckpt", "--dtype", "float32")
+    source = trained(tmp_path / "ckpt")
+    convert("export", "--from", source, "--layout", layout, "--to", tmp_path / "out", "--dtype", "float32")
+    theirs = getattr(transformers, CLASSES[layout]).from_pretrained(tmp_path / "out")
+    assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    params, config, *_ = load_model(source)
+    batch, *_ = row(config.model, False)
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(batch["tokens"])).logits[0].numpy()
     close(ours(config.model, params, batch), expected, atol=1e-4)
 
 

@@ -217,7 +217,7 @@ def test_pictures_become_pixels_as_the_files_say(mode: str, tmp_path: Path) -> N
     vision = dataclasses.replace(tiny_model("llava-hf").vision, image_mode=mode)
     model = dataclasses.replace(tiny_model("llava-hf"), vision=vision)
     raw = write_checkpoint(tmp_path / "in", "llava-hf", model)
-    (tmp_path / "in" / "preprocessor_config.json").write_text(json.dumps(preprocessor_to_hf(vision, in_llava=True)))
+    (tmp_path / "in" / "preprocessor_config.json").write_text(json.dumps(preprocessor_to_hf(vision, pads=True)))
     read = config_from_hf(tmp_path / "in", layout="llava-hf", raw=raw).vision
     assert read.image_mode == mode
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8))

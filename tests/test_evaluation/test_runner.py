@@ -277,7 +277,7 @@ def test_bad_flags(arguments: list[str], message: str) -> None:
 
 
 def test_bad_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tasks='vqa' is not one of easy_vqa"):
+    with pytest.raises(UserError, match="tasks='vqa' is not one of cv_bench"):
         command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"), tasks=["vqa"])
     with pytest.raises(CheckpointError, match="nowhere"):
         command.run(str(tmp_path / "nowhere"), str(tmp_path / "out"))

@@ -6,7 +6,7 @@ import dataclasses
 
 from saisa_jax.config import ConfigError
 from saisa_jax.data.sources import easy_vqa
-from saisa_jax.evaluation.metrics import exact_match
+from saisa_jax.evaluation.scorers.words import exact_match
 from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.evaluation.tasks.task import Item, Task, TaskData
 

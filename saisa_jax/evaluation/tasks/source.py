@@ -19,7 +19,8 @@ from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.sources.json_records import JsonRecords
 from saisa_jax.data.text.conversation import IMAGE
-from saisa_jax.evaluation.metrics import exact_match, vqa_score
+from saisa_jax.evaluation.scorers.vqa import vqa_score
+from saisa_jax.evaluation.scorers.words import exact_match
 from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.evaluation.tasks.task import Item, Row, Task, TaskData
 

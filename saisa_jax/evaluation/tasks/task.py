@@ -8,7 +8,7 @@ from typing import Any
 
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, ImageSource, Turn
-from saisa_jax.evaluation.metrics import normalise
+from saisa_jax.evaluation.scorers.words import normalise
 
 SCHOOLS = ("llava", "lmms")  # LLaVA's guide, which the paper follows; lmms-eval
 
@@ -86,6 +86,7 @@ class Task:
         it is not known.
       files: what a server or a judge takes, from all rows, those that could not be asked among them: {end of the name:
         content}, written as `TASK.END` beside the record.
+      max_new_tokens: of an answer, where neither --max_new_tokens nor a short answer bounds it; 0: as the recipe says.
       note: who scores the answers where the items have none, and how.
       schools: what differs by the school of prompts besides the items: {"lmms": {"score": ...}}, fields of this
         class. {}: the task is asked in one way alone.
@@ -102,7 +103,8 @@ class Task:
     headline: str = ""
     groups: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
     baseline: Callable[[], Mapping[str, float]] = dict
-    files: Callable[[Sequence[Row]], Mapping[str, bytes]] = lambda rows: {}
+    files: Callable[[Sequence[Row], TaskData], Mapping[str, bytes]] = lambda rows, data: {}
+    max_new_tokens: int = 0
     note: str = ""
     schools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prompts: str = ""
