@@ -120,17 +120,19 @@ def count(
         tokens.append(size[0])
         images.append(size[1])
         tick()
-    counts = (np.array(each, np.int32) for each in (tokens, images))
-    return Part(*counts, np.array(unusable, np.int64), tuple(first), empty, tuple(first_empty))
+    found = np.array(tokens, np.int32), np.array(images, np.int32), np.array(unusable, np.int64)
+    return Part(*found, tuple(first), empty, tuple(first_empty))
 
 
 def join(parts: Sequence[Part]) -> Part:
     """Parts in their order as one."""
-    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "images", "unusable"))
+    tokens, images, unusable = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "images", "unusable")
+    )
     first, first_empty = (
         tuple(said for part in parts for said in getattr(part, name))[:SHOWN] for name in ("first", "first_empty")
     )
-    return Part(*arrays, first, sum(part.empty for part in parts), first_empty)
+    return Part(tokens, images, unusable, first, sum(part.empty for part in parts), first_empty)
 
 
 def counted(samples: Samples, encoder: Encoder, effort: Effort, kept: epath.Path | None = None) -> Part:
@@ -233,18 +235,19 @@ def _read(path: epath.Path) -> tuple[Part, str] | None:
     except FileNotFoundError:
         return None
     with np.load(io.BytesIO(content)) as stored:
-        arrays = (stored[name] for name in ("tokens", "images", "unusable"))
+        tokens, images, unusable = (stored[name] for name in ("tokens", "images", "unusable"))
         first, first_empty = (tuple(stored[name].tolist()) for name in ("first", "first_empty"))
-        return Part(*arrays, first, int(stored["empty"]), first_empty), str(stored["on_error"])
+        part = Part(tokens, images, unusable, first, int(stored["empty"]), first_empty)
+        return part, str(stored["on_error"])
 
 
 def _write(path: epath.Path, part: Part, on_error: str) -> None:
     """Keeps counts, and which `data.on_error` they were looked at for last; the file is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fields: dict[str, Any] = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    texts = {name: np.array(fields.pop(name), np.str_) for name in ("first", "first_empty")}
+    fields |= {name: np.array(fields[name], np.str_) for name in ("first", "first_empty")}
     content = io.BytesIO()
-    np.savez(content, **fields, **texts, on_error=np.array(on_error))
+    np.savez(content, on_error=np.array(on_error), **fields)
     if buckets.is_remote(path):
         path.write_bytes(content.getvalue())
         return
