@@ -91,6 +91,23 @@ format: $(VENV)/installed-dev  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# --- lmms-eval --------------------------------------------------------------------------------------------------------
+
+# An environment of its own: lmms-eval has 99 requirements, of which a task of text and images imports ten.
+LMMS := .venv-lmms
+LMMS_FILES := $(addprefix integrations/lmms_eval/,requirements.txt pyproject.toml saisa_jax_lmms/__init__.py saisa_jax_lmms/model.py)
+
+$(LMMS)/installed: requirements.txt $(LMMS_FILES)
+	$(PYTHON) -m venv --clear $(LMMS)
+	@echo "Installing lmms-eval into $(LMMS)"
+	$(LMMS)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements.txt -r integrations/lmms_eval/requirements.txt
+	$(LMMS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps lmms-eval==0.7.3 ./integrations/lmms_eval
+	@touch $@
+
+.PHONY: lmms
+lmms: $(LMMS)/installed  ## lmms-eval with the adapter, offline: its answers and scores are those of eval.py
+	$(LMMS)/bin/python integrations/lmms_eval/check.py runs/lmms
+
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 .PHONY: docs

@@ -17,6 +17,7 @@ VERBS = {
     "chat": ("saisa_jax.cli.chat", "a conversation with a finished model about pictures"),
     "report": ("saisa_jax.cli.report", "the HTML page and the plots of finished runs"),
     "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
+    "checkpoint export": ("saisa_jax.cli.checkpoint_export", "a finished model of any step of a run"),
     "data prepare": ("saisa_jax.cli.data_prepare", "samples of any source as checked ArrayRecord shards with an index"),
     "data inspect": ("saisa_jax.cli.data_inspect", "a batch as it is trained on: supervised text, images, padding"),
     "flops": ("saisa_jax.cli.flops", "what a prompt costs under LLaVA, NAAViT and SAISA"),

@@ -7,11 +7,13 @@ for all places where runs, models and prepared data are written.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -117,6 +119,24 @@ def remove(directory: epath.Path) -> None:
     """Removes a directory, if it is there."""
     if directory.exists():
         directory.rmtree()
+
+
+def local_copies(files: Sequence[epath.Path], directory: PathLike) -> list[Path]:
+    """Files below a directory, on this disk: of a bucket's copies in the same order, which last as long as the process.
+
+    They lie to each other as they do in `directory`.
+    """
+    if not is_remote(directory):
+        return [Path(file) for file in files]
+    folder = Path(tempfile.mkdtemp(prefix="saisa_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copies = []
+    for file in files:
+        copies.append(folder / os.fspath(file).removeprefix(os.fspath(directory)).lstrip("/"))
+        copies[-1].parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as source, copies[-1].open("wb") as target:
+            shutil.copyfileobj(source, target, 2**24)
+    return copies
 
 
 class Mirror:

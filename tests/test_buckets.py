@@ -16,8 +16,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
+import saisa_jax
 from saisa_jax import buckets
 from saisa_jax.__main__ import main
+from saisa_jax.cli import convert
+from saisa_jax.convert.rows import ConvertError
+from saisa_jax.testing.checkpoints import write_checkpoint
 from saisa_jax.testing.runs import ROOT, environment, outcome
 
 PACKED = "--config=saisa_jax/testing/configs.py:packed"
@@ -70,6 +74,27 @@ def test_a_mirror_brings_what_has_changed(bucket) -> None:
         file.write("2\n")
     assert (folder / "mirrored" / "rows").read_text() == "1\n2\n"
     assert (folder / "mirrored" / "sub" / "x").stat().st_mtime_ns == stamp
+
+
+def test_import_and_export(bucket, tmp_path) -> None:
+    """What comes back from a bucket is what comes back from a disk, the sidecar's files among it."""
+    for name, layout in (("llm", "hf-llm"), ("encoder", "hf-vision")):
+        write_checkpoint(tmp_path / name, layout)
+    sources = [f"--llm={tmp_path / 'llm'}", f"--vision={tmp_path / 'encoder'}"]
+    exports = []
+    for place in ("gs://bucket/convert", str(tmp_path / "convert")):
+        convert.main(["import", *sources, f"--to={place}/model"])
+        for layout in ("hf-llm", "hf-vision"):
+            convert.main(["export", f"--from={place}/model", f"--layout={layout}", f"--to={place}/{layout}"])
+        files = buckets.walk(buckets.place(place) / "hf-llm") + buckets.walk(buckets.place(place) / "hf-vision")
+        exports.append({os.fspath(file).removeprefix(place): file.read_bytes() for file in files})
+    assert exports[0] == exports[1] and any(name.endswith(".safetensors") for name in exports[0])
+    with pytest.raises(ConvertError, match="gs://bucket/convert/model exists already"):
+        convert.main(["import", *sources, "--to=gs://bucket/convert/model"])
+    model = saisa_jax.load("gs://bucket/convert/model")
+    assert repr(model) == repr(saisa_jax.load(tmp_path / "convert" / "model")).replace(
+        str(tmp_path / "convert"), "gs://bucket/convert"
+    )
 
 
 def test_what_is_not_served() -> None:

@@ -30,15 +30,19 @@ class RunCheckpointer:
     Args:
       directory: local or `gs://`; made if it is not there.
       keep: how many of the latest steps to keep; with two, one is left to fall back to.
+      read_only: nothing there is touched; a run may be writing to it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, read_only: bool = False):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least 1 is needed; set --config.training.keep_checkpoints")
         self._directory = buckets.absolute(directory)
         self._pending: int | None = None  # being saved in the background, its outcome not yet known
         self._current: int | None = None  # saved or restored last
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        kept = None if read_only else keep
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept, cleanup_tmp_directories=not read_only, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> RunCheckpointer:

@@ -152,6 +152,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("chat", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a finished model: WORKDIR/finetune/model, or an import")
     parser.add_argument("--image", action="append", default=[], help="a picture of the first question; may be repeated")
+    parser.add_argument("--allow_urls", action="store_true", help="fetch pictures that are named by an http(s) URL")
     parser.add_argument("--max_new_tokens", type=int, help="of an answer; by default as many as fit, at most 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this mass")
@@ -165,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
     console = Console()
     with console.status("loading"):
-        model = load(flags.checkpoint, dtype=flags.dtype, quantize=flags.quantize)
+        model = load(flags.checkpoint, dtype=flags.dtype, quantize=flags.quantize, allow_urls=flags.allow_urls)
     chat = Chat(model)
     with console.status("looking at the picture (the first one compiles)"):
         for image in flags.image:

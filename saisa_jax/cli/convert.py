@@ -52,6 +52,8 @@ def _parser() -> Parser:
     source.add_argument("--from", dest="source", help=f"a whole multimodal checkpoint, or an LLM alone: {where}")
     source.add_argument("--llm", dest="source", help=f"an LLM, for training together with --vision: {where}")
     action.add_argument("--vision", help=f"the vision tower, where the checkpoint does not hold it: {where}")
+    action.add_argument("--base", help=f"of a LoRA adapter (default: the one that it names): {where}")
+    action.add_argument("--projector", help="a trained mm_projector.bin for --llm and --vision, to start stage 2")
     action.add_argument("--to", required=True, help="the finished model: a directory that does not exist yet")
     action.add_argument("--layout", choices=LAYOUTS, help="of the source (default: told from its tensors)")
     action.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: that of the files)")
@@ -62,6 +64,9 @@ def _parser() -> Parser:
     action.add_argument("--select_layer", type=int, help="the tower's hidden state to use (default -2; ConvNeXt -1)")
     action.add_argument("--image_size", type=int, help="pixels of a side (default: what the tower was trained on)")
     action.add_argument("--seed", type=int, default=0, help="of the fresh projectors")
+    action.add_argument(
+        "--allow_nonfinite", action="store_true", help="import weights that hold inf or NaN as they are"
+    )
 
     action = actions.add_parser("export", help="a finished model -> safetensors, config and tokenizer")
     action.add_argument("--from", dest="source", required=True, help="a finished model")
@@ -79,7 +84,7 @@ def _parser() -> Parser:
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "image_size", "seed")
+    others = ("select_layer", "image_size", "seed", "allow_nonfinite", "base", "projector")
     plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
@@ -88,6 +93,13 @@ def _import(args: argparse.Namespace) -> None:
     print(f"tensors that the model never reads, kept in the sidecar: {len(kept)}")
     print(f"template {config.stage(plan.stage).template}; alignment {config.model.alignment}; stage {plan.stage}")
     if "vision" in plan.parts:
+        vision = config.model.vision
+        unused = vision.num_layers - vision.num_used_layers
+        rest = f"; the last {unused} are not, and stay in the sidecar" if unused else ""
+        print(
+            f"vision: {vision.num_used_layers} of {vision.num_layers} layers are used "
+            f"(model.vision.select_layer={vision.select_layer}){rest}"
+        )
         print(f"images are made square by model.vision.image_mode={config.model.vision.image_mode}")
     _print_peak(document["leaves"])
 

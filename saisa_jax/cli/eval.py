@@ -3,6 +3,8 @@
 python eval.py --workdir=runs/demo
 python eval.py --workdir=runs/mine --tasks=source --data=test.json --images=pictures
 python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
+python eval.py --checkpoint=CKPT --tasks=gqa,pope,mmmu --data=playground/data/eval --prompts=lmms
+python eval.py --tasks=mmmu --answers=samples_mmmu_val.jsonl --data=data/MMMU
 python eval.py --compare runs/a/evaluation/easy_vqa.json runs/b/evaluation/easy_vqa.json
 """
 
@@ -36,12 +38,16 @@ def main(argv: Sequence[str]) -> int:
                         "as the paper (default), or lmms-eval")  # fmt: skip
     parser.add_argument("--question", help="asks this instead of a benchmark's questions")
     parser.add_argument("--image", action="append", default=[], help="an image of --question; may be repeated")
+    parser.add_argument("--answers", metavar="FILE", help="asks no model: scores the answers in a file to the one "
+                        "task of --tasks (TASK.jsonl, lmms-eval's samples, LLaVA's or MMMU's answers)")  # fmt: skip
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="evaluates nothing: how much better B is than "
                         "A, and which answers changed; TASK.json files or output folders")  # fmt: skip
     options = parser.parse_args(argv)
     if options.compare:
         return _compare(parser, options)
     tasks = [name for name in options.tasks.split(",") if name]
+    if options.answers:
+        return _answers(parser, options, tasks)
     if bool(options.workdir) == bool(options.checkpoint):
         parser.error("name either --workdir=RUN or --checkpoint=MODEL")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
@@ -78,6 +84,33 @@ def main(argv: Sequence[str]) -> int:
     except (runner.Interrupted, KeyboardInterrupt) as error:
         print(f"The evaluation was {error if error.args else 'stopped before it began'}.", file=sys.stderr)
         return 143 if isinstance(error.__cause__ or error, command.Terminated) else 130  # 128 + the signal's number
+    return 0
+
+
+def _answers(parser: Parser, options: Namespace, tasks: Sequence[str]) -> int:
+    kept = ("answers", "tasks", "data", "images", "prompts", "limit", "output")
+    others = [name for name, value in vars(options).items() if value and name not in kept]
+    if others:
+        parser.error(f"--answers asks no model: leave out {', '.join(f'--{name}' for name in others)}")
+    if len(tasks) != 1:
+        parser.error("--answers needs --tasks=NAME, the one task that the answers are of")
+    from saisa_jax.evaluation import answers
+
+    try:
+        output = options.output or f"{options.answers}-evaluation"
+        answers.score_file(
+            tasks[0],
+            options.answers,
+            output,
+            data=options.data,
+            images=options.images,
+            prompts=options.prompts or "",
+            limit=options.limit,
+        )
+        print(f"{tasks[0]}.json is in {output}/evaluation")
+    except (UserError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -27,7 +27,7 @@ class Config:
     name: str = "saisa"
     seed: int = 0
     stages: tuple[str, ...] = STAGES
-    init_from: str = ""  # a finished model directory to start from; "": random weights
+    init_from: str = ""  # a finished model, or WORKDIR@STEP of a run, to start from; "": random weights
     allow_random_init: bool = False  # stage 2 alone may start from random projectors
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

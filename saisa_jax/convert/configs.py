@@ -21,6 +21,17 @@ from saisa_jax.convert.match import layout_of
 from saisa_jax.convert.rows import ConvertError
 
 MAY_BE_NULL = ("sliding_window", "num_key_value_heads", "head_dim")  # where null is not the class default
+# What LlavaConfig takes where its files say nothing of the tower.
+LLAVA_HF_TOWER = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
+    "patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16,
+}  # fmt: skip
+# Switches of the original LLaVA that are not supported, and what they do.
+LLAVA_OPTIONS = {
+    "mm_use_im_start_end": "its prompts hold an image between the tokens <im_start> and <im_end>",
+    "mm_use_im_patch_token": "its vocabulary has a token <im_patch>",
+    "s2": "it reads an image at several sizes (S2)",
+}
 # In the config.json of an encoder that is exported alone: which features of it, and of which pictures, are meant.
 FEATURE_LAYER, FEATURE_NORM = "vision_feature_layer", "vision_feature_norm"
 FEATURE_IMAGE_MODE = "vision_image_mode"
@@ -49,7 +60,7 @@ def decoder_config_from_hf(
     """
     named: dict[str, DecoderFamily] = {family.model_type: family for family in DECODERS.values()}
     named |= {name: family for family in DECODERS.values() for name in (family.llava[0], *family.also)}
-    family = named.get(raw.get("model_type", "llama"))
+    family = named.get(raw.get("model_type") or "llama")
     if family is None:
         raise _unknown(raw, source, named)
     fields = {**family.defaults, **{k: v for k, v in raw.items() if v is not None or k in MAY_BE_NULL}}
@@ -80,9 +91,9 @@ def vision_config_from_hf(
     Raises:
       ConvertError: an unknown family, or an option that our encoder does not have.
     """
-    raw = raw.get("vision_config", raw)
+    raw = raw.get("vision_config") or raw
     named = {family.model_type: (name, family) for name, family in ENCODERS.items()}
-    model_type = raw.get("model_type", "clip_vision_model")
+    model_type = raw.get("model_type") or "clip_vision_model"
     if model_type not in named:
         raise _unknown(raw, source, named)
     name, family = named[model_type]
@@ -100,9 +111,9 @@ def vision_config_from_hf(
             **{**family.switches, **family.config_from_hf(fields, preprocessor, select_layer)},
             select_layer=select_layer,
             post_norm=bool(raw.get(FEATURE_NORM)) and select_layer == declared,
-            image_mean=tuple(preprocessor.get("image_mean", family.image_mean)),
-            image_std=tuple(preprocessor.get("image_std", family.image_std)),
-            image_mode=image_mode or raw.get(FEATURE_IMAGE_MODE, "pad"),
+            image_mean=tuple(preprocessor.get("image_mean") or family.image_mean),
+            image_std=tuple(preprocessor.get("image_std") or family.image_std),
+            image_mode=image_mode or raw.get(FEATURE_IMAGE_MODE) or "pad",
         )
     except (ConfigError, TypeError) as error:
         raise ConvertError(f"{source}: {error}") from error
@@ -149,12 +160,12 @@ def config_from_hf(
     layout = layout or layout_of(open_checkpoint(directory))
     raw = raw or read_json(directory / CONFIG)
     if layout == "hf-vision":
-        raw_vision = raw.get("vision_config", raw)
+        raw_vision = raw.get("vision_config") or raw
         return dataclasses.replace(ModelConfig(), vision=vision_config_from_hf(raw_vision, directory, select_layer))
     if layout == "llava-hf":
         return _llava_hf(raw, directory)
     if layout == "hf-llm":
-        text = raw.get("text_config", raw)
+        text = raw.get("text_config") or raw
         if vision is None:
             return decoder_config_from_hf(text, directory)
         tower = vision_config_from_hf(read_json(Path(vision) / CONFIG), Path(vision), select_layer)
@@ -163,14 +174,18 @@ def config_from_hf(
 
 
 def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
-    if "vision_config" not in raw or "text_config" not in raw:
-        raise ConvertError(f"{directory / CONFIG} has no text_config and vision_config, as llava-hf has")
+    _check_llava(raw, directory)
+    if raw.get("model_type", "llava") != "llava":
+        raise _unsupported(
+            directory, "model_type", raw["model_type"], "take a checkpoint of LLaVA-1.5 (model_type llava)"
+        )
+    text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config") or LLAVA_HF_TOWER
     mode = image_mode_from_hf(read_preprocessor(directory))
-    tower = vision_config_from_hf(raw["vision_config"], directory, raw.get("vision_feature_layer", -2), mode)
+    tower = vision_config_from_hf(vision, directory, raw.get("vision_feature_layer", -2), mode)
     _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
     _expect(raw, "projector_hidden_act", "gelu", directory)
-    text = dict(raw["text_config"])
-    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
+    _expect(raw, "multimodal_projector_bias", True, directory)
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or raw.get("tie_word_embeddings"))
     return decoder_config_from_hf(text, directory, alignment="llava", sharing="shared", vision=tower)
 
 
@@ -178,24 +193,47 @@ def _original(
     raw: Mapping[str, Any], directory: Path, layout: str, vision: str | Path | None, select_layer: int | None
 ) -> ModelConfig:
     """The layouts saisa and llava."""
+    _check_llava(raw, directory)
     _expect(raw, "mm_projector_type", "mlp2x_gelu", directory)
     folder = vision_directory(directory, vision)
     mode = "pad"
     if raw.get("image_aspect_ratio") != "pad":  # then as the tower's own processor does; CLIP's is a centre crop
         mode = image_mode_from_hf(read_preprocessor(folder) | {"do_pad": False}) or "square"
-    select = raw.get("mm_vision_select_layer", select_layer)
+    said = raw.get("mm_vision_select_layer")
+    select = select_layer if said is None else said
     tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
     if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
         _expect(raw, "mm_vision_select_feature", "patch", directory)
-    width = raw.get("mm_hidden_size", tower.embed_dim)
+    width = raw.get("mm_hidden_size") or tower.embed_dim
     if width != tower.embed_dim:
         raise ConvertError(f"{directory}: mm_hidden_size={width}, but the tower in {folder} is {tower.embed_dim} wide")
     alignment, sharing = ("saisa", "per_layer") if layout == "saisa" else ("llava", "shared")
     return decoder_config_from_hf(raw, directory, alignment=alignment, sharing=sharing, vision=tower)
 
 
-def _expect(raw: Mapping[str, Any], field: str, value: str, directory: Path) -> None:
-    if raw.get(field, value) != value:
+def _check_llava(raw: Mapping[str, Any], directory: Path) -> None:
+    """Raises ConvertError for what LLaVA's successors and options compute and this program does not, by name."""
+    for field, done in LLAVA_OPTIONS.items():
+        if raw.get(field):
+            raise _unsupported(directory, field, raw[field], f"{done}; take a checkpoint that was trained without")
+    ratio, merge = str(raw.get("image_aspect_ratio")), raw.get("mm_patch_merge_type") or "flat"
+    if "anyres" in ratio or raw.get("image_grid_pinpoints"):
+        field = "image_aspect_ratio" if "anyres" in ratio else "image_grid_pinpoints"
+        done = "it cuts an image into several with image_newline between rows, as LLaVA-NeXT (1.6) does"
+        raise _unsupported(directory, field, raw[field], f"{done}; take a checkpoint of LLaVA-1.5 (pad or square)")
+    if merge != "flat":
+        done = "it writes image_newline into an image"
+        raise _unsupported(
+            directory, "mm_patch_merge_type", merge, f"{done}; take a checkpoint with 'flat' (LLaVA-1.5)"
+        )
+
+
+def _unsupported(directory: Path, field: str, value: Any, instead: str) -> ConvertError:
+    return ConvertError(f"{directory / CONFIG}: {field}={value!r} is not supported: {instead}")
+
+
+def _expect(raw: Mapping[str, Any], field: str, value: Any, directory: Path) -> None:
+    if raw.get(field) not in (None, value):
         raise ConvertError(f"{directory / CONFIG}: {field}={raw[field]!r} is not supported, only {value!r}")
 
 
@@ -209,7 +247,8 @@ def vision_directory(directory: str | Path, vision: str | Path | None = None) ->
     for folder in (directory / name, directory / Path(name).name):
         if name and folder.is_dir() and directory.resolve() in folder.resolve().parents:
             return folder
-    raise ConvertError(f"{directory} names its vision tower {name!r}; give the directory that holds it as vision=")
+    tower = name or "DIR"
+    raise ConvertError(f"{directory} does not hold its vision tower, which is {name!r}: name it, --vision={tower}")
 
 
 # --- ours -> theirs ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from saisa_jax import buckets
 from saisa_jax.checkpoints import checksums, load_model, read_account
 from saisa_jax.checkpoints.checksums import flatten
 from saisa_jax.config import ModelConfig, VisionConfig
@@ -33,7 +36,7 @@ from saisa_jax.convert.hf_json import (
     write_json,
 )
 from saisa_jax.convert.layouts import TOWER_APART, TOWER_PREFIX, layout_for
-from saisa_jax.convert.official import fetches, official_notes
+from saisa_jax.convert.official import fetches, official_notes, spell_for_transformers_4
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.target import check_room, check_target, written_whole
 from saisa_jax.convert.write import SHARD_BYTES, CastSource, ParamsSource, write_shards
@@ -109,6 +112,7 @@ class _Piece:
             shutil.copyfile(file, directory / file.name)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
+            spell_for_transformers_4(directory)
         for name, content in self.written.items():
             write_json(directory / name, content)
 
@@ -130,16 +134,16 @@ def export_checkpoint(
       CheckpointError: the checkpoint cannot be read.
       OSError: writing failed; nothing is left under the name.
     """
-    to = check_target(to)
+    target = check_target(to)
     model = _load(checkpoint, layout)
-    pieces = tuple(_pieces(model, layout, dtype, to))
-    check_room(sum(piece.nbytes for piece in pieces), to)
-    with written_whole(to) as directory:
+    pieces = tuple(_pieces(model, layout, dtype, target))
+    check_room(sum(piece.nbytes for piece in pieces), target)
+    with written_whole(target) as directory:
         for piece in pieces:
             piece.write(directory, shard_bytes)
         files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     restored, stale = (tuple(key for piece in pieces for key in getattr(piece, name)) for name in ("restored", "stale"))
-    notes = (*_notes(to, layout), *(() if dtype else _rounded(model, layout)))
+    notes = (*_notes(target, layout), *(() if dtype else _rounded(model, layout)))
     return Exported(tuple(files), restored, stale, notes)
 
 
@@ -159,7 +163,7 @@ def _load(checkpoint: str | Path, layout: str) -> _Model:
     return _Model(params, model, tokenizer, ends, document["leaves"], sources)
 
 
-def _pieces(model: _Model, layout: str, dtype: str | None, to: Path) -> Iterator[_Piece]:
+def _pieces(model: _Model, layout: str, dtype: str | None, to: epath.Path) -> Iterator[_Piece]:
     """The checkpoint, and its tower if that goes into a folder of its own."""
     tower = _find_tower(model, layout, to) if layout in TOWER_APART and "vision" in model.params else None
     yield _piece(model, layout, "", tower, dtype)
@@ -278,7 +282,7 @@ def _kept(model: _Model, names: Sequence[str]) -> tuple[Path, ...]:
     return tuple(file for file in sidecar.kept_files(kept_in) if file.name in names) if kept_in else ()
 
 
-def _find_tower(model: _Model, layout: str, to: Path) -> _Tower:
+def _find_tower(model: _Model, layout: str, to: epath.Path) -> _Tower:
     """A tower of the hub that has not been trained stays there; any other is written beside the checkpoint.
 
     Its name is absolute, since the original programs look for a relative one in the directory that they run in.
@@ -291,10 +295,10 @@ def _find_tower(model: _Model, layout: str, to: Path) -> _Tower:
             if known and fetches(name) and known.imported_model().vision == model.config.vision:
                 return _Tower("", name)
     folder = Path(said).name or TOWER
-    return _Tower(folder, str(to.resolve() / folder))
+    return _Tower(folder, str(buckets.absolute(to) / folder))
 
 
-def _notes(to: Path, layout: str) -> Iterator[str]:
+def _notes(to: epath.Path, layout: str) -> Iterator[str]:
     if layout == "saisa":
         for note in official_notes(to):
             yield f"the official SAISA program does not run it: {note}"

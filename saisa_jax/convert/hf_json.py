@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from saisa_jax.convert.rows import ConvertError
 
 CONFIG = "config.json"
@@ -15,7 +17,7 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"  # of a multimodal processor; since transformers 5 with all of its parts
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -32,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_json_if_there(path: Path) -> dict[str, Any]:
+def read_json_if_there(path: Path | epath.Path) -> dict[str, Any]:
     """The same; {}: there is no such file."""
     return read_json(path) if path.is_file() else {}
 

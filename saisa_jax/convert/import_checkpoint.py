@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from saisa_jax import buckets
 from saisa_jax.checkpoints import save_model
 from saisa_jax.checkpoints.checksums import flatten, unflatten_dict
 from saisa_jax.config import DTYPES as COMPUTE_DTYPES
@@ -29,10 +31,11 @@ from saisa_jax.convert import sidecar
 from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
 from saisa_jax.convert.configs import config_from_hf
 from saisa_jax.convert.files.hub import repository, resolve
-from saisa_jax.convert.files.open import open_checkpoint
+from saisa_jax.convert.files.open import open_checkpoint, open_projector
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
-from saisa_jax.convert.hf_json import GENERATION_CONFIG, read_json_if_there
-from saisa_jax.convert.match import layout_of
+from saisa_jax.convert.hf_json import CONFIG, GENERATION_CONFIG, read_json_if_there
+from saisa_jax.convert.layouts import projector_layout
+from saisa_jax.convert.match import layout_of, match, settle_head
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.target import check_room, check_target
@@ -47,6 +50,8 @@ class ImportOptions:
     Attributes:
       source: a whole multimodal checkpoint, or an LLM: a directory, a GGUF file or a repository of the hub.
       vision: the vision tower, where the source does not hold it.
+      base: of a source that is a LoRA adapter; None: the one that it names.
+      projector: of an LLM and a tower, trained already (`mm_projector.bin`): a start of stage 2.
       layout: of the source; None: told from its tensors.
       dtype: of the parameters; None: that of the files.
       template: None: told from the tokenizer.
@@ -56,10 +61,13 @@ class ImportOptions:
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
+      allow_nonfinite: import weights that hold inf or NaN, with a warning.
     """
 
     source: str
     vision: str | None = None
+    base: str | None = None
+    projector: str | None = None
     layout: str | None = None
     dtype: str | None = None
     template: str | None = None
@@ -69,6 +77,7 @@ class ImportOptions:
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,15 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     Raises:
       ConvertError: whatever does not fit, before anything was written.
     """
-    where = resolve(options.source)
+    source = resolve(options.source)
     vision = resolve(options.vision) if options.vision else None
-    tensors = open_checkpoint(where)
+    tensors = open_checkpoint(source, options.base)
+    where = tensors.where
     layout = options.layout or layout_of(tensors)
     if layout == "hf-vision":
         raise ConvertError(f"{where} is a vision encoder alone; name it as --vision, and an LLM as --llm")
     model = config_from_hf(where, layout=layout, vision=vision, select_layer=options.select_layer, raw=tensors.config())
+    model = settle_head(tensors, model, layout)
     if options.image_size:
         model = dataclasses.replace(model, vision=resized(model.vision, options.image_size))
     stage = STAGES[-1]
@@ -115,9 +126,23 @@ def plan_import(options: ImportOptions) -> ImportPlan:
             raise ConvertError(str(error)) from error
         stage = STAGES[0] if vision else stage
     pieces = find_pieces(tensors, model, layout, vision, options.dtype)
+    if options.projector:
+        if layout != "hf-llm" or vision is None:
+            raise ConvertError("--projector belongs to an LLM and a tower: --llm=DIR --vision=DIR --projector=FILE")
+        pieces += (_projector_piece(resolve(options.projector), model, options.dtype),)
     exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
     activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
+
+
+def _projector_piece(path: Path, model: ModelConfig, dtype: str | None) -> Piece:
+    tensors, rows = open_projector(path), projector_layout(model)
+    kind = read_json_if_there(tensors.where / CONFIG).get("mm_projector_type") or "mlp2x_gelu"
+    if kind != "mlp2x_gelu":
+        raise ConvertError(f"{tensors.where / CONFIG}: mm_projector_type={kind!r} is not supported, only 'mlp2x_gelu'")
+    found = match(tensors, rows, ("projector",), dtype)
+    found.checked()
+    return Piece("projector", tensors, rows, ("projector",), found)
 
 
 def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
@@ -147,38 +172,45 @@ def import_checkpoint(options: ImportOptions, to: str | Path, sharding: Any = No
       CheckpointError: writing failed; nothing is left of it.
       DataError: a tokenizer that cannot be read.
     """
-    to = check_target(to)
+    target = check_target(to)
     plan = plan_import(options)
     tokenizer = _tokenizer(options, plan)
-    config = _config(options, plan, tokenizer, to)
-    _check_room(plan, options, to)
+    config = _config(options, plan, tokenizer, target)
+    _check_room(plan, options, target)
     flat = _read(plan, options, _places(sharding))
     params = unflatten_dict(flat)
     if "projector" not in plan.parts and "vision" in plan.parts:
         params["visual_proj"] = _fresh_projector(config.model_for(STAGES[0]), options.seed)
 
-    def attach(directory: Any, leaves: Mapping[str, Any]) -> None:
+    def attach(directory: epath.Path, leaves: Mapping[str, Any]) -> None:
+        with buckets.Mirror(directory / "sidecar") as mirror:
+            write_sidecars(mirror.local, leaves)
+
+    def write_sidecars(directory: Path, leaves: Mapping[str, Any]) -> None:
         for piece in plan.pieces:
+            if piece.name == "projector":  # all of it is in the parameters
+                continue
             named = repository((options.vision if piece.name == "vision" else options.source) or "")
             source = sidecar.describe_source(piece.tensors, piece.layout, piece.parts, piece.match, named)
-            target = Path(directory) / "sidecar" / piece.name
             other = Path(options.tokenizer or "none")  # a directory, or a word
             tokens = other if piece.name == "model" and other.is_dir() else None
-            sidecar.write(target, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens)
+            sidecar.write(
+                directory / piece.name, piece.tensors, source, piece.layout, config.model, flat, leaves, tokens
+            )
 
     imported = {
         "from": [str(piece.tensors.where) for piece in plan.pieces],
         "layouts": [piece.layout.name for piece in plan.pieces],
         "parts": plan.parts,
     }
-    save_model(to, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
+    save_model(target, params, config, tokenizer, {"stage": plan.stage, "imported": imported}, attach)
     return plan
 
 
 def _read(plan: ImportPlan, options: ImportOptions, place: Any) -> dict[str, Any]:
     flat = {}
     for piece in plan.pieces:
-        for path, array in piece.read(options.dtype):
+        for path, array in piece.read(options.dtype, options.allow_nonfinite):
             flat[path] = place(path, array)
             del array  # or it would be held while the next one is read
     return flat
@@ -217,10 +249,10 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
     return tokenizer
 
 
-def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) -> Config:
+def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: epath.Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
     if tokenizer is not None:
-        multimodal = "projector" in plan.parts
+        multimodal = "projector" in plan.pieces[0].parts
         template, system_prompt = find_chat_template(tokenizer, multimodal, options.template, options.system_prompt)
     source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
     generation_config = read_json_if_there(source.where / GENERATION_CONFIG)
@@ -228,12 +260,12 @@ def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: Path) 
     return Config(
         name=to.name,
         model=dataclasses.replace(plan.model, end_token_ids=ends),
-        data=DataConfig(system_prompt=system_prompt, tokenizer=str(to.resolve() / "tokenizer")),
+        data=DataConfig(system_prompt=system_prompt, tokenizer=str(buckets.absolute(to) / "tokenizer")),
         finetune=StageConfig(template=template, sharing=sharing),
     )
 
 
-def _check_room(plan: ImportPlan, options: ImportOptions, to: Path) -> None:
+def _check_room(plan: ImportPlan, options: ImportOptions, to: epath.Path) -> None:
     needed = 0
     for piece in plan.pieces:
         width = np.dtype(options.dtype or stored_dtype(piece)).itemsize

@@ -20,7 +20,7 @@ from saisa_jax.convert.configs import config_from_hf, decoder_config_from_hf
 from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.tensors import CheckpointSource
 from saisa_jax.convert.layouts import TOWER_APART, Layout, decoder_family, encoder_family, layout_for
-from saisa_jax.convert.match import Match, layout_of, match, parts_in
+from saisa_jax.convert.match import Match, layout_of, match, parts_in, settle_head
 from saisa_jax.convert.rows import ConvertError, part_of_path
 
 SHOWN = 12  # names of a list; --all shows every one
@@ -50,6 +50,7 @@ def _inspect_source(
 ) -> None:
     layout = layout_of(tensors)
     model, known_tower = _config(tensors, layout, path, vision)
+    model = settle_head(tensors, model, layout)
     rows = layout_for(model, layout)
     parts = parts_in(tensors, rows) if known_tower else ("decoder", "projector")
     found = match(tensors, rows, parts, "float32")
@@ -57,7 +58,12 @@ def _inspect_source(
     _print_config(console, model, layout, known_tower)
     _print_tensors(console, tensors, rows, {name: key for key, name in found.spelt.items()}, everything)
     if not known_tower:
-        console.print("The vision tower is described elsewhere: name its directory with --vision to check it too.")
+        name = tensors.config().get("mm_vision_tower") or "not named"
+        flag = f"--vision={name if '/' in name else 'DIR'}"
+        console.print(
+            f"The vision tower ({name}) is not here: an import needs {flag}, and inspect checks it with the same flag.",
+            highlight=False,
+        )
     _print_match(console, found, everything)
     if tower is not None:
         console.print(f"{vision}: the vision tower")

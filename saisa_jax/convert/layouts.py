@@ -12,6 +12,7 @@ The first three may include the vision tower or leave it in a separate directory
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,17 @@ def layout_for(config: ModelConfig, name: str) -> Layout:
         bare = r"(?=(embed_tokens|layers|norm)\.)"  # written by the headless classes, LlamaModel and the like
         return _decoder(config, name, "model.", "", ((bare, "model."),))
     return _multimodal(config, name)
+
+
+def projector_layout(config: ModelConfig) -> Layout:
+    """One projector for all layers, alone in its file, as LLaVA's stage 1 leaves it."""
+    shared = dataclasses.replace(config, projector=dataclasses.replace(config.projector, sharing="shared"))
+    aliases = (
+        (r"(base_model\.model\.)?(model\.)?mm_projector\.", "model.mm_projector."),
+        (r"(model\.)?multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+        (r"(model\.)?multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    )
+    return Layout("llava", tuple(_projector(shared, "llava")), aliases, ())
 
 
 def _decoder(config: ModelConfig, name: str, body: str, head: str, aliases: Aliases = ()) -> Layout:

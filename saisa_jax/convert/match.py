@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from absl import logging
 
+from saisa_jax.config import ModelConfig
 from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.files.tensors import CheckpointSource, TensorSource
-from saisa_jax.convert.layouts import Layout
+from saisa_jax.convert.layouts import Layout, layout_for
 from saisa_jax.convert.rows import ConvertError, TensorRow
 from saisa_jax.errors import nearest
 
@@ -78,6 +81,9 @@ def match(tensors: TensorSource, layout: Layout, parts: Sequence[str], dtype: An
     wanted = {key: row for row in layout.only(parts) for key in row.keys}
     others = {key for row in layout.rows for key in row.keys} - set(wanted)
     tied = {key for key, _ in layout.tied}
+    for key, other in layout.tied:
+        if other not in spelt and key in spelt:  # the files hold what is tied under the other name
+            spelt[other] = spelt.pop(key)
     unexpected = [k for k in spelt if k not in wanted and k not in others and k not in tied and not layout.ignores(k)]
     missing = [key for key in wanted if key not in spelt]
     for n, key in enumerate(missing):
@@ -96,6 +102,10 @@ def match(tensors: TensorSource, layout: Layout, parts: Sequence[str], dtype: An
     for key, other in layout.tied:
         if key in spelt and other in spelt and not _equal(tensors, spelt[key], spelt[other]):
             problems.append(f"not tied    {spelt[key]} differs from {spelt[other]}: set model.tie_embeddings=False")
+    if any(key.endswith("lm_head.weight") for key in missing):
+        problems.append(
+            "(if the table of tokens is the head as well, config.json has to say tie_word_embeddings: true)"
+        )
     return Match(
         spelt,
         tuple(missing),
@@ -104,6 +114,23 @@ def match(tensors: TensorSource, layout: Layout, parts: Sequence[str], dtype: An
         tuple(problems),
         f"{tensors.where} does not fit the layout {layout.name!r} of this model",
     )
+
+
+def settle_head(tensors: TensorSource, config: ModelConfig, layout: str) -> ModelConfig:
+    """The config with a head of its own where the files hold one that is not the table of tokens.
+
+    config.json may say that the two are tied nevertheless; transformers 5 believes the files as well.
+    """
+    rows = layout_for(config, layout) if layout != "hf-vision" else None
+    spelt = {rows.canonical(key): key for key in tensors.names} if rows and rows.tied else {}
+    for key, other in rows.tied if rows else ():
+        if key in spelt and other in spelt and not _equal(tensors, spelt[key], spelt[other]):
+            logging.warning(
+                "%s: config.json ties the head to the table of tokens, but the files hold another head: it is taken",
+                tensors.where,
+            )
+            return dataclasses.replace(config, tie_embeddings=False)
+    return config
 
 
 def _mixed_dtypes(tensors: TensorSource, rows: Sequence[TensorRow], spelt: dict[str, str]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from flax.traverse_util import unflatten_dict
 
 from saisa_jax.config import ModelConfig
@@ -23,7 +24,7 @@ from saisa_jax.convert.files.open import open_checkpoint
 from saisa_jax.convert.files.safetensors import DTYPES
 from saisa_jax.convert.files.tensors import CheckpointSource, TensorSource
 from saisa_jax.convert.layouts import MULTIMODAL, TOWER_APART, Layout, layout_for
-from saisa_jax.convert.match import Match, layout_of, match, parts_in
+from saisa_jax.convert.match import Match, layout_of, match, parts_in, settle_head
 from saisa_jax.convert.rows import ConvertError, TensorRow
 
 
@@ -37,23 +38,32 @@ class Imported:
 
 
 def read_params(
-    tensors: TensorSource, layout: Layout, parts: Sequence[str], spelt: dict[str, str], dtype: Any = None
+    tensors: TensorSource,
+    layout: Layout,
+    parts: Sequence[str],
+    spelt: dict[str, str],
+    dtype: Any = None,
+    allow_nonfinite: bool = False,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, array) for each row of the parts, reading tensor by tensor; nothing but the one array is held.
 
-    After the last, raises ConvertError if there were tensors that hold inf or NaN; all are listed.
+    After the last, raises ConvertError if there were tensors that hold inf or NaN, or warns of them; all are listed.
 
     Args:
       spelt: what `match` found and checked.
       dtype: of the arrays; None: that of the files.
+      allow_nonfinite: only warn.
     """
     broken: list[str] = []
     for row in layout.only(parts):
         yield row.path, _read_row(tensors, row, spelt, dtype, broken)
-    if broken:
+    listed = f" in {len(broken)} tensors:\n  " + "\n  ".join(broken)
+    if broken and allow_nonfinite:
+        logging.warning("%s holds inf or NaN, and they are kept,%s", tensors.where, listed)
+    elif broken:
         raise ConvertError(
-            f"{tensors.where} holds inf or NaN, with which no model can answer or be trained, in {len(broken)} "
-            "tensors:\n  " + "\n  ".join(broken)
+            f"{tensors.where} holds inf or NaN, with which no model can answer or be trained,{listed}\n"
+            "(--allow_nonfinite imports them as they are)"
         )
 
 
@@ -80,9 +90,9 @@ class Piece:
     parts: tuple[str, ...]
     match: Match
 
-    def read(self, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    def read(self, dtype: Any = None, allow_nonfinite: bool = False) -> Iterator[tuple[str, np.ndarray]]:
         """`read_params` of it."""
-        return read_params(self.tensors, self.layout, self.parts, self.match.spelt, dtype)
+        return read_params(self.tensors, self.layout, self.parts, self.match.spelt, dtype, allow_nonfinite)
 
 
 def find_pieces(
@@ -167,6 +177,7 @@ def import_model(
     if layout not in MULTIMODAL:
         raise ConvertError(f"{directory} is in layout {layout!r}, which is not a whole multimodal model")
     config = config_from_hf(directory, layout=layout, vision=vision, raw=tensors.config())
+    config = settle_head(tensors, config, layout)
     pieces = find_pieces(tensors, config, layout, vision, dtype)
     flat = {path: array for piece in pieces for path, array in piece.read(dtype)}
     ignored = tuple(key for piece in pieces for key in piece.match.ignored)

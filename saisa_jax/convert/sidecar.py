@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from saisa_jax import buckets
 from saisa_jax.checkpoints import checksums, sidecar_files
 from saisa_jax.config import DTYPES as COMPUTE_DTYPES
 from saisa_jax.config import ModelConfig, VisionConfig, from_config_dict, to_dict, upgrade_saved
@@ -194,11 +195,11 @@ def read(checkpoint: str | Path) -> dict[str, tuple[Source, Path]]:
       CheckpointError, DamagedError: no finished model, or a sidecar that is not what was saved.
     """
     found = {}
-    for file in sidecar_files(checkpoint):
+    for file in buckets.local_copies(sidecar_files(checkpoint), checkpoint):
         if file.name == "source.json":
             raw = json.loads(file.read_text())
             raw["parts"] = tuple(raw["parts"])
-            found[file.parent.name] = (Source(**raw), Path(file.parent))
+            found[file.parent.name] = (Source(**raw), file.parent)
     return found
 
 

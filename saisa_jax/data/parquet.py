@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from saisa_jax import buckets
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.errors import did_you_mean
 
 OPEN_FILES = 16  # of one table
@@ -241,7 +241,7 @@ class ParquetTable:
             file = self.files[number]
             opened, stat = _open(file.path)
             if (stat.length, int(stat.mtime)) != (file.bytes, file.modified):
-                raise DataError(f"{file.path} has changed since it was opened; start again")
+                raise SourceChangedError(f"{file.path} has changed since it was opened; start again")
             self._open[number] = _OpenFile(opened)
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)  # closed when the last thread is done with it

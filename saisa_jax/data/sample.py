@@ -45,6 +45,10 @@ class TooLongError(DataError):
     """A sample of more tokens or positions than a row or the model has room for."""
 
 
+class SourceChangedError(DataError):
+    """A file of a source is not what it was when it was opened: its samples are others, and none of them is dropped."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message; `<image>` in the text marks the place of an image."""

@@ -78,20 +78,26 @@ def run(
         tokens = max_new_tokens or TASKS[name].max_new_tokens or defaults.max_new_tokens
         settings = dataclasses.replace(settings, max_new_tokens=tokens)
         record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
-        console.print(table(record))
-        for line in (record["note"], *(f"{output}/evaluation/{file}" for file in record["files"])):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-        if record["failed"]:
-            some = ", ".join(list(record["failed"])[:3])
-            console.print(
-                f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
-                highlight=False,
-            )
+        show(console, record, output)
     records = overview.write(epath.Path(output) / "evaluation", checkpoint, model.stage)
     if len(records) > 1:
         console.print(overview.table(records))
     files = " and ".join(f"{name}.json" for name in tasks)
     console.print(f"{files} with the answers (.jsonl) are in {output}/evaluation", highlight=False, soft_wrap=True)
+
+
+def show(console: Console, record: dict[str, Any], output: str) -> None:
+    """Prints a record: its table, what was not scored or asked, and the files for servers and judges."""
+    console.print(table(record))
+    for line in (record["note"], *(f"{output}/evaluation/{file}" for file in record["files"])):
+        if line:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if record["failed"]:
+        some = ", ".join(list(record["failed"])[:3])
+        console.print(
+            f"{len(record['failed'])} more could not be asked and count nowhere: {some}, ... (`error` in the file)",
+            highlight=False,
+        )
 
 
 def model_of(workdir: str) -> str:
@@ -119,6 +125,8 @@ def table(record: dict[str, Any]) -> Table:
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     baseline = record["baseline"]
     rows = [("overall", record["overall"]), *record["groups"].items()]
+    if name := record.get("headline"):
+        shown.add_row(name, f"{record['metrics'][name]:.4g}" if name in record["metrics"] else "", "", "", "")
     for name, part in rows:
         guess = f"{baseline[name]:.1%}" if name in baseline else ""
         shown.add_row(name.replace("_", "/"), *_cells(part), guess)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import functools
@@ -22,12 +21,13 @@ from saisa_jax.checkpoints import load_model
 from saisa_jax.config import DTYPES, Config, ConfigError, ModelConfig, StageConfig
 from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.rows.collate import Example, pack_rows
-from saisa_jax.data.sample import USER, DataError, ImageSource, StoredImage, Turn
+from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
 from saisa_jax.errors import did_you_mean
 from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
 from saisa_jax.inference.import_cache import find_model
+from saisa_jax.inference.pictures import picture
 from saisa_jax.inference.quantize import quantize as quantize_params
 from saisa_jax.inference.quantize import variables_of
 from saisa_jax.models.saisa import Saisa, abstract_params
@@ -35,7 +35,7 @@ from saisa_jax.models.saisa import Saisa, abstract_params
 if TYPE_CHECKING:
     from saisa_jax.inference.chat import Chat
 
-AnyImage = ImageSource | Image.Image | np.ndarray | BinaryIO | EncodedImage
+AnyImage = ImageSource | Image.Image | np.ndarray | jax.Array | BinaryIO | EncodedImage
 
 IMAGES_AT_ONCE = 16  # so many go through the vision encoder together
 
@@ -73,6 +73,7 @@ class VisionLanguageModel:
       metadata: what was written beside the parameters.
       mesh: the devices that hold the parameters; None: one.
       image_cache: images that were asked about before.
+      allow_urls: fetch pictures that are named by an http or https URL.
     """
 
     params: Any
@@ -82,6 +83,7 @@ class VisionLanguageModel:
     metadata: dict[str, Any]
     mesh: Mesh | None = None
     image_cache: ImageCache = dataclasses.field(default_factory=ImageCache)
+    allow_urls: bool = False
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)
@@ -161,8 +163,9 @@ class VisionLanguageModel:
         Args:
           questions: one, or a list. `<image>` in one says where an image stands; otherwise its images stand before it.
           images: of one question an image or a list of them; of several questions a list for each; None: there are
-            none. An image is a path, a PIL image, a uint8 array [height, width, 3], bytes of an encoded file, a data
-            URL, an open file, or what `encode_images` gave.
+            none. An image is a path, a PIL image, an array or tensor [height, width, 3] or [3, height, width] of
+            uint8 or of floats in 0..1, bytes of an encoded file, a data URL, an open file, what `encode_images` gave,
+            or with `allow_urls` an http or https URL.
           max_new_tokens: of an answer.
           temperature: 0 is greedy.
           top_p: sample among the most likely tokens that hold this much of the probability.
@@ -312,7 +315,7 @@ class VisionLanguageModel:
             if image.pixels.shape != expected:
                 raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
             return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
-        pixels = self._loader(_image(image, name), name)
+        pixels = self._loader(picture(image, name, self.allow_urls), name)
         return EncodedImage(content_key(pixels), pixels, None)
 
     def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
@@ -416,47 +419,6 @@ def _paired(questions: Any, images: Any) -> list[tuple[str, Sequence[Any]]]:
     return list(zip(questions, images, strict=True))
 
 
-def _image(given: Any, name: str) -> ImageSource | Image.Image:
-    """An image in the form that `ImageLoader` reads.
-
-    Raises:
-      DataError: something else, or a URL.
-    """
-    if isinstance(given, str):
-        if given.startswith("data:"):
-            head, _, content = given.partition(",")
-            try:
-                if not head.endswith(";base64"):
-                    raise ValueError("it is not in base64")
-                return base64.b64decode("".join(content.split()), validate=True)
-            except ValueError as error:
-                raise DataError(f"a data URL that cannot be read ({error}): {given[:40]!r}", name) from error
-        if given.startswith(("http://", "https://")):
-            raise DataError(f"{given[:200]} is a URL, and nothing is fetched: give its bytes, or a file", name)
-        return os.path.expanduser(given)
-    if isinstance(given, np.ndarray):
-        if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3:
-            seen = f"{given.dtype} {list(given.shape)}"
-            raise DataError(f"an array of an image is uint8 [height, width, 3] in RGB, this one is {seen}", name)
-        return Image.fromarray(given)
-    if isinstance(given, bytearray | memoryview):
-        return bytes(given)
-    if hasattr(given, "read") and hasattr(given, "seekable"):
-        if given.seekable():
-            given.seek(0)
-        content = given.read()
-        if isinstance(content, bytes):
-            return content
-        raise DataError("a file of an image is opened for bytes: open(name, 'rb')", name)
-    if isinstance(given, bytes | Image.Image | os.PathLike | StoredImage):
-        return given
-    raise DataError(
-        "an image is a path, a PIL image, a uint8 array [height, width, 3], bytes, a data URL or an open file; this is "
-        f"a {type(given).__name__}",
-        name,
-    )
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
     model = dataclasses.replace(model, attention_impl="xla")  # which alone has the weights, whatever training used
@@ -469,6 +431,7 @@ def load(
     dtype: Any = None,
     quantize: str | None = None,
     image_cache_bytes: int = DEFAULT_BYTES,
+    allow_urls: bool = False,
 ) -> VisionLanguageModel:
     """Loads a model.
 
@@ -479,6 +442,7 @@ def load(
       dtype: of the parameters, and what is computed in: float32, bfloat16 or float16; None: the checkpoint's own.
       quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
       image_cache_bytes: of keys and values of images that are kept for further questions about them.
+      allow_urls: fetch pictures that are named by an http or https URL, within 20 s and 34 MB each.
 
     Raises:
       CheckpointError: no such directory, something else in it, or damaged files.
@@ -499,7 +463,7 @@ def load(
     if quantize:
         params = quantize_params(params, quantize)
     return VisionLanguageModel(
-        params, config, tokenizer, metadata["stage"], metadata, mesh, ImageCache(image_cache_bytes)
+        params, config, tokenizer, metadata["stage"], metadata, mesh, ImageCache(image_cache_bytes), allow_urls
     )
 
 

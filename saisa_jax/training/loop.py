@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import signal
@@ -24,7 +25,7 @@ from saisa_jax.checkpoints import (
     local_model,
     save_model,
 )
-from saisa_jax.config import Config, ConfigError, to_dict
+from saisa_jax.config import STAGES, Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import StageData, TrainIterator
 from saisa_jax.data.rows.counting import CountingStopped
 from saisa_jax.data.rows.mark import same_content
@@ -34,12 +35,20 @@ from saisa_jax.errors import UserError
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
 from saisa_jax.training.heldout import HeldOut
+from saisa_jax.training.model_of_step import save_start
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.recipe import check_same_recipe
 from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.start import check_projectors, check_stages, starting_params
-from saisa_jax.training.state import TrainState, create_state, param_shardings
+from saisa_jax.training.state import (
+    TrainState,
+    abstract_saved,
+    check_frozen,
+    create_state,
+    param_shardings,
+    saved_part,
+)
 from saisa_jax.training.step import make_train_step
 from saisa_jax.training.telemetry.goodput import Goodput
 from saisa_jax.training.telemetry.journal import Journal
@@ -61,6 +70,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     with lock as guard, StopSignal(guard) as stop:
         check_same_recipe(config, workdir)
         check_projectors(config, workdir)
+        save_start(config, workdir)
         check_wandb(config.training.wandb)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
@@ -137,23 +147,20 @@ class StageTrainer:
                     logging.info("%s starts from %s", self.name, random if self.source == "random" else self.source)
                 else:
                     self._resume(checkpointer, data)
-                finished = self._train(checkpointer, data, stop)
+                try:
+                    finished = self._train(checkpointer, data, stop)
+                except TrainingError as error:
+                    raise TrainingError(f"{error}. {self._what_next(checkpointer)}") from error
         if finished:
             self._finish()
         return finished
 
     def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
         """Restores the last committed checkpoint."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved())
-        frozen, expected = self.state.frozen, self._frozen_checksums
+        abstract, frozen, expected = abstract_saved(self.state), self.state.frozen, self._frozen_checksums
         self.state = TrainState(None, None, frozen, None)  # never two copies in memory
         saved, metadata = checkpointer.restore(abstract, data)
-        differing = [path for path in expected if metadata["frozen"].get(path) != expected[path]]
-        if differing:
-            raise CheckpointError(
-                f"frozen parameters of {self.source} are not those that {self.directory} was trained with: "
-                f"{', '.join(differing)}; bring them back, or start in another --workdir"
-            )
+        check_frozen(metadata["frozen"], expected, self.source, str(self.directory))
         self.state = TrainState(frozen=frozen, **saved)
         self._check_same_data(metadata.get("data"))  # versions before there was a mark wrote none
         self.journal.remembered |= metadata["journal"]
@@ -189,11 +196,6 @@ class StageTrainer:
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
         return checksums(self.state.frozen)
-
-    def _saved(self) -> dict[str, Any]:
-        """What a checkpoint of the run holds: all but the frozen parameters, which it names by checksums."""
-        state = self.state._asdict()
-        return {name: state[name] for name in ("step", "trainable", "opt_state")}
 
     def _metadata(self) -> dict[str, Any]:
         """What a checkpoint says beside the state; `_resume` reads it."""
@@ -252,7 +254,7 @@ class StageTrainer:
                 if save:
                     with clock("save"):
                         self.journal.upload()
-                        checkpointer.save(step, self._saved(), data, self._metadata())
+                        checkpointer.save(step, saved_part(self.state), data, self._metadata())
                         if stopping or last or over:
                             checkpointer.wait()
                 if over:
@@ -273,7 +275,7 @@ class StageTrainer:
         try:
             with self.clock("save"):
                 self.journal.upload()
-                checkpointer.save(step, self._saved(), data, self._metadata())
+                checkpointer.save(step, saved_part(self.state), data, self._metadata())
                 checkpointer.wait()
             logging.warning("%s: the data of step %d cannot be read; step %d was saved", self.name, step + 1, step)
         except CheckpointError as failure:
@@ -328,17 +330,44 @@ class StageTrainer:
         names = self.rows.names((step - 1) * self.settings.batch_size)
         broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
         what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
-        advice = f"The last good checkpoint is kept; try a lower --config.{self.name}.optimizer.lr"
         if options.on_nan == "stop":
             self.journal.failed(step, values)
-            raise TrainingError(f"{what}. {advice}, or --config.training.on_nan=skip")
+            raise TrainingError(what)
         in_a_row = self.journal.skipped(step, values, names)
         logging.warning("%s; it was skipped", what)
         if in_a_row > options.max_skips:
             raise TrainingError(
                 f"{what}. {in_a_row} steps in a row were not finite, more than --config.training.max_skips="
-                f"{options.max_skips}. {advice}"
+                f"{options.max_skips}"
             )
+
+    def _what_next(self, checkpointer: RunCheckpointer) -> str:
+        """How to go on when training cannot continue: commands, with this run's numbers in them."""
+        try:
+            checkpointer.wait()
+        except CheckpointError as failure:
+            logging.error("%s", failure)
+        steps, workdir = checkpointer.steps(), self.directory.parent
+        step = max(steps, default=None)
+        free = next(number for number in itertools.count(2) if not epath.Path(f"{workdir}-{number}").exists())
+        flags = [f"--workdir={workdir}-{free}", f"--config.{self.name}.optimizer.lr={self.settings.optimizer.lr / 2:g}"]
+        said = f"No step of {self.name} was saved before"
+        if step is not None:
+            older = f" (as is step {steps[-2]}, if that one went astray already)" if len(steps) > 1 else ""
+            said = f"Step {step} is the last good one and saved{older}"
+            flags.append(f"--config.init_from={workdir}/{self.name}@{step}")
+        elif self.source != "random":
+            flags.append(f"--config.init_from={self.source}")
+        if self.name != STAGES[0] and (step is not None or self.source != "random"):
+            flags.append(f"--config.stages={self.name}")
+        told = [said, f"With half the rate {'from there' if step else 'from the start'}: the same command with "
+                f"{' '.join(flags)}"]  # fmt: skip
+        if self.config.training.on_nan == "stop":
+            told.append("To leave such steps out instead: the same command with --config.training.on_nan=skip")
+        if step is not None:
+            export = f"--from={self.directory / 'checkpoints' / str(step)} --to=MODEL"
+            told.append(f"A model of that step: python -m saisa_jax checkpoint export {export}")
+        return ". ".join(told)
 
     @property
     def _step(self) -> int:

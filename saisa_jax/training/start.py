@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from saisa_jax.models.lora import is_adapter
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
 from saisa_jax.training.state import param_shardings
+
+AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+)")  # of `init_from`: WORKDIR@N or WORKDIR/STAGE@N
 
 
 class Start(NamedTuple):
@@ -48,7 +51,7 @@ def starting_params(
         with another tokenizer.
     """
     previous = [local_model(workdir, name) for name in STAGES[: STAGES.index(stage)]]
-    source = next((str(path) for path in reversed(previous) if is_model(path)), config.init_from)
+    source = next((str(path) for path in reversed(previous) if is_model(path)), start_model(config, workdir))
     if not source:
         return Start(functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random")
     convert, stored = _conversion(config, stage, source)
@@ -62,6 +65,21 @@ def starting_params(
     if config.stage(stage).lora.rank:
         return Start(lambda params: _with_fresh_adapters(convert(params), config, stage), params, source)
     return Start(convert, params, source)
+
+
+def start_model(config: Config, workdir: epath.Path) -> str:
+    """The finished model that `init_from` names; of a step of a run, the copy of it in this workdir."""
+    return str(copy_of_start(workdir)) if names_step(config.init_from) else config.init_from
+
+
+def names_step(source: str) -> bool:
+    """Whether it is WORKDIR@N or WORKDIR/STAGE@N, and not a model of such a name."""
+    return AT_STEP.fullmatch(source) is not None and not is_model(source)
+
+
+def copy_of_start(workdir: epath.Path) -> epath.Path:
+    """Where the model of the step lies that a run starts from (`model_of_step.save_start`)."""
+    return epath.Path(workdir) / "start"
 
 
 def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any], Any], ModelConfig]:
@@ -150,6 +168,8 @@ def check_projectors(config: Config, workdir: epath.Path) -> None:
     begun = (local_model(workdir, "pretrain"), local_model(workdir, "finetune"), workdir / "finetune" / "checkpoints")
     if config.stages[0] != "finetune" or config.allow_random_init or any(path.exists() for path in begun):
         return
+    if names_step(config.init_from):
+        return  # which was trained
     if config.init_from:
         imported = read_account(config.init_from)[0]["metadata"].get("imported")
         if imported is None or "projector" in imported["parts"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saisa_jax import parallel
+from saisa_jax.checkpoints import CheckpointError
 from saisa_jax.config import Groups, ModelConfig
 from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.optimizer import flatten, split, unflatten
@@ -66,6 +67,26 @@ def make_state(params: Params, groups: Groups, optimizer: Any) -> TrainState:
     """Parts the parameters into trainable and frozen, and gives the first its moments."""
     trainable, frozen = split(params, groups)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def saved_part(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint of the run holds: all but the frozen parameters, which it names by checksums."""
+    return {name: getattr(state, name) for name in ("step", "trainable", "opt_state")}
+
+
+def abstract_saved(state: TrainState) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of `saved_part`: what to restore."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved_part(state))
+
+
+def check_frozen(saved: Mapping[str, int], now: Mapping[str, int], source: str, directory: str) -> None:
+    """Raises CheckpointError where frozen parameters are not those that a checkpoint was trained with, by checksum."""
+    differing = [path for path in now if saved.get(path) != now[path]]
+    if differing:
+        raise CheckpointError(
+            f"frozen parameters of {source} are not those that {directory} was trained with: "
+            f"{', '.join(differing)}; bring them back, or start in another --workdir"
+        )
 
 
 def create_state(

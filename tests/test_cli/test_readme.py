@@ -75,7 +75,9 @@ def environment() -> dict[str, str]:
 
 def on_tiny(text: str, directory: Path) -> str:
     """The README's words with the tiny configuration, and with `directory` for `runs` and its picture."""
-    text = text.replace("configs/demo.py", TINY).replace("picture.png", f"{directory}/picture.png")
+    text = (
+        text.replace("configs/demo.py", TINY).replace("@1100", "@3").replace("picture.png", f"{directory}/picture.png")
+    )
     return text.replace("runs/", f"{directory}/").replace("weights/", f"{directory}/weights/")
 
 

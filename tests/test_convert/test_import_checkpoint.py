@@ -274,7 +274,9 @@ def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
     start = starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer, *place)
     assert "visual_proj" in start.make(start.argument) and start.source == str(tmp_path / "start")
     convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "llm")
-    config = from_config_dict(Config, recipe.get_config(str(tmp_path / "llm")))
+    with pytest.raises(ConfigError, match="an LLM without a vision encoder"):
+        recipe.get_config(str(tmp_path / "llm"))
+    config = dataclasses.replace(config, init_from=str(tmp_path / "llm"))
     with pytest.raises(ConfigError, match=r"holds no vision tower and no projector, .* convert import --llm"):
         starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer, *place)
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from saisa_jax.__main__ import main
 from saisa_jax.batch import empty_batch
@@ -22,9 +24,11 @@ from saisa_jax.checkpoints import copy_sidecar, load_model, save_model
 from saisa_jax.config import RopeScalingConfig
 from saisa_jax.convert import import_checkpoint
 from saisa_jax.convert.files.hub import resolve
-from saisa_jax.convert.official import official_notes
+from saisa_jax.convert.official import official_notes, spell_for_transformers_4
+from saisa_jax.data.text.tokenizer import train_tokenizer
 from saisa_jax.models.saisa import Saisa, share_to_per_layer
 from saisa_jax.testing.checkpoints import tiny_model, write_checkpoint
+from saisa_jax.testing.tokenizers import byte_level, sentence_piece
 
 WORDS = ["what color is the shape in the picture? the shape is red and round.", "A square, a circle: blue!"] * 20
 FACTOR = 2.0
@@ -207,3 +211,18 @@ def test_a_tower_of_another_family(tmp_path: Path) -> None:
     (directory / "tokenizer.model").touch()
     notes = "; ".join(official_notes(directory))
     assert "only tower is CLIP's, and this is 'siglip_vision_model'" in notes and "has no preprocessor_config" in notes
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentence_piece, train_tokenizer])
+def test_a_tokenizer_of_ours_is_spelt_as_transformers_4_reads_it(kind: Callable[[], Any], tmp_path: Path) -> None:
+    tokenizer = kind()
+    tokenizer.save_pretrained(tmp_path)
+    spell_for_transformers_4(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert all(isinstance(merge, str) for merge in raw["model"].get("merges", []))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "what shape is present?\n\n the shape is  red: 1234 </s> \u00e9"
+    assert again(text).input_ids == tokenizer(text).input_ids and again.decode(again(text).input_ids)
+    (tmp_path / "config.json").write_text(json.dumps({**DECODER, **TOWER}))
+    assert not any("slow tokenizers" in note for note in official_notes(tmp_path))

@@ -28,7 +28,7 @@ from saisa_jax.data.images import read_image
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counting import count
 from saisa_jax.data.rows.counts import fingerprint
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.sources.shards import ShardedSamples
 from saisa_jax.data.text.encoder import Encoder
@@ -298,6 +298,18 @@ def test_damaged_shards(mine, tmp_path) -> None:
         except DataError as error:
             errors.append(str(error))
     assert len(errors) == 1 and "shard-00001-of-00002.arrayrecord:" in errors[0] and "cannot be read" in errors[0]
+    path.write_bytes(whole)
+    samples = open_shards(tmp_path)
+    assert samples[SAMPLES - 1].id
+    (tmp_path / "new").write_bytes(whole)
+    (tmp_path / "new").replace(path)  # under its name, and not over it
+    assert samples[SAMPLES - 1].id
+    samples = open_shards(tmp_path)
+    assert samples[SAMPLES - 1].id
+    path.write_bytes(bytes(flipped))
+    os.utime(path, ns=(0, 0))  # the clock of the disk may be coarse
+    with pytest.raises(SourceChangedError, match=r"shard-00001-of-00002.arrayrecord has changed since it was opened"):
+        _ = samples[SAMPLES - 1]
     path.write_bytes(whole[:-1000])
     with pytest.raises(DataError, match=r"shard-00001-of-00002.arrayrecord has [\d,]+ bytes, not"):
         open_shards(tmp_path)

@@ -204,7 +204,7 @@ def test_bad_settings_name_their_flag(bad: dict[str, int]) -> None:
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(UserError, match=r"tasks='easy_vqaa' is not one of .*source; did you mean easy_vqa\?"):
+    with pytest.raises(UserError, match=r"tasks='easy_vqaa' is not one of .*source, .*; did you mean easy_vqa\?"):
         TASKS["easy_vqaa"]
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 from saisa_jax.checkpoints import save_model
+from saisa_jax.cli.eval import main as eval_main
 from saisa_jax.config import ConfigError, from_saved, to_dict
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ from saisa_jax.evaluation.runner import Settings, evaluate
 from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
 from saisa_jax.inference.model import VisionLanguageModel
 from saisa_jax.models.saisa import init_params
+from saisa_jax.testing import benchmarks
 from saisa_jax.testing.configs import tiny_config
 
 TOY = '''
@@ -241,7 +243,7 @@ def test_a_recipe_without_tasks_lists_what_there_is(tmp_path: Path, monkeypatch:
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, tasks=()))
     bare = VisionLanguageModel({}, config, None, "finetune", {})
     monkeypatch.setattr(command, "load", lambda directory, quantize=None: bare)
-    with pytest.raises(ConfigError, match=r"--tasks=NAME,NAME from easy_vqa, source"):
+    with pytest.raises(ConfigError, match=r"--tasks=NAME,NAME from cv_bench, easy_vqa, .*, source, textvqa"):
         command.run("m", str(tmp_path))
 
 
@@ -252,3 +254,18 @@ def test_a_saved_configuration_of_before_loads() -> None:
     for stage in ("pretrain", "finetune"):  # the benchmark was the default of every recipe
         saved[stage] = {**saved[stage], "sources": [{"format": "llava", "path": "a.json"}], "validation": []}
     assert from_saved(saved).evaluation.tasks == ()
+
+
+def test_eval_runs_every_benchmark(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One command over all of them, the files of the Hub below one folder; what a server scores is written for it."""
+    data, out = benchmarks.write_hub(tmp_path / "hub"), tmp_path / "out"
+    names = [name for name in TASKS if name not in ("easy_vqa", "source")]
+    arguments = [f"--checkpoint={checkpoint}", f"--tasks={','.join(names)}", f"--data={data}", f"--output={out}"]
+    assert eval_main([*arguments, "--max_new_tokens=2", "--limit=2", "--batch_size=2"]) == 0
+    printed = capsys.readouterr().out
+    for name in names:
+        record = json.loads((out / "evaluation" / f"{name}.json").read_text())
+        assert record["prompts"] == "llava" and record["n"] + len(record["failed"]) == 2
+        assert all((out / "evaluation" / file).exists() for file in record["files"])
+    assert "mmvet.upload.json" in printed and "MM-Vet's notebook" in printed
+    assert (out / "evaluation" / "mmbench.upload.xlsx").exists()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ConfigError, OptimizerConfig, SourceConfig, to_dict
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
 from saisa_jax.training.optimizer import flatten
@@ -197,6 +197,27 @@ def test_data_that_are_lost_changed_and_moved(tmp_path, monkeypatch) -> None:
     ours, theirs = params_of(workdir), params_of(whole)
     assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
     assert json.loads((workdir / "finetune" / "summary.json").read_text())["dropped"] == 0
+
+
+def test_a_file_that_is_written_over_while_it_is_read(tmp_path, monkeypatch) -> None:
+    """No sample of it is dropped for that: the run ends with the name of the file, and what was trained is saved."""
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    write_data(data)
+    to_device, calls = loop.parallel.to_device, []
+
+    def write_over(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            write_data(data, answer="blue")
+        return to_device(*args)
+
+    monkeypatch.setattr(loop.parallel, "to_device", write_over)
+    config = on_data(data, on_error="drop", max_drop=1.0)
+    longer = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, steps=12))
+    with pytest.raises(SourceChangedError, match=r"data.json has changed since it was opened; start again"):
+        loop.run(longer, epath.Path(workdir))
+    (saved,) = steps_of(workdir)
+    assert 2 <= saved < 12
 
 
 def test_samples_that_are_dropped_are_told_of_and_limited(tmp_path, caplog, capfd) -> None:

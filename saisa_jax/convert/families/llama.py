@@ -31,7 +31,12 @@ class Llama(DecoderFamily):
     architecture = "LlamaForCausalLM"
     llava = ("llava_llama", "LlavaLlamaForCausalLM")
     also = ("llava",)
-    only: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False}
+    only: ClassVar[Mapping[str, Any]] = {
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "attention_bias": False,
+        "partial_rotary_factor": 1,
+    }
     defaults: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -125,7 +130,7 @@ class Llama(DecoderFamily):
             "num_kv_heads": fields.get("num_key_value_heads") or heads,
             "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
             "mlp_dim": fields["intermediate_size"],
-            "rope_theta": float(rope.get("rope_theta", fields["rope_theta"])),
+            "rope_theta": float(rope.get("rope_theta") or fields["rope_theta"]),
             "rope_scaling": _rope_scaling(rope),
             "norm_eps": float(fields["rms_norm_eps"]),
             "max_length": fields["max_position_embeddings"],
@@ -182,11 +187,11 @@ def decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScalingConfig:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_SCALINGS:
         known = ", ".join(ROPE_SCALINGS)
         raise ConfigError(f"rotary embeddings of type {kind!r} are not supported; known: {known}")
-    if rope.get("partial_rotary_factor", 1) != 1:
+    if (rope.get("partial_rotary_factor") or 1) != 1:
         raise ConfigError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1")
     ours, wanted = ROPE_SCALINGS[kind]
     missing = [name for name in wanted if rope.get(name) is None]

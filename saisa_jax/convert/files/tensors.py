@@ -133,22 +133,26 @@ class Directory(abc.ABC):
 class TensorDirectory(Directory):
     """The tensors of a directory of safetensors: one file, or shards with an index.
 
+    Args:
+      directory: where config.json and tokenizer lie as well.
+      single: the file; None: the only one, or the shards that the index names.
+
     Raises:
       ConvertError: no such directory, no safetensors in it, a broken or missing shard, or an index that names files
         outside the directory or tensors that its shards do not hold.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, single: str | None = None):
         self.where = Path(directory)
         if not self.where.is_dir():
             raise ConvertError(f"{self.where} is not a directory")
         self._headers: dict[str, Header] = {}
-        if (self.where / INDEX).exists():
+        if single is None and (self.where / INDEX).exists():
             self._file_of = read_index(self.where / INDEX, "safetensors")
             files = sorted(set(self._file_of.values()))
             check_index(self.where / INDEX, self._file_of, {file: set(self._header(file)) for file in files})
         else:
-            single = self._single_file()
+            single = single or self._single_file()
             self._file_of = dict.fromkeys(self._header(single), single)
 
     def _single_file(self) -> str:

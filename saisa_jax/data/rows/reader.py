@@ -17,7 +17,7 @@ from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.rows.counts import Counts
 from saisa_jax.data.rows.order import Concatenated, Order
 from saisa_jax.data.rows.packing import PackingPlan, group, one_each, pack
-from saisa_jax.data.sample import DataError, EmptyAnswerError, Sample, TooLongError
+from saisa_jax.data.sample import DataError, EmptyAnswerError, Sample, SourceChangedError, TooLongError
 from saisa_jax.data.text.encoder import Encoder
 
 ENDLESS = 2**40  # rows
@@ -77,6 +77,8 @@ class Reader:
 
     def _may_drop(self, error: DataError) -> bool:
         data = self.config.data
+        if isinstance(error, SourceChangedError):
+            return False
         if isinstance(error, EmptyAnswerError):
             return True
         return (data.on_long if isinstance(error, TooLongError) else data.on_error) == "drop"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.data.sources.cache import cache_folder, write_copy
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -58,15 +58,17 @@ class JsonRecords:
         return len(self.bounds)
 
     def __getitem__(self, index: int) -> Any:
-        """Raises DataError if the file has changed since it was opened, or the record's text is not UTF-8."""
+        """Raises SourceChangedError if the file has changed, and DataError if the record's text is not UTF-8."""
         start, stop = (int(bound) for bound in self.bounds[index])
         self._open()
+        record = os.pread(self._file, stop - start, start)
+        self._check_version()  # after it was read: a file that was written over holds other records at these bounds
         try:
-            return json.loads(os.pread(self._file, stop - start, start).decode())
+            return json.loads(record.decode())
         except UnicodeDecodeError as error:
             raise DataError(f"byte {start + error.start} of {self.path} is not UTF-8", self.name(index)) from error
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path} changed while it was read: {error}", self.name(index)) from error
+            raise SourceChangedError(f"{self.path} changed while it was read: {error}", self.name(index)) from error
 
     def name(self, index: int) -> str:
         """The file's name and the number of the record, from 0: an id for one that has none."""
@@ -80,9 +82,13 @@ class JsonRecords:
                 self._file = os.open(self._plain, os.O_RDONLY)
             except OSError as error:
                 raise DataError(f"sources.path={self.path!r} cannot be read: {error.strerror or error}") from error
-            stat = os.fstat(self._file)
-            if (stat.st_mtime_ns, stat.st_size) != self._version:
-                raise DataError(f"{self.path} has changed since it was opened; start again")
+        self._check_version()
+
+    def _check_version(self) -> None:
+        """Of the file that is open: where another one has taken its name since, the old one is read to the end."""
+        stat = os.fstat(self._file)
+        if (stat.st_mtime_ns, stat.st_size) != self._version:
+            raise SourceChangedError(f"{self.path} has changed since it was opened; start again")
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_file")}

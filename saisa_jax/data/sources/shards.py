@@ -11,6 +11,7 @@ whole set.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from jaxtyping import Int32
 
 from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
-from saisa_jax.data.sample import DataError, Sample, Turn
+from saisa_jax.data.sample import DataError, Sample, SourceChangedError, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.cache import cache_folder, write_copy
 from saisa_jax.data.sources.record_files import records_digest
@@ -124,6 +125,7 @@ class ShardedSamples:
         self.contents = Index.read(self.directory)
         self._ends = np.cumsum([shard.samples for shard in self.contents.shards])
         self._readers: list[ArrayRecordDataSource | None] = [None] * len(self.contents.shards)
+        self._opened: dict[int, tuple[str, os.stat_result]] = {}  # what the open files were then
         self._locks = [threading.Lock() for _ in self.contents.shards]
         for shard in self.contents.shards:
             path = self.directory / shard.name
@@ -142,8 +144,13 @@ class ShardedSamples:
         shard = self.contents.shards[number]
         place = index - int(self._ends[number]) + shard.samples
         try:
-            return decode_record(self._reader(number)[place])
+            record = self._reader(number)[place]
+            self._check_version(number)
+            return decode_record(record)
         except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):  # a ValueError, too
+                raise
+            self._check_version(number)
             raise DataError(f"cannot be read: {error}", f"{self.directory / shard.name}:{place}") from error
 
     def counts(self, fingerprint: str) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]] | None:
@@ -174,11 +181,24 @@ class ShardedSamples:
             reader = self._readers[number]
             if reader is None:
                 shard = self.contents.shards[number]
-                reader = ArrayRecordDataSource(self._local(shard))
+                local = self._local(shard)
+                self._opened[number] = local, os.stat(local)
+                reader = ArrayRecordDataSource(local)
                 if len(reader) != shard.samples:
                     raise ValueError(f"it holds {len(reader)} records, and {INDEX} says {shard.samples}")
                 self._readers[number] = reader
         return reader
+
+    def _check_version(self, number: int) -> None:
+        """Raises SourceChangedError where a file was written over since it was opened.
+
+        One whose name another file has taken, or none, is read to the end: it is still there while it is open.
+        """
+        path, opened = self._opened.get(number, ("", None))
+        with contextlib.suppress(FileNotFoundError):
+            now = os.stat(path) if opened else None
+            if opened and now and opened.st_ino == now.st_ino and _version(opened) != _version(now):
+                raise SourceChangedError(f"{path} has changed since it was opened; start again")
 
     def _local(self, shard: Shard) -> str:
         """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there."""
@@ -193,6 +213,10 @@ class ShardedSamples:
 
     def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
         return type(self), (self.config,)
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_mtime_ns, stat.st_size
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def _item(row: Mapping[str, Any], image: Any, school: str, language: str, missin
     if school == "llava":
         question = (f"{hint}\n" if hint else "") + f"{row['question']}\n{options(shown)}{LLAVA[language]}"
     else:
+        if language == "cn":
+            hint = row.get("hint")  # lmms-eval puts a hint of "nan" in front here, and not in the English questions
         question = (f"{hint} " if hint else "") + f"{row['question']} There are several options:\n{options(shown)}"
         question += f"\n{LMMS[language]}"
     answer = row.get("answer")

@@ -12,6 +12,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,9 @@ _PLACE = re.compile(r"<image (\d)>")
 
 
 def items(data: TaskData) -> Iterator[Item | DataError]:
+    if data.log and not data.data:
+        yield from map(partial(logged_item, school=data.prompts), data.log)
+        return
     table = FILES.find(data).table(COLUMNS)
     for number in range(len(table)):
         row = table[number]
@@ -66,6 +70,22 @@ def item(row: Mapping[str, Any], school: str) -> Item:
     right = ast.literal_eval(answer) if school == "llava" and not multiple and answer.startswith("[") else [answer]
     extra = {"options": dict(zip(LETTERS, texts, strict=False)), "question_type": row["question_type"]}
     return Item(str(row["id"]), question, tuple(map(str, right)), images, subject(str(row["id"])), extra=extra)
+
+
+def logged_item(row: Mapping[str, Any], school: str) -> Item | DataError:
+    """The question of a line of lmms-eval's log: its document, or what the score put down, which lacks the options."""
+    doc, told = (value if isinstance(value, dict) else {} for value in (row.get("doc"), row.get("mmmu_acc")))
+    if {"id", "question", "options", "answer", "question_type"} <= doc.keys():
+        return item(doc, school)
+    if not {"id", "question_type", "answer"} <= told.keys():
+        return DataError(
+            "the log does not tell the question; name the benchmark's files with --data=DIR", str(row)[:60]
+        )
+    # No text of an option is known, and "\0" is in no answer.
+    letters = dict.fromkeys(LETTERS[:9] if told["question_type"] == CHOICE else "", "\0")
+    doc = {**told, "question": "", "options": "[]"}
+    asked = item(doc, school)
+    return replace(asked, extra={"options": letters, "question_type": told["question_type"]})
 
 
 def _interleaved(words: str, images: int) -> str:
@@ -101,6 +121,7 @@ def guess(rows: Sequence[dict[str, Any]], seed: int) -> Sequence[dict[str, Any]]
     for row in rows:
         if "error" not in row and row["extra"]["question_type"] == CHOICE and not row["prediction"]:
             letter = generator.choice(list(row["extra"]["options"]))
+            letter = row["extra"].get("logged") or letter  # the guess that is told beside an answer
             row = row | {"prediction": letter, "score": float(letter == row["answers"][0]), "guessed": True}
         guessed.append(row)
     return guessed

@@ -49,6 +49,7 @@ class TaskData:
       stage: that stage.
       prompts: `--prompts`, the school whose words the questions are asked in: one of `SCHOOLS`.
       task: the name that asks; a folder of `data` may have it.
+      log: the rows of `--answers`, where a task may find its questions if `data` is not named.
     """
 
     data: str = ""
@@ -57,6 +58,7 @@ class TaskData:
     stage: str = ""
     prompts: str = "llava"
     task: str = ""
+    log: tuple[Mapping[str, Any], ...] = ()
 
 
 Row = Mapping[str, Any]  # of TASK.jsonl: the item's fields, and `output`, `prediction`, `score`

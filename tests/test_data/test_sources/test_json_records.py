@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import os
 import pickle
 import sys
 import threading
 
 import pytest
 
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.data.sources.json_records import JsonRecords
 
 RECORDS = [
@@ -138,6 +139,25 @@ def test_what_is_not_there_or_changes(tmp_path) -> None:
     with pytest.raises(DataError, match=r"has changed since it was opened"):
         records[0]
     assert len(JsonRecords(path)) == 3
+
+
+def test_a_file_that_is_being_read(tmp_path) -> None:
+    """Written over, it is other samples at the old places; replaced by another of its name, it is still there."""
+    path, new = tmp_path / "a.json", tmp_path / "new.json"
+    path.write_text("[1, 2]")
+    records = JsonRecords(path)
+    assert records[0] == 1
+    new.write_text("[7, 8]")
+    new.replace(path)
+    assert list(records) == [1, 2]
+    with pytest.raises(SourceChangedError, match=r"a.json has changed since it was opened; start again"):
+        _ = pickle.loads(pickle.dumps(records))[0]
+    records = JsonRecords(path)
+    assert records[1] == 8
+    path.write_text("[5, 6]")
+    os.utime(path, ns=(0, 0))  # the clock of the disk may be coarse
+    with pytest.raises(SourceChangedError, match=r"a.json has changed"):
+        _ = records[1]
 
 
 def test_text_that_is_not_utf8_is_the_samples_fault(tmp_path) -> None:
