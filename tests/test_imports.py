@@ -21,7 +21,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"presets", "testing"}),
     frozenset({"configs", "inference"}),
     frozenset({"__init__"}),  # `saisa_jax` itself: `load` on first use
-    frozenset({"training", "evaluation"}),
+    frozenset({"evaluation"}),
+    frozenset({"training"}),
     frozenset({"planning", "report"}),
     frozenset({"bench"}),
     frozenset({"cli"}),

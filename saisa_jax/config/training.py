@@ -133,6 +133,11 @@ class TrainingConfig:
     eval_every: int = 500  # steps between held-out evaluations; 0: never
     eval_batches: int = 8
     eval_samples: int = 3  # generated samples shown with each held-out evaluation
+    # Benchmarks, by the names of `evaluation/tasks/`, that are answered while training in stages that answer questions
+    # (any template but `plain`): at the end, and every so many steps; of each the first so many questions.
+    eval_tasks: tuple[str, ...] = ()
+    eval_tasks_every: int = 0  # 0: at the end of a stage only
+    eval_limit: int | None = 500  # None: all
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     tensorboard: bool = True
@@ -152,7 +157,9 @@ class TrainingConfig:
         choice("training.on_nan", self.on_nan, ON_NAN)
         for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "max_skips"):
             positive(f"training.{name}", getattr(self, name))
-        for name in ("eval_every", "eval_samples", "loss_chunk", "watchdog"):
+        if self.eval_limit is not None:
+            positive("training.eval_limit", self.eval_limit)
+        for name in ("eval_every", "eval_samples", "eval_tasks_every", "loss_chunk", "watchdog"):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
 
 

@@ -99,7 +99,10 @@ def compare(a: Result, b: Result) -> Comparison:
     _check_comparable(a, b)
     both = [name for name, row in a.rows.items() if name in b.rows and None not in (row["score"], _score(b, name))]
     if not both:
-        raise ResultError(f"{a.path} and {b.path} have no scored question in common")
+        notes = dict.fromkeys(note for result in (a, b) if (note := result.record.get("note")))
+        raise ResultError(
+            f"{a.path} and {b.path} have no scored question in common{': ' * bool(notes)}{'; '.join(notes)}"
+        )
     rows = [(a.rows[name], b.rows[name]) for name in both]
     first, second = ([float(row["score"]) for row in side] for side in zip(*rows, strict=True))
     clusters = [cluster(row) for row, _ in rows]
@@ -175,7 +178,7 @@ def _notes(a: Result, b: Result, n: int) -> Iterator[str]:
         elif here != there:
             yield f"{key.removeprefix('settings.')} differs: {here} / {there}"
     for name, result in (("the first", a), ("the second", b)):
-        failed = sum(row["score"] is None for row in result.rows.values())
+        failed = sum("error" in row for row in result.rows.values())
         alone = len(result.rows) - n - failed
         if failed:
             yield f"{failed} questions could not be asked in {name}"

@@ -34,7 +34,19 @@ def collect(folder: epath.Path, checkpoint: str, stage: str) -> list[dict[str, A
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What summary.json holds: what the evaluations have in common, and a line for each task."""
     first = records[0]
-    keys = ("task", "title", "prompts", "metric", "n", "accuracy", "interval", "effective_n", "metrics", "complete")
+    keys = (
+        "task",
+        "title",
+        "prompts",
+        "metric",
+        "n",
+        "accuracy",
+        "interval",
+        "effective_n",
+        "metrics",
+        "headline",
+        "complete",
+    )
     return {
         "model": first["model"],
         "checkpoint": first["checkpoint"],
@@ -73,7 +85,8 @@ def _rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         count = f"{record['n']:,}{'' if record['complete'] else ', the first'}"
         if record["failed"]:
             count += f", {len(record['failed'])} failed"
-        further = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+        names = sorted(record["metrics"], key=lambda name: name != record.get("headline"))  # what is quoted comes first
+        further = ", ".join(f"{name} {record['metrics'][name]:.4g}" for name in names)
         score = interval = "-"  # the answers lie on a server
         if record["accuracy"] is not None:
             low, high = record["interval"]

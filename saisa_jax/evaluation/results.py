@@ -99,8 +99,9 @@ def read_result(path: str | os.PathLike[str]) -> Result:
         if name in rows:
             raise ResultError(f"{lines} line {number} is a second answer to {name!r}; {again}")
         rows[name] = row
-    scored = sum(row["score"] is not None for row in rows.values())
-    if scored != record["n"]:
+    asked = [row for row in rows.values() if "error" not in row]
+    scored = sum(row["score"] is not None for row in asked)
+    if (scored or len(asked)) != record["n"]:  # where a server has the answers, none is scored
         raise ResultError(f"{lines} holds {scored} scored answers and {path.name} is of {record['n']}; {again}")
     return Result(path, record, rows)
 

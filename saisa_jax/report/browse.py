@@ -189,6 +189,8 @@ def _lead(record: Mapping[str, Any]) -> str:
     school = f" (prompts: {record['prompts']})" if record.get("prompts") else ""
     first = "" if record.get("complete", True) else ", the first ones"
     failed = f"; {len(record['failed'])} could not be asked" if record["failed"] else ""
+    if record["accuracy"] is None:
+        return f"{record['note']}{school}{failed}."
     return (
         f"{record['metric'].capitalize()}{school} {units.percent(record['accuracy'])}, 95% interval "
         f"{units.interval(record['interval'])}%, of {record['n']:,} questions{first}{failed}."
@@ -285,7 +287,8 @@ const SCORES = {
   wrong: ["wrong", r => r.score !== null && r.score < 0.5],
   partly: ["partly right", r => r.score > 0 && r.score < 1],
   right: ["right", r => r.score >= 0.5],
-  failed: ["not asked", r => r.score === null],
+  unknown: ["not scored", r => r.score === null && !r.error],
+  failed: ["not asked", r => r.error !== undefined],
   all: ["all", r => true],
 };
 let shown = [], drawn = 0;
@@ -319,8 +322,10 @@ function card(row) {
   }
   const text = make("div");
   text.append(make("p", "question", row.question));
-  if (row.score === null) {
+  if (row.error) {
     text.append(make("div", "answer", "not asked: " + row.error));
+  } else if (row.score === null) {
+    text.append(make("b", "", row.output || "(nothing)"));
   } else {
     const right = row.score >= 0.5;
     const answer = make("div", "answer " + (right ? "right" : "wrong"));
@@ -328,7 +333,7 @@ function card(row) {
     text.append(answer);
     if (row.parsed !== undefined) text.append(make("div", "facts", "understood as: " + (row.parsed || "(nothing)")));
   }
-  text.append(make("div", "truth", "truth: " + row.answers.join(" | ")));
+  if (row.answers.length) text.append(make("div", "truth", "truth: " + row.answers.join(" | ")));
   const facts = [row.id, row.kind];
   if (row.score !== null && row.score > 0 && row.score < 1) facts.push("score " + row.score.toFixed(2));
   text.append(make("div", "facts", facts.filter(Boolean).join(" \\u00b7 ")));

@@ -183,6 +183,7 @@ def _stage(where: epath.Path, name: str) -> StageRecord:
         rows.get(row["kind"], {})[row["step"]] = row  # a step that was run again after a resume counts once
     summary = where / name / "summary.json"
     train, held_out = (tuple(by_step[step] for step in sorted(by_step)) for by_step in rows.values())
+    held_out = tuple(row for row in held_out if "loss" in row)  # others are of `training.eval_tasks` alone
     return StageRecord(name, train, held_out, _json(summary) if summary.exists() else None)
 
 

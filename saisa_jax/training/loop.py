@@ -8,8 +8,8 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -50,6 +50,7 @@ from saisa_jax.training.state import (
     saved_part,
 )
 from saisa_jax.training.step import make_train_step
+from saisa_jax.training.tasks import HeldOutTasks, check_tasks, evaluates_tasks
 from saisa_jax.training.telemetry.goodput import Goodput
 from saisa_jax.training.telemetry.journal import Journal
 from saisa_jax.training.telemetry.profile import Profiler
@@ -82,6 +83,7 @@ def run(config: Config, workdir: epath.Path) -> int:
             data = check_stages(config, tokenizer, workdir, lambda: stop.requested is not None)
         except CountingStopped:
             return int(signal.Signals[stop.requested or "SIGTERM"])
+        check_tasks(config)
         for name in config.stages:
             if is_model(local_model(workdir, name)):
                 logging.info("%s is finished: %s", name, local_model(workdir, name))
@@ -99,6 +101,13 @@ def run(config: Config, workdir: epath.Path) -> int:
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot continue; the message names the step and its samples."""
+
+
+class Evaluation(NamedTuple):
+    """What is measured at the end of a stage, and every so many steps (0: at the end alone)."""
+
+    every: int
+    run: Callable[[int], Mapping[str, Any]]  # of a step
 
 
 class StageTrainer:
@@ -214,15 +223,15 @@ class StageTrainer:
         train_step = make_train_step(
             self.model, self.optimizer, self.shardings, self.settings.accumulation, options.loss_chunk
         )
-        held_out, sync = self._held_out(), processes.ProcessSync(self.mesh)
+        evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
         with (
             self.journal.open(first, self.flops, self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
         ):
             clock.started()
-            if held_out and self.evaluation_due:
-                self._evaluate(held_out, first)
+            if self.evaluation_due:
+                self._evaluate(self._due(evaluations, first), first)
             waiting, step = None, first
             for step in range(first + 1, self.steps + 1):
                 try:
@@ -243,13 +252,13 @@ class StageTrainer:
                 waiting = step, metrics, host.dropped, sent
                 stopping, last, over = sync.stopping, step == self.steps, self._dropped_too_many() != ""
                 save = stopping or last or over or step % options.checkpoint_every == 0
-                evaluate = held_out is not None and (last or step % options.eval_every == 0)
-                self.evaluation_due = evaluate and stopping
-                if save or evaluate:
+                due = self._due(evaluations, step)
+                self.evaluation_due = bool(due) and stopping
+                if save or due:
                     self._settle(sync, *waiting)
                     waiting, over = None, self._dropped_too_many() != ""
-                if held_out and evaluate and not stopping:
-                    self._evaluate(held_out, step)
+                if due and not stopping:
+                    self._evaluate(due, step)
                     watchdog.beat(f"the evaluation at step {step}")
                 if save:
                     with clock("save"):
@@ -373,10 +382,30 @@ class StageTrainer:
     def _step(self) -> int:
         return int(self.state.step)
 
-    def _evaluate(self, held_out: HeldOut, step: int) -> None:
+    def _evaluations(self) -> list[Evaluation]:
+        options, evaluations = self.config.training, []
+        if held_out := self._held_out():
+            evaluations.append(Evaluation(options.eval_every, lambda step: held_out(self.state)))
+        if evaluates_tasks(self.config, self.name):
+            tasks = HeldOutTasks(self.config, self.name, self.tokenizer, self.mesh, self.directory)
+            evaluations.append(Evaluation(options.eval_tasks_every, lambda step: tasks(self._plain_params(), step)))
+        return evaluations
+
+    def _due(self, evaluations: Sequence[Evaluation], step: int) -> list[Evaluation]:
+        return [x for x in evaluations if step == self.steps or (x.every and step % x.every == 0)]
+
+    def _evaluate(self, due: Sequence[Evaluation], step: int) -> None:
+        values: dict[str, Any] = {}
         with self.clock("eval"):
-            values = held_out(self.state)
-        self.journal.evaluated(step, values)
+            for evaluation in due:
+                values |= evaluation.run(step)
+        if values:
+            self.journal.evaluated(step, values)
+
+    def _plain_params(self) -> Any:
+        """The parameters of the model without adapters: what the stage would leave now."""
+        params = merge(self.state.trainable, self.state.frozen)
+        return self._merged(params) if self.model.lora.rank else params
 
     def _merged(self, params: Any) -> Any:
         """The parameters with their adapters merged into them, where the plain model's live."""
@@ -417,10 +446,8 @@ class StageTrainer:
         }
         summary = self.journal.summarize(values)
         # Last: a stage is finished when its model is there.
-        params = merge(self.state.trainable, self.state.frozen)
         if self.model.lora.rank:
             save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
-            params = self._merged(params)
         final = local_model(self.directory.parent, self.name)
         attach = None if self.source == "random" else copy_sidecar(self.source)
-        save_model(final, params, self.config, self.tokenizer, summary, attach)
+        save_model(final, self._plain_params(), self.config, self.tokenizer, summary, attach)

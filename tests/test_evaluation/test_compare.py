@@ -105,7 +105,7 @@ def write(folder: Path, answers: list[dict[str, Any]], **record: Any) -> Path:
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failed = rows("y")[0] | {"id": "broken", "score": None, "output": None}
+    failed = rows("y")[0] | {"id": "broken", "score": None, "output": None, "error": "?"}
     a = write(tmp_path / "a", [*rows("yynny" * 4), failed])
     b = write(tmp_path / "b", rows("ynyny" * 4 + "yy"), versions={"saisa_jax": "2"}, settings={"limit": 22})
     assert eval_verb.main(["--compare", str(a), str(b), f"--output={tmp_path / 'out'}"]) == 0
@@ -136,7 +136,11 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({}, {"metric": "F1"}, "has metric exact match, and .* F1"),
         ({"question": "who?"}, {}, "5 questions of .* are others .* 'q0' asks 'is it 0\\?'.*'who\\?'"),
         ({"answers": ["n"]}, {}, "5 questions of .* are others"),
-        ({"score": None}, {"n": 0, "accuracy": 0}, "no scored question in common"),
+        (
+            {"score": None},
+            {"accuracy": None, "note": "a server scores"},
+            "no scored question in common: a server scores",
+        ),
         ({}, {"n": 6}, "holds 5 scored answers and toy.json is of 6; evaluate again: python eval.py --tasks=toy"),
     ],
 )

@@ -132,6 +132,18 @@ def test_answers_with_their_pictures(evaluation: Path, capsys: pytest.CaptureFix
     assert lead in evaluation.with_suffix(".html").read_text()
 
 
+def test_answers_that_only_a_server_scores(evaluation: Path) -> None:
+    lines = evaluation.with_suffix(".jsonl")
+    rows = [json.loads(line) | {"score": None, "answers": []} for line in lines.read_text().splitlines()]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = json.loads(evaluation.read_text()) | {"accuracy": None, "interval": None, "note": "5 answers, not scored"}
+    evaluation.write_text(json.dumps(record))
+    assert main(["report", f"--evaluation={evaluation}", "--attention=0"]) == 0
+    page = evaluation.with_suffix(".html")
+    assert "5 answers, not scored (prompts" in page.read_text()
+    assert [row["output"] for row in data_of(page)["rows"]].count("A fox.") == 5
+
+
 def test_what_is_missing_is_said(
     evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,10 +13,16 @@ from etils import epath
 from saisa_jax.checkpoints import CheckpointError, checksums, load_model
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError, ProfileConfig
 from saisa_jax.data.sample import DataError
+from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.errors import UserError
+from saisa_jax.evaluation.runner import Settings, evaluate
+from saisa_jax.inference.model import load
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.runs import shown_events
 from saisa_jax.training import loop
 from saisa_jax.training.loop import TrainingError
 from saisa_jax.training.optimizer import flatten
+from saisa_jax.training.tasks import HeldOutTasks, evaluates_tasks
 
 
 def rows(workdir, stage: str, kind: str = "train") -> list[dict]:
@@ -108,6 +114,70 @@ def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     whole = json.loads((workdir / "pretrain" / "summary.json").read_text())["goodput"]
     assert whole["lost_steps"] == 2 and 0 < 1000 - whole["lost_seconds"] < stopped["compile_seconds"] + 100
     assert whole["compile_seconds"] > stopped["compile_seconds"] and whole["start_seconds"] > stopped["start_seconds"]
+
+
+def test_benchmarks_while_training(finished, tmp_path, monkeypatch):
+    """A signal comes when they are due: put off, then done; the last scores are those of the finished model, and the
+    parameters those of a run without."""
+    config = tiny_config()
+    options = {
+        "eval_tasks": ("easy_vqa",),
+        "eval_tasks_every": 2,
+        "eval_limit": 6,
+        "eval_every": 0,
+        "tensorboard": True,
+    }
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **options))
+    assert evaluates_tasks(config, "finetune") and not evaluates_tasks(config, "pretrain")
+    config = dataclasses.replace(config, stages=("finetune",), init_from=str(finished / "pretrain" / "model"))
+    workdir, original, calls = epath.Path(tmp_path), loop.parallel.to_device, []
+
+    def to_device(batch, mesh, rows=None):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, mesh, rows)
+
+    monkeypatch.setattr(loop.parallel, "to_device", to_device)
+    assert loop.run(config, workdir) == signal.SIGTERM
+    assert rows(workdir, "finetune", "eval") == [] and not (workdir / "finetune" / "tasks").exists()
+    monkeypatch.setattr(loop.parallel, "to_device", original)
+    assert loop.run(config, workdir) == 0
+    evaluations = rows(workdir, "finetune", "eval")
+    assert [row["step"] for row in evaluations] == [2, 3] and evaluations[0].keys() == {"kind", "step", "easy_vqa"}
+    shown = shown_events(tmp_path / "finetune" / "tensorboard")
+    assert [step for tag, step in shown if tag == "eval/easy_vqa"] == [2, 3]
+    ours, theirs = params_of(workdir, "finetune"), params_of(finished, "finetune")
+    assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+    model = load(str(workdir / "finetune" / "model"))
+    record = evaluate(model, "easy_vqa", Settings(8, 2, limit=6), workdir, "m")
+    assert evaluations[1]["easy_vqa"] == record["accuracy"]
+    last = workdir / "finetune" / "tasks" / "3" / "evaluation" / "easy_vqa.jsonl"
+    assert last.read_text() == (workdir / "evaluation" / "easy_vqa.jsonl").read_text()
+
+
+def test_a_benchmark_that_cannot_be_asked_stops_a_run_before_it_trains_and_not_later(finished, tmp_path, monkeypatch):
+    config = tiny_config()
+    wrong = {"eval_tasks": ("source",)}
+    wrong = dataclasses.replace(config, training=dataclasses.replace(config.training, **wrong))
+    wrong = dataclasses.replace(wrong, finetune=dataclasses.replace(wrong.finetune, validation=()))
+    with pytest.raises(ConfigError, match=r"source has nothing to ask: the recipe's finetune\.validation is empty"):
+        loop.run(wrong, epath.Path(tmp_path))
+    options = dataclasses.replace(config.training, eval_tasks=("easy_vqua",))
+    with pytest.raises(UserError, match=r"easy_vqua.*did you mean easy_vqa\?"):
+        loop.run(dataclasses.replace(config, training=options), epath.Path(tmp_path))
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+    def fail(*args):
+        raise DataError("the disk is gone")
+
+    options = dataclasses.replace(config.training, eval_tasks=("easy_vqa",))
+    tasks = HeldOutTasks(
+        dataclasses.replace(config, training=options), "finetune", load_tokenizer("easy_vqa"), None, finished
+    )
+    monkeypatch.setattr("saisa_jax.training.tasks.runner.evaluate", fail)
+    assert tasks({}, 7) == {}
 
 
 def test_frozen_parts_stay_and_another_recipe_or_other_frozen_weights_are_refused(finished, tmp_path, monkeypatch):

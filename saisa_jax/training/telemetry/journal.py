@@ -114,7 +114,8 @@ class Journal:
         """Writes a held-out evaluation, unless an earlier start from the same step has written it."""
         if step > self._first or not self._writer.holds("eval", step):
             self._writer.write("eval", step, **values)
-            logging.info("%s, step %d: held-out loss %.4g", self._name, step, values["loss"])
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+            logging.info("%s, step %d, held out: %s", self._name, step, shown)
 
     def upload(self) -> None:
         """Has the rows where they are kept: to be called before a checkpoint, from which no row is written again."""
