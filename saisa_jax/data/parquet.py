@@ -13,6 +13,7 @@ no pictures. Length and groups are in the files' footers.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -152,6 +153,24 @@ class ParquetTable:
     def version(self) -> tuple[tuple[str, int, int], ...]:
         """Names, sizes and times of the files: changes when one of them is replaced."""
         return tuple((file.path.removeprefix(self.root), file.bytes, file.modified) for file in self.files)
+
+    def content(self) -> str:
+        """A hash of all that the columns say, of pictures their number and paths: of the columns as they are packed."""
+        digest = hashlib.sha256(repr(self.columns).encode())
+        for number, file in enumerate(self.files):
+            metadata = self._file(number).parquet.metadata
+            with buckets.place(file.path).open("rb") as stream:
+                for group in range(metadata.num_row_groups):
+                    for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+                        name = column.path_in_schema.split(".")[0]
+                        if name not in self.columns:
+                            continue
+                        digest.update(f"{column.path_in_schema} {column.num_values}\n".encode())
+                        if name not in self.image_columns or column.path_in_schema.endswith(".path"):
+                            start = column.dictionary_page_offset or column.data_page_offset
+                            stream.seek(start)
+                            digest.update(stream.read(column.total_compressed_size))
+        return f"parquet:{digest.hexdigest()[:16]}"
 
     # --- Groups ------------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,13 @@ from transformers import PreTrainedTokenizerFast
 from saisa_jax.batch import Batch, HostBatch
 from saisa_jax.config import STAGES, Config, SourceConfig, StageConfig
 from saisa_jax.data.rows.collate import pack_rows
-from saisa_jax.data.rows.counts import Counts, Unusable, check_unusable, counts_of_sources, room_needed
+from saisa_jax.data.rows.counting import Effort
+from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
 from saisa_jax.data.rows.mark import content_mark, counts_mark
 from saisa_jax.data.rows.order import Concatenated, Order
 from saisa_jax.data.rows.reader import ENDLESS, BatchRow, Reader, StageRows
-from saisa_jax.data.sample import DataError
+from saisa_jax.data.rows.unusable import Unusable, check_unusable
+from saisa_jax.data.sample import DataError, Samples
 from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 
@@ -44,14 +46,31 @@ class StageData:
       config: the run's.
       stage: pretrain or finetune.
       tokenizer: the run's.
-      cache: a directory where counts are kept from one start to the next.
+      cache: a directory where counts are kept from one start to the next; several processes of a run have the same.
+      effort: who counts.
     """
 
     def __init__(
-        self, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, cache: str | None = None
+        self,
+        config: Config,
+        stage: str,
+        tokenizer: PreTrainedTokenizerFast,
+        cache: str | None = None,
+        effort: Effort = Effort(),  # noqa: B008  # it is frozen
     ) -> None:
         self._config, self._stage, self._tokenizer, self._cache = config, stage, tokenizer, cache
-        self._settings = config.stage(stage)
+        self._settings, self._effort = config.stage(stage), effort
+
+    @cached_property
+    def _opened(self) -> tuple[list[Samples], list[SourceConfig]]:
+        """The sources that an epoch goes through."""
+        chosen = _chosen_sources(self._settings, self._stage)
+        return [open_source(source) for source in chosen], chosen
+
+    @cached_property
+    def _contents(self) -> list[str]:
+        """What each source holds (`content_mark`)."""
+        return [content_mark(*each) for each in zip(*self._opened, strict=True)]
 
     @cached_property
     def rows(self) -> StageRows:
@@ -59,16 +78,18 @@ class StageData:
 
         Raises:
           DataError: no source, or one that cannot be read; a sample that cannot be used, where rows are planned.
+          CountingStopped: it was asked to stop while samples were counted.
         """
         config, stage, settings, tokenizer = self._config, self._stage, self._settings, self._tokenizer
-        chosen = _chosen_sources(settings, stage)
-        opened = [open_source(source) for source in chosen]
+        opened, chosen = self._opened
+        encoder = Encoder(config, stage, tokenizer)
         warn_of_text_alone(opened, chosen)
-        warn_of_unknown_words(opened, Encoder(config, stage, tokenizer))
+        warn_of_unknown_words(opened, encoder)
         counts = None
         if config.data.packing or config.data.group_by_length:
-            whole, unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, self._cache)
-            counts = room_needed(whole, Concatenated(opened), Encoder(config, stage, tokenizer), unusable)
+            contents = self._contents if self._cache is not None else ()
+            whole, unusable = counts_of_sources(opened, chosen, encoder, self._effort, self._cache, contents)
+            counts = room_needed(whole, Concatenated(opened), encoder, unusable)
         return StageRows(
             Reader(config, stage, tokenizer, training=True),
             Concatenated(opened),
@@ -104,10 +125,10 @@ class StageData:
 
         It does not depend on where they lie. Of pictures it knows only how many a sample has.
         """
-        rows, sources = self.rows, _chosen_sources(self._settings, self._stage)
+        rows = self.rows
         return {
             "samples": list(map(len, rows.samples.sources)),
-            "content": [content_mark(*each) for each in zip(rows.samples.sources, sources, strict=True)],
+            "content": self._contents,
             "counts": None if rows.counts is None else counts_mark(rows.counts),
         }
 
@@ -169,7 +190,8 @@ def stage_counts(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast)
     """Text tokens and images of all samples of a stage that can be used, in full length; errors as `StageData.rows`."""
     chosen = _chosen_sources(config.stage(stage), stage)
     opened = [open_source(source) for source in chosen]
-    (tokens, images), unusable = counts_of_sources(opened, chosen, config, stage, tokenizer, None)
+    encoder = Encoder(config, stage, tokenizer)
+    (tokens, images), unusable = counts_of_sources(opened, chosen, encoder, Effort(), None)
     check_unusable(unusable, len(tokens), config.data, stage)
     return tokens[tokens > 0], images[tokens > 0]
 

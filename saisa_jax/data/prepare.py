@@ -18,10 +18,8 @@ import io
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +40,7 @@ from saisa_jax.data.sources import open_source, warn_of_text_alone
 from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard
 from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.data.workers import worker_pool
 
 PLAN, REPORT = "plan.json", "report.jsonl"
 SAMPLES_PER_SHARD = 4096
@@ -270,23 +269,18 @@ def _image_version(image: ImageSource) -> Any:
 
 def _in_workers(job: Job, numbers: Sequence[int], workers: int, advance: Callable[[int], object]) -> None:
     """Makes shards in worker processes; when stopped, they end after their current sample."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
-    stop, counter = context.Event(), context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counter))
+    counter, seen = multiprocessing.get_context("spawn").Value("q", 0), 0
     try:
-        pending = {pool.submit(_work, number) for number in numbers}
-        seen = 0
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            advance(counter.value - seen)
-            seen = counter.value
-            for future in done:
-                future.result()
+        with worker_pool(workers, _start_worker, job, counter) as pool:
+            pending = {pool.submit(_work, number) for number in numbers}
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                advance(counter.value - seen)
+                seen = counter.value
+                for future in done:
+                    future.result()
     except BrokenProcessPool as error:
         raise DataError("a worker was killed (out of memory?); start again with fewer --workers") from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
 
 
 class _Stopped(Exception):
@@ -296,18 +290,8 @@ class _Stopped(Exception):
 _worker: dict[str, Any] = {}  # what a worker process was started with
 
 
-def _start_worker(job: Job, stop: Any, counter: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which then says `stop`
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+def _start_worker(stop: Any, job: Job, counter: Any) -> None:
     _worker.update(job=job, stop=stop, counter=counter, encoder=job.encoder())
-
-
-def _leave_with_parent() -> None:
-    """Ends this process when the main one is gone: a killed one cannot send `stop`."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(number: int) -> None:

@@ -27,6 +27,7 @@ from saisa_jax.checkpoints import (
 )
 from saisa_jax.config import STAGES, Config, ConfigError, to_dict
 from saisa_jax.data.pipeline import StageData, TrainIterator
+from saisa_jax.data.rows.counting import CountingStopped
 from saisa_jax.data.rows.mark import same_content
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -78,7 +79,10 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
-        data = check_stages(config, tokenizer, workdir)
+        try:
+            data = check_stages(config, tokenizer, workdir, lambda: stop.requested is not None)
+        except CountingStopped:
+            return int(signal.Signals[stop.requested or "SIGTERM"])
         check_tasks(config)
         for name in config.stages:
             if is_model(local_model(workdir, name)):

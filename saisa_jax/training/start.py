@@ -17,6 +17,7 @@ from saisa_jax.checkpoints import is_model, load_model, local_model, read_accoun
 from saisa_jax.checkpoints.checksums import describe, differences
 from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig
 from saisa_jax.data.pipeline import StageData
+from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.text.conversation import end_token_id
 from saisa_jax.models.lora import is_adapter
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
@@ -125,16 +126,23 @@ def _projects(params: Any) -> bool:
     return "visual_proj" in params or "visual_proj" in params.get("layers", {})
 
 
-def check_stages(config: Config, tokenizer: Any, workdir: epath.Path) -> dict[str, StageData]:
+def check_stages(
+    config: Config, tokenizer: Any, workdir: epath.Path, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, StageData]:
     """Finds what would stop a later stage before the first one trains: its data, template and groups.
+
+    Args:
+      stopped: asked several times a second while samples are counted, which the run's processes share.
 
     Returns:
       the data of each stage, counted.
 
     Raises:
       ConfigError, DataError: as the stage itself would.
+      CountingStopped: it was asked to stop.
     """
-    data = {name: StageData(config, name, tokenizer, str(workdir / name)) for name in config.stages}
+    effort = Effort(jax.process_index(), jax.process_count(), stopped=stopped)
+    data = {name: StageData(config, name, tokenizer, str(workdir / name), effort) for name in config.stages}
     for name in config.stages:
         settings = config.stage(name)
         end_token_id(settings.template, tokenizer)

@@ -26,10 +26,12 @@ from saisa_jax.config import SourceConfig
 from saisa_jax.data import prepare
 from saisa_jax.data.images import read_image
 from saisa_jax.data.pipeline import StageData
-from saisa_jax.data.rows.counts import count, fingerprint
+from saisa_jax.data.rows.counting import count
+from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.sample import DataError, SourceChangedError
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.sources.shards import ShardedSamples
+from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
 TINY = "saisa_jax/testing/configs.py"
@@ -91,7 +93,8 @@ def test_what_goes_in_comes_out(mine, tmp_path, capsys) -> None:
     assert after[0].system == "be brief"
     found = after.counts(fingerprint(config, "finetune", tokenizer))
     assert found is not None
-    for got, expected in zip(found, count(before, config, "finetune", tokenizer)[0], strict=True):
+    part = count(before, Encoder(config, "finetune", tokenizer))
+    for got, expected in zip(found, (part.tokens, part.images), strict=True):
         np.testing.assert_array_equal(got, expected)
     assert after.counts(fingerprint(config, "pretrain", tokenizer)) is None  # another template
 

@@ -2,116 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import io
-import os
-import secrets
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.config import Config, DataConfig, SourceConfig
-from saisa_jax.data.images import missing_image
-from saisa_jax.data.sample import DataError, EmptyAnswerError, Samples, TooLongError
+from saisa_jax import buckets
+from saisa_jax.config import Config, SourceConfig
+from saisa_jax.data.rows.counting import Effort, counted
+from saisa_jax.data.rows.unusable import SHOWN, Unusable, check_unusable
+from saisa_jax.data.sample import DataError, Samples, TooLongError
 from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.templates import find_template
 
 Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
 
 RULES = 2  # raised when the same sample becomes other tokens
-
-_SECONDS_BETWEEN_LINES = 10
-_SHOWN = 10  # samples that cannot be used
-
-
-@dataclass
-class Unusable:
-    """Samples that cannot be used: how many, and the first of them in words."""
-
-    number: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, *errors: DataError | str) -> None:
-        self.number += len(errors)
-        self.first += map(str, errors[: max(0, _SHOWN - len(self.first))])
-
-    def __str__(self) -> str:
-        return "; ".join(self.first) + ("; ..." if self.number > len(self.first) else "")
-
-
-def check_unusable(unusable: Unusable, total: int, data: DataConfig, where: str) -> None:
-    """What becomes of samples that cannot be used, of `total`: an error that tells of all of them, or a warning.
-
-    Raises:
-      DataError: `data.on_error` is raise, or they are more than `data.max_drop` of all.
-    """
-    number = unusable.number
-    if not number:
-        return
-    if data.on_error == "raise" and number == 1:
-        raise DataError(unusable.first[0])
-    seen = f"{where}: {number:,} of {total:,} samples cannot be used: {unusable}"
-    if data.on_error == "raise":
-        raise DataError(f"{seen}. Mend them, or leave them out with --config.data.on_error=drop")
-    if number > data.max_drop * total:
-        raise DataError(
-            f"{seen}. That is {number / total:.1%}, more than --config.data.max_drop="
-            f"{data.max_drop}: mend them, or raise it"
-        )
-    logging.warning("%s; they are left out", seen)
-
-
-def count(samples: Samples, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> tuple[Counts, Unusable]:
-    """Text tokens and images of every sample, in full length; no image is opened, but each has to be there.
-
-    Returns:
-      int32 (tokens, images), with 0 tokens for a sample that cannot be used or has an empty answer; and those that
-      cannot be used. (Those with an empty answer are told of here.)
-    """
-    encoder, files = Encoder(config, stage, tokenizer), _Files()
-    tokens, images = np.zeros(len(samples), np.int32), np.zeros(len(samples), np.int32)
-    empty, unusable = Unusable(), Unusable()
-    for number in _with_progress(len(samples), stage):
-        try:
-            sample = samples[number]
-            encoded = encoder.whole(sample)
-            for image in () if config.data.blind else sample.images:
-                if isinstance(image, str | os.PathLike) and image not in files:
-                    raise missing_image(os.fspath(image), sample.id)
-        except EmptyAnswerError as error:
-            empty.add(error)
-            continue
-        except DataError as error:
-            unusable.add(error)
-            continue
-        tokens[number], images[number] = len(encoded.tokens), len(encoded.image_positions)
-    if empty.number:
-        logging.warning("%s: %s sample(s) with an empty answer are left out: %s", stage, f"{empty.number:,}", empty)
-    return (tokens, images), unusable
-
-
-class _Files:
-    """Which files are there, by one listing of each folder: a network's disk takes long to answer for each of them."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, frozenset[str]] = {}
-
-    def __contains__(self, path: str | os.PathLike[str]) -> bool:
-        folder, name = os.path.split(os.fspath(path))
-        if folder not in self._names:
-            try:
-                self._names[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self._names[folder] = frozenset()
-        return name in self._names[folder] or os.path.exists(path)
 
 
 def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -124,74 +36,51 @@ def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) 
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _with_progress(total: int, stage: str) -> Iterator[int]:
-    """0..total - 1, with a progress line now and then."""
-    told = time.monotonic()
-    for number in range(total):
-        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            logging.info(
-                "%s: counting tokens, %s of %s samples (`data prepare` does it once)",
-                stage,
-                f"{number:,}",
-                f"{total:,}",
-            )
-        yield number
-
-
 def counts_of_sources(
     opened: Sequence[Samples],
     sources: Sequence[SourceConfig],
-    config: Config,
-    stage: str,
-    tokenizer: PreTrainedTokenizerFast,
+    encoder: Encoder,
+    effort: Effort,
     cache: str | None,
+    contents: Sequence[str] = (),
 ) -> tuple[Counts, Unusable]:
-    """The counts of all sources: of a source's own index, of the cache, or counted now; and what cannot be used."""
-    parts, unusable = [], Unusable()
-    for samples, source in zip(opened, sources, strict=True):
-        part, found = _counts_of(samples, source, config, stage, tokenizer, cache)
-        parts.append(part)
-        unusable.first += found.first[: _SHOWN - len(unusable.first)]
-        unusable.number += found.number
+    """The counts of all sources: of a source's own index, of the cache, or counted now; and what cannot be used.
+
+    Args:
+      opened: the sources' samples.
+      sources: their configurations.
+      encoder: of the stage.
+      effort: who counts.
+      cache: a directory where counts are kept; None: they are not.
+      contents: a mark of each source (`content_mark`), where counts are kept.
+
+    Raises:
+      CountingStopped: it was asked to.
+    """
+    parts, unusable, stage = [], Unusable(), encoder.stage
+    mark = fingerprint(encoder.config, stage, encoder.tokenizer)
+    for number, (samples, source) in enumerate(zip(opened, sources, strict=True)):
+        indexed = getattr(samples, "counts", None)
+        if indexed is not None and (found := indexed(mark)) is not None:
+            parts.append(found)
+            continue
+        kept = None
+        if cache is not None:
+            # An archive says which images there are.
+            said = (
+                dataclasses.replace(source, weight=1.0), len(samples), contents[number], _stamp(source.images),
+                encoder.config.data.blind, mark,
+            )  # fmt: skip
+            key = hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+            kept = buckets.place(cache) / f"counts-{key}.npz"
+        part = counted(samples, encoder, effort, kept)
+        if part.empty:
+            told = Unusable(part.empty, list(part.first_empty))
+            logging.warning("%s: %s sample(s) with an empty answer are left out: %s", stage, f"{part.empty:,}", told)
+        parts.append((part.tokens, part.images))
+        unusable.number += len(part.unusable)
+        unusable.first += part.first[: SHOWN - len(unusable.first)]
     tokens, images = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return (tokens, images), unusable
-
-
-def _counts_of(
-    samples: Samples,
-    source: SourceConfig,
-    config: Config,
-    stage: str,
-    tokenizer: PreTrainedTokenizerFast,
-    cache: str | None,
-) -> tuple[Counts, Unusable]:
-    mark = fingerprint(config, stage, tokenizer)
-    indexed = getattr(samples, "counts", None)
-    if indexed is not None and (found := indexed(mark)) is not None:
-        return found, Unusable()
-    if cache is None:
-        return count(samples, config, stage, tokenizer)
-    # An archive says which images there are, and `on_error` whether a sample without its own is an error.
-    stamps = (_stamp(source.path), _stamp(source.images), config.data.on_error)
-    if (version := getattr(samples, "version", None)) is not None:  # of a source of several files
-        stamps = (*stamps, version)
-    key = hashlib.sha256(repr((source, len(samples), stamps, mark)).encode()).hexdigest()[:16]
-    path = epath.Path(cache) / f"counts-{key}.npz"
-    if path.exists():
-        with path.open("rb") as file, np.load(io.BytesIO(file.read())) as stored:
-            first = stored["unusable"].tolist() if "unusable" in stored else []
-            unusable = Unusable(int(stored["number"]) if first else 0, first)
-            # With on_error=raise what could not be used is looked at again: it may have been mended meanwhile.
-            if not unusable.number or config.data.on_error == "drop":
-                return (stored["tokens"], stored["images"]), unusable
-    (tokens, images), unusable = count(samples, config, stage, tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez(content, tokens=tokens, images=images, number=unusable.number, unusable=np.array(unusable.first, str))
-    half = path.parent / f".{path.name}.{secrets.token_hex(4)}"  # other processes may count at the same time
-    half.write_bytes(content.getvalue())
-    half.replace(path)
     return (tokens, images), unusable
 
 

@@ -6,6 +6,7 @@ The package has a train and a test set. Here its train set is parted by image: 0
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections import Counter, defaultdict
@@ -57,6 +58,10 @@ class EasyVqa:
 
     def __getitem__(self, index: int) -> Sample:
         return samples(self.task, self.split)[index]
+
+    def content(self) -> str:
+        """The package's version: its files do not change otherwise."""
+        return f"easy-vqa:{importlib.metadata.version('easy-vqa')}"
 
 
 @SOURCES.register("easy_vqa")

@@ -87,6 +87,10 @@ class ParquetConversations:
         """Changes when a file is replaced."""
         return self.table.version
 
+    def content(self) -> str:
+        """A hash of the columns that are read, of pictures their number and paths."""
+        return self.table.content()
+
     def __len__(self) -> int:
         return len(self.table)
 

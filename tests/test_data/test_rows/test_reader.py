@@ -14,7 +14,7 @@ from PIL import Image
 from saisa_jax.batch import HostBatch
 from saisa_jax.config import Config, ConfigError, DataConfig, ModelConfig, SourceConfig, StageConfig, VisionConfig
 from saisa_jax.data import pipeline, sources
-from saisa_jax.data.rows import counts
+from saisa_jax.data.rows import counting, counts
 from saisa_jax.data.rows.order import Order
 from saisa_jax.data.rows.packing import group, pack
 from saisa_jax.data.sample import DataError, Sample, Turn
@@ -253,7 +253,7 @@ def test_resume_with_other_workers_and_hosts(tokenizer) -> None:
 
 def test_counts_are_kept_from_one_start_to_the_next(tokenizer, tmp_path, monkeypatch) -> None:
     reference = pipeline.StageData(make_config(), "finetune", tokenizer, str(tmp_path)).rows
-    monkeypatch.setattr(counts, "count", None)  # may not be called
+    monkeypatch.setattr(counting, "count", None)  # may not be called
     again = pipeline.StageData(make_config(), "finetune", tokenizer, str(tmp_path)).rows
     assert again.epoch(0)[1].places.tolist() == reference.epoch(0)[1].places.tolist()
     other = dataclasses.replace(make_config(), data=dataclasses.replace(make_config().data, system_prompt="be kind"))
