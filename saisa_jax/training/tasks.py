@@ -59,6 +59,8 @@ class HeldOutTasks:
             except (UserError, OSError) as error:
                 logging.error("step %d: %s is not evaluated: %s", step, name, error)
                 continue
+            if record is None:  # in other processes than the first; they are refused (`check_tasks`)
+                continue
             if record["accuracy"] is not None:
                 values[name] = record["accuracy"]
             values |= {f"{name}/{metric}": value for metric, value in record["metrics"].items()}
