@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from saisa_jax.errors import UserError
 T = TypeVar("T")
 
 CHUNK_BYTES = 2**23
+MORE_AT_ONCE = 2**25  # bytes
 FORMAT = 1  # of what is stored here; raised when older programs could not read it
 
 
@@ -63,7 +63,8 @@ def write_tree(path: epath.Path, tree: Any) -> None:
     stored = stored_tree(tree)
     chunked = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=max(CHUNK_BYTES, leaf.dtype.itemsize)), stored)
     largest = max((leaf.nbytes for leaf in jax.tree.leaves(stored)), default=0)
-    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=math.ceil(largest / 1e9) or 1)
+    at_once = (largest + MORE_AT_ONCE) / 10**9  # the largest has to fit, and copies of small ones beside it
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=at_once)  # pyright: ignore[reportArgumentType]
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.StandardSave(stored, chunked))
 
