@@ -102,10 +102,11 @@ def match(tensors: TensorSource, layout: Layout, parts: Sequence[str], dtype: An
     for key, other in layout.tied:
         if key in spelt and other in spelt and not _equal(tensors, spelt[key], spelt[other]):
             problems.append(f"not tied    {spelt[key]} differs from {spelt[other]}: set model.tie_embeddings=False")
-    if any(key.endswith("lm_head.weight") for key in missing):
-        problems.append(
-            "(if the table of tokens is the head as well, config.json has to say tie_word_embeddings: true)"
-        )
+    head = " (if it is the table of tokens, config.json has to say tie_word_embeddings: true)"
+    problems = [
+        line + head if line.startswith("missing ") and "lm_head.weight" in line.split()[1] else line
+        for line in problems
+    ]
     return Match(
         spelt,
         tuple(missing),

@@ -171,7 +171,7 @@ def test_missing_unexpected_and_misshaped_are_all_listed(tmp_path: Path) -> None
     held["model.layers.1.mlp.up_porj.weight"] = held.pop("model.layers.1.mlp.up_proj.weight")
     held["model.norm.weight"] = np.ones(25, np.float32)
     held["model.layers.3.mlp.up_proj.weight"] = np.ones((10, 24), np.float32)
-    held["model.layers.0.self_attn.q_proj.weight"] = np.ones((24, 24), np.int8)
+    held["model.layers.0.self_attn.q_proj.weight"] = np.ones((24, 24), np.int64)
     del held["lm_head.weight"]
     with pytest.raises(ConvertError) as error:
         import_params(write(tmp_path, held), model("hf-llm"))
@@ -180,10 +180,10 @@ def test_missing_unexpected_and_misshaped_are_all_listed(tmp_path: Path) -> None
     assert [" ".join(line.split()) for line in lines[1:]] == [
         "missing model.layers.1.mlp.up_proj.weight (nearest: model.layers.3.mlp.up_proj.weight, "
         "model.layers.1.mlp.up_porj.weight)",
-        "missing lm_head.weight",
+        "missing lm_head.weight (if it is the table of tokens, config.json has to say tie_word_embeddings: true)",
         "unexpected model.layers.1.mlp.up_porj.weight [10, 24]",
         "unexpected model.layers.3.mlp.up_proj.weight [10, 24]",
-        "wrong dtype model.layers.0.self_attn.q_proj.weight is I8, expected a float",
+        "wrong dtype model.layers.0.self_attn.q_proj.weight is I64, expected a float",
         "misshaped model.norm.weight is [25], expected [24] for final_norm/scale",
     ]
 
