@@ -254,10 +254,11 @@ def _answers(
     asked = [n for n, prompt in enumerate(prompts) if isinstance(prompt, Prompt)]
     if first and (unasked := set(range(len(items))) - set(asked)):
         yield [_prediction(model, task, items[n], prompts[n], ()) for n in sorted(unasked)]
-    batches = _left(prompts, asked, before, settings.batch_size, model.row_ways)
+    items, prompts, before = [items[n] for n in asked], [prompts[n] for n in asked], before[asked]
+    batches = _left(prompts, before, settings.batch_size, model.row_ways)
     again = {n for batch in batches for n in batch}
-    done = [rows[items[n].id] for n in asked if n not in again and first]
-    bar = Progress(name, len(asked), before=(len(done), _sum(done))) if first else contextlib.nullcontext()
+    done = [rows[item.id] for n, item in enumerate(items) if n not in again and first]
+    bar = Progress(name, len(items), before=(len(done), _sum(done))) if first else contextlib.nullcontext()
     with bar as progress:
         answers = model.answer_batches(prompts, batches, settings.max_new_tokens, stop)
         for batch, outputs in zip(batches, answers, strict=False):  # fewer, if it was stopped
@@ -291,24 +292,22 @@ def _prompts(model: VisionLanguageModel, items: Sequence[Item], max_new_tokens: 
     return prompts
 
 
-def _left(
-    prompts: Sequence[Any], asked: Sequence[int], before: np.ndarray, batch_size: int, ways: int
-) -> list[list[int | None]]:
-    """Batches of the items `asked` that are not answered `before`.
+def _left(prompts: Sequence[Prompt], before: np.ndarray, batch_size: int, ways: int) -> list[list[int | None]]:
+    """Batches of the prompts that are not answered `before`.
 
     They are batches of the whole plan, if an earlier start has followed it. Else (it had another size, or other ways)
     they are planned anew.
     """
 
     def plan(numbers: Sequence[int]) -> list[list[int | None]]:
-        size = -(-min(batch_size, len(asked)) // ways) * ways
+        size = -(-min(batch_size, len(prompts)) // ways) * ways
         batches = plan_batches([prompts[n] for n in numbers], size, ways) if numbers else []
         return [[None if n is None else numbers[n] for n in batch] for batch in batches]
 
-    left = [batch for batch in plan(asked) if not all(n is None or before[n] for n in batch)]
+    left = [batch for batch in plan(range(len(prompts))) if not all(n is None or before[n] for n in batch)]
     twice = sum(bool(before[n]) for batch in left for n in batch if n is not None)
     # A kill in the middle of a write leaves a part of one batch.
-    return left if twice < batch_size else plan([n for n in asked if not before[n]])
+    return left if twice < batch_size else plan(np.flatnonzero(~before).tolist())
 
 
 def _said(model: VisionLanguageModel, output: Any) -> Any:

@@ -258,9 +258,7 @@ class Answerer:
         self._rings = [simulate(of_way, self._capacity - ahead) for of_way in needs]
         self._calls = schedule(self._rings, self._at_once)
         self._sources = {
-            key: image
-            for number in sorted({n for batch in self.batches for n in batch if n is not None})
-            for key, image in zip(self.prompts[number].keys, self.prompts[number].images, strict=True)
+            key: image for prompt in self.prompts for key, image in zip(prompt.keys, prompt.images, strict=True)
         }
 
     def _abstract_pictures(self, count: int) -> Any:
