@@ -16,28 +16,26 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax import parallel
 from saisa_jax.data.images import image_name
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.conversation import Encoded
-from saisa_jax.inference.generate import GREEDY, bucket
+from saisa_jax.inference.generate import GREEDY, Generator, bucket
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
-from saisa_jax.inference.quantize import variables_of
-from saisa_jax.models.kv_cache import ImageKV, KVCache
+from saisa_jax.models.kv_cache import ImageKV, next_positions
 from saisa_jax.models.saisa import Saisa
 
 MOST_AT_ONCE = 16  # pictures that a way encodes in one program
@@ -163,25 +161,69 @@ def schedule(rings: Sequence[Ring], at_once: int) -> list[list[list[tuple[int, i
 # --- answering -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Seconds:
-    """Where the time of answering goes; programs are waited for one by one only if `apart`.
+class Programs:
+    """What is compiled to answer batches.
 
-    Attributes:
-      host: in which the devices waited for pictures and prompts.
+    Args:
+      generator: of the model.
+      mesh: that holds it; None: one device does.
+      ways: over which rows are split.
+      max_new_tokens: of an answer.
     """
 
-    apart: bool = False
-    encode: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-    host: float = 0.0
-    encoded: int = 0  # pictures
+    def __init__(self, generator: Generator, mesh: Mesh | None, ways: int, max_new_tokens: int):
+        self._generator, self._ways, self._limit = generator, ways, max_new_tokens
+        everywhere = None if mesh is None else parallel.replicated(mesh)
+        self.encode = jax.jit(self._run_encode, donate_argnames="pool")
+        self.answer = jax.jit(self._run_answer)
+        self.collect = jax.jit(lambda tokens, words: (tokens, words.max(axis=1)), out_shardings=everywhere)
 
-    def add(self, part: str, started: float, result: Any) -> None:
-        if self.apart:
-            jax.block_until_ready(result)
-            setattr(self, part, getattr(self, part) + time.perf_counter() - started)
+    def of_pictures(self, params: Any, pixels: Any) -> Any:
+        """What the text reads of pictures [I, size, size, 3]: keys and values, or features [1, I, P, C]."""
+        if self._generator.caches_images:
+            return self._generator.image_kv(params, pixels)
+        return self._generator.apply(params, pixels, method=lambda model, x: model.encode_images(x[:, None]))[None]
+
+    def _run_encode(self, params: Any, pixels: Any, slots: Any, pool: Any) -> Any:
+        """The pool with pictures [W, E, size, size, 3] in `slots` [W, E]; slot C is none."""
+        new = self.of_pictures(params, pixels.reshape(-1, *pixels.shape[2:]))
+
+        def put(kept: Any, some: Any) -> Any:
+            some = some.reshape(some.shape[0], *slots.shape, *some.shape[2:])
+            into = lambda kept, some, slots: kept.at[:, slots].set(some.astype(kept.dtype), mode="drop")  # noqa: E731
+            return jax.vmap(into, in_axes=(1, 1, 0), out_axes=1)(kept, some, slots)
+
+        return jax.tree.map(put, pool, new)
+
+    def _run_answer(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
+        """Tokens [B, capacity]. `slots` [B, M] count within the row's way."""
+        features = image_kv = None
+        if pool is None:  # no pictures
+            features = jnp.zeros((slots.shape[0], 0, self._generator.config.vision.embed_dim), jnp.float32)
+        else:
+
+            def pick(kept: Any) -> Any:
+                """[A, W, C, ...] to [A, B, M, ...], without leaving the way."""
+                of_ways = slots.reshape(self._ways, -1, slots.shape[1])
+                picked = jax.vmap(lambda kept, slots: kept[:, slots], in_axes=(1, 0), out_axes=1)(kept, of_ways)
+                return picked.reshape(picked.shape[0], slots.shape[0], *picked.shape[3:])
+
+            picked = jax.tree.map(pick, pool)
+            if self._generator.caches_images:  # [Lv, B, M, K, P, H] to [Lv, B, K, V, H]
+                join = lambda x: (y := jnp.moveaxis(x, 2, 3)).reshape(*y.shape[:3], -1, y.shape[-1])  # noqa: E731
+                image_kv = ImageKV(*map(join, picked))
+            else:
+                features = picked[0].reshape(slots.shape[0], -1, picked.shape[-1])
+        room = bucket(self._limit)
+        logits, cache = self._generator.apply(params, batch, room, features, image_kv, method=Saisa.prefill)
+        padding = jnp.max(batch["segment_ids"], axis=1) == 0
+        positions, (temperature, top_p) = next_positions(cache), GREEDY
+        return self._generator.decode(
+            params, logits, cache, positions, padding, jax.random.key(0), self._limit, temperature, top_p, room
+        )
+
+
+programs_of = functools.lru_cache(maxsize=4)(Programs)  # the next task of a model compiles nothing of a like size
 
 
 class _Prepared(NamedTuple):
@@ -213,7 +255,6 @@ class Answerer:
       max_new_tokens: of an answer.
       cache_bytes: of what is kept of pictures, on each device.
       stop: whether this process was asked to stop; asked once a batch. All of them stop together.
-      seconds: where the time goes.
     """
 
     model: VisionLanguageModel
@@ -222,7 +263,6 @@ class Answerer:
     max_new_tokens: int
     cache_bytes: int
     stop: Callable[[], bool] = lambda: False
-    seconds: Seconds = field(default_factory=Seconds)
 
     def __post_init__(self) -> None:
         model = self.model
@@ -232,11 +272,7 @@ class Answerer:
         mesh = model.mesh
         self._own_ways = tuple(range(self._ways)) if mesh is None else parallel.own_rows(mesh, self._ways)
         self._bad: dict[str, str] = {}  # pictures that this process could not read
-        self._encode = jax.jit(self._run_encode, donate_argnames="pool")
-        self._answer = jax.jit(self._run_answer)
-        self._prefill, self._decode = jax.jit(self._run_prefill), jax.jit(self._run_decode)  # to time them apart
-        everywhere = None if mesh is None else parallel.replicated(mesh)
-        self._collect = jax.jit(lambda tokens, words: (tokens, words.max(axis=1)), out_shardings=everywhere)
+        self._programs = programs_of(model.generator, mesh, self._ways, self.max_new_tokens)
         self._plan_pictures()
 
     def _plan_pictures(self) -> None:
@@ -265,7 +301,7 @@ class Answerer:
         """What is kept of `count` pictures, as shapes."""
         size = self.model.model_config.vision.image_size
         pixels = jax.ShapeDtypeStruct((count, size, size, 3), np.uint8)
-        return jax.eval_shape(self._of_pictures, self.model.params, pixels)
+        return jax.eval_shape(self._programs.of_pictures, self.model.params, pixels)
 
     def _bytes_of_picture(self) -> int:
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._abstract_pictures(1)))
@@ -291,62 +327,6 @@ class Answerer:
 
         return jax.tree.map(zeros, self._abstract_pictures(1))
 
-    # --- what is compiled ---------------------------------------------------------------------------------------------
-
-    def _apply(self, params: Any, *args: Any, method: Any) -> Any:
-        return Saisa(self.model.model_config).apply(variables_of(params), *args, method=method)
-
-    def _of_pictures(self, params: Any, pixels: Any) -> Any:
-        """What the text reads of pictures [I, size, size, 3]: keys and values, or features [1, I, P, C]."""
-        if self.model.generator.caches_images:
-            return self._apply(params, pixels, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))
-        return self._apply(params, pixels, method=lambda model, x: model.encode_images(x[:, None]))[None]
-
-    def _run_encode(self, params: Any, pixels: Any, slots: Any, pool: Any) -> Any:
-        """The pool with pictures [W, E, size, size, 3] in `slots` [W, E]; slot C is none."""
-        new = self._of_pictures(params, pixels.reshape(-1, *pixels.shape[2:]))
-
-        def put(kept: Any, some: Any) -> Any:
-            some = some.reshape(some.shape[0], *slots.shape, *some.shape[2:])
-            into = lambda kept, some, slots: kept.at[:, slots].set(some.astype(kept.dtype), mode="drop")  # noqa: E731
-            return jax.vmap(into, in_axes=(1, 1, 0), out_axes=1)(kept, some, slots)
-
-        return jax.tree.map(put, pool, new)
-
-    def _run_answer(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
-        """Tokens [B, capacity]."""
-        return self._run_decode(params, *self._run_prefill(params, batch, slots, pool))
-
-    def _run_decode(self, params: Any, logits: Any, cache: KVCache, positions: Any, padding: Any) -> Any:
-        limit = self.max_new_tokens
-        temperature, top_p = GREEDY
-        return self.model.generator.decode(
-            params, logits, cache, positions, padding, jax.random.key(0), limit, temperature, top_p, bucket(limit)
-        )
-
-    def _run_prefill(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
-        """Logits, cache, next positions, and which rows are padding. `slots` [B, M] count within the row's way."""
-        features = image_kv = None
-        if pool is None:  # no pictures
-            features = jnp.zeros((slots.shape[0], 0, self.model.model_config.vision.embed_dim), jnp.float32)
-        else:
-
-            def pick(kept: Any) -> Any:
-                """[A, W, C, ...] to [A, B, M, ...], without leaving the way."""
-                of_ways = slots.reshape(self._ways, -1, slots.shape[1])
-                picked = jax.vmap(lambda kept, slots: kept[:, slots], in_axes=(1, 0), out_axes=1)(kept, of_ways)
-                return picked.reshape(picked.shape[0], slots.shape[0], *picked.shape[3:])
-
-            picked = jax.tree.map(pick, pool)
-            if self.model.generator.caches_images:  # [Lv, B, M, K, P, H] to [Lv, B, K, V, H]
-                join = lambda x: (y := jnp.moveaxis(x, 2, 3)).reshape(*y.shape[:3], -1, y.shape[-1])  # noqa: E731
-                image_kv = ImageKV(*map(join, picked))
-            else:
-                features = picked[0].reshape(slots.shape[0], -1, picked.shape[-1])
-        extra = bucket(self.max_new_tokens)
-        logits, cache = self._apply(params, batch, extra, features, image_kv, method=Saisa.prefill)
-        return logits, cache, _next_positions(cache), jnp.max(batch["segment_ids"], axis=1) == 0
-
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[list[list[int] | DataError | None]]:
@@ -361,9 +341,7 @@ class Answerer:
             prepared = ahead.submit(self._prepare, 0, readers)
             working: _Sent | None = None
             for number in range(len(self.batches)):
-                started = time.perf_counter()
                 ready = prepared.result()
-                self.seconds.host += time.perf_counter() - started
                 if number + 1 < len(self.batches):
                     prepared = ahead.submit(self._prepare, number + 1, readers)
                 sent, pool = self._send(number, ready, pool)
@@ -391,7 +369,6 @@ class Answerer:
                 for column, picture in enumerate(some):
                     if picture is not None:
                         pixels[row, column] = picture
-                self.seconds.encoded += stop - start
             calls.append((pixels, slots))
 
         each = self._size // self._ways
@@ -430,26 +407,14 @@ class Answerer:
 
     def _send(self, number: int, ready: _Prepared, pool: Any) -> tuple[_Sent, Any]:
         """Starts the programs of a batch; returns before they end."""
-        model, note = self.model, self.seconds.add
-        with model.on_mesh():
-            started = time.perf_counter()
-            for pixels, slots in ready.calls:
-                pool = self._encode(
-                    model.params, self._place(pixels, self._ways), self._place(slots, self._ways), pool=pool
-                )
-            note("encode", started, pool)
-            started = time.perf_counter()
+        params, programs = self.model.params, self._programs
+        with self.model.on_mesh():
+            for call in ready.calls:
+                pixels, slots = self._place(call, self._ways)
+                pool = programs.encode(params, pixels, slots, pool=pool)
             batch, slots = self._place((ready.batch, ready.slots), self._size)
-            asked = model.params, batch, slots, pool if ready.slots.shape[1] else None
-            if self.seconds.apart:
-                read = self._prefill(*asked)
-                note("prefill", started, read)
-                started = time.perf_counter()
-                tokens = self._decode(model.params, *read)
-                note("decode", started, tokens)
-            else:
-                tokens = self._answer(*asked)
-            tokens, words = self._collect(tokens, self._words(ready.bad))
+            tokens = programs.answer(params, batch, slots, pool if ready.slots.shape[1] else None)
+            tokens, words = programs.collect(tokens, self._words(ready.bad))
         for result in (tokens, words):
             result.copy_to_host_async()
         return _Sent(number, tokens, words, ready.bad), pool
@@ -465,9 +430,11 @@ class Answerer:
             return said[:, None]
         sharding = NamedSharding(mesh, PartitionSpec(None, "tensor", parallel.BATCH_AXES))
         shape = (2, mesh.shape["tensor"], self._size)
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: said[:, None, (index or (slice(None),) * 3)[2]]
-        )
+
+        def of_device(index: Any) -> np.ndarray:
+            return said[:, None, index[2]]
+
+        return jax.make_array_from_callback(shape, sharding, of_device)
 
     def _receive(self, sent: _Sent) -> tuple[list[list[int] | DataError | None], bool]:
         """What the rows of a batch say, and whether all processes stop."""
@@ -496,7 +463,3 @@ class Answerer:
             for row in np.flatnonzero(of_process.any(axis=1)).tolist():
                 found.setdefault(row, of_process[row].tobytes().rstrip(b"\0").decode(errors="ignore"))
         return found
-
-
-def _next_positions(cache: KVCache) -> Any:
-    return jnp.max(jnp.where(cache.segment_ids > 0, cache.positions, -1), axis=1) + 1

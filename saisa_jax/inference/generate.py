@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from saisa_jax.batch import Batch
 from saisa_jax.config import ConfigError, ModelConfig
 from saisa_jax.inference.quantize import variables_of
-from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV, gather_images, grow, rewind
+from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV, gather_images, grow, next_positions, rewind
 from saisa_jax.models.saisa import Saisa
 
 SMALLEST_BUCKET = 16
@@ -224,17 +224,22 @@ class Generator:
 
     # --- what is compiled ---------------------------------------------------------------------------------------------
 
-    def _apply(self, params: Any, *args: Any, method: Any) -> Any:
+    def apply(self, params: Any, *args: Any, method: Any) -> Any:
+        """A method of the model. For a jit, as what follows."""
         return self._model.apply(variables_of(params), *args, method=method)
 
+    def image_kv(self, params: Any, images: Any) -> ImageKV:
+        """Keys and values of images [I, size, size, 3]."""
+        return self.apply(params, images, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))
+
     def _run_encode(self, params: Any, images: Any) -> list[ImageKV]:
-        kv = self._apply(params, images, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))
+        kv = self.image_kv(params, images)
         return [ImageKV(kv.k[:, i : i + 1], kv.v[:, i : i + 1]) for i in range(kv.k.shape[1])]
 
     def _run_prefill(self, params: Any, batch: Batch, images: ImageSlots | None, extra: int) -> Any:
         image_kv = None if images is None else _gather(images)
-        logits, cache = self._apply(params, batch, extra, None, image_kv, method=Saisa.prefill)
-        return logits, cache, jnp.max(jnp.where(cache.segment_ids > 0, cache.positions, -1), axis=1) + 1
+        logits, cache = self.apply(params, batch, extra, None, image_kv, method=Saisa.prefill)
+        return logits, cache, next_positions(cache)
 
     def _run_answer(
         self,
@@ -269,7 +274,7 @@ class Generator:
 
     def _run_place(self, params: Any, positions: Any, segment_ids: Any, images: ImageSlots) -> VisualKV:
         slots = {"image_positions": positions, "image_segment_ids": segment_ids}
-        return self._apply(params, _gather(images), slots, method=Saisa.place_images)
+        return self.apply(params, _gather(images), slots, method=Saisa.place_images)
 
     def _run_extend(
         self,
@@ -285,7 +290,7 @@ class Generator:
         room: int = 0,
     ) -> tuple[Any, KVCache]:
         cache = rewind(grow(cache, room - cache.k.shape[3]) if room else cache, kept)
-        logits, cache = self._apply(params, tokens, positions, segment_ids, cache, method=Saisa.extend)
+        logits, cache = self.apply(params, tokens, positions, segment_ids, cache, method=Saisa.extend)
         return _choose(logits, seed, 0, temperature, top_p), cache
 
     def _run_step(
@@ -299,7 +304,7 @@ class Generator:
         top_p: Any,
         cache: KVCache,
     ) -> tuple[Any, KVCache]:
-        logits, cache = self._apply(params, tokens, positions, cache, method=Saisa.decode)
+        logits, cache = self.apply(params, tokens, positions, cache, method=Saisa.decode)
         return _choose(logits, seed, number, temperature, top_p), cache
 
     def decode(
@@ -333,7 +338,7 @@ class Generator:
 
         def one_more(carry: Any) -> Any:
             step, out, token, done, key, cache = carry
-            logits, cache = self._apply(params, token, positions + step - 1, cache, method=Saisa.decode)
+            logits, cache = self.apply(params, token, positions + step - 1, cache, method=Saisa.decode)
             out, token, done, key = emit(step, out, logits, done, key)
             return step + 1, out, token, done, key, cache
 

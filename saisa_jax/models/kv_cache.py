@@ -42,6 +42,11 @@ class KVCache(NamedTuple):
     visual: VisualKV | None
 
 
+def next_positions(cache: KVCache) -> Int[Array, " B"]:
+    """The position after the last one that each row holds."""
+    return jnp.max(jnp.where(cache.segment_ids > 0, cache.positions, -1), axis=1) + 1
+
+
 def gather_images(image_kv: ImageKV, slots: Int[Array, "B M"]) -> ImageKV:
     """The images of every row's slots as [Lv, B, K, V, H], V = M * P; `slots` are indices into I."""
 

@@ -23,6 +23,7 @@ from saisa_jax.evaluation.runner import Settings, evaluate
 from saisa_jax.inference.batches import Prompt, plan_batches, schedule, simulate
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.programs import compilations
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,9 @@ def test_a_mesh_answers_what_one_device_answers(alignment: str, tmp_path: Path) 
         evaluate(model, "easy_vqa", settings, epath.Path(tmp_path / f"{number}"), "m")
         rows.append((tmp_path / f"{number}" / "evaluation" / "easy_vqa.jsonl").read_text())
     assert rows[0] == rows[1] and len(rows[0].splitlines()) == 20
+    with compilations() as compiled:
+        evaluate(model, "easy_vqa", settings, epath.Path(tmp_path / "again"), "m")
+    assert not [name for name in compiled if "_run_" in name]
 
 
 # What each of two processes does; its number and a port are its arguments.
