@@ -22,6 +22,7 @@ from etils import epath
 from saisa_jax.errors import UserError
 
 PathLike = str | os.PathLike[str]
+AnyPath = Path | epath.Path
 
 
 class BucketError(UserError, ImportError):
@@ -121,6 +122,12 @@ def remove(directory: epath.Path) -> None:
         directory.rmtree()
 
 
+def copy_file(source: AnyPath, target: AnyPath) -> None:
+    """Copies a file of any size from a disk or a bucket to either."""
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, 2**24)
+
+
 def local_copies(files: Sequence[epath.Path], directory: PathLike) -> list[Path]:
     """Files below a directory, on this disk: of a bucket's copies in the same order, which last as long as the process.
 
@@ -134,8 +141,7 @@ def local_copies(files: Sequence[epath.Path], directory: PathLike) -> list[Path]
     for file in files:
         copies.append(folder / os.fspath(file).removeprefix(os.fspath(directory)).lstrip("/"))
         copies[-1].parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as source, copies[-1].open("wb") as target:
-            shutil.copyfileobj(source, target, 2**24)
+        copy_file(file, copies[-1])
     return copies
 
 
@@ -186,8 +192,7 @@ class Mirror:
             name, version = file.relative_to(self.local).as_posix(), _version(file)
             if self._uploaded.get(name) == version:
                 continue
-            with file.open("rb") as source, (self.directory / name).open("wb") as target:
-                shutil.copyfileobj(source, target, 2**24)
+            copy_file(file, self.directory / name)
             self._uploaded[name] = version
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from saisa_jax.checkpoints.model import (
     save_model,
     sidecar_files,
 )
-from saisa_jax.checkpoints.run import RunCheckpointer
+from saisa_jax.checkpoints.run import RunCheckpointer, committed_steps
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "DamagedError",
     "RunCheckpointer",
     "checksums",
+    "committed_steps",
     "copy_sidecar",
     "is_model",
     "load_model",

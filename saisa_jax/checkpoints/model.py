@@ -263,7 +263,8 @@ def _write_files(
     files = {name: zlib.crc32(content) for name, content in contents.items()}
     if attach is not None:
         attach(directory, leaves)
-        files |= {name: _crc32(directory / name) for name in _tree(directory / SIDECAR, SIDECAR)}
+        sidecar = buckets.walk(directory / SIDECAR)
+        files |= {path.relative_to(directory).as_posix(): _crc32(path) for path in sidecar}
     document = {
         **storage.header(),
         "parameters": sum(math.prod(leaf["shape"]) for leaf in leaves.values()),
@@ -272,17 +273,6 @@ def _write_files(
         "leaves": leaves,
     }
     (directory / "model.json").write_text(json.dumps(seal(document), indent=2) + "\n")
-
-
-def _tree(directory: epath.Path, prefix: str) -> list[str]:
-    """The names of all files below a directory."""
-    if not directory.exists():
-        return []
-    names = []
-    for path in sorted(directory.iterdir()):
-        name = f"{prefix}/{path.name}"
-        names += _tree(path, name) if path.is_dir() else [name]
-    return names
 
 
 def _crc32(path: epath.Path) -> int:

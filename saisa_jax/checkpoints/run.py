@@ -17,11 +17,18 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from saisa_jax import buckets
 from saisa_jax.checkpoints import storage
 from saisa_jax.checkpoints.checksums import account, damaged, describe, differences, seal, unseal
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
+
+
+def committed_steps(directory: epath.Path) -> list[int]:
+    """The steps of a run's directory of checkpoints, ascending, that were written to their end."""
+    paths = [path for path in buckets.children(directory) if path.name.isdigit()]
+    return sorted(int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path))
 
 
 class RunCheckpointer:
@@ -60,8 +67,7 @@ class RunCheckpointer:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending: a step that is still being written, or was never finished, is not there."""
-        paths = [path for path in buckets.children(self._directory) if path.name.isdigit()]
-        return sorted(int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path))
+        return committed_steps(self._directory)
 
     def latest_step(self) -> int | None:
         """The newest committed step."""

@@ -9,6 +9,7 @@ FILE is one of
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ from etils import epath
 from rich.console import Console
 
 import saisa_jax
-from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import command, scoring
 from saisa_jax.evaluation.runner import read_items
@@ -172,15 +172,6 @@ def score_file(
 
 
 def _row(item: Item, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    images = [image_name(image) for image in item.images]
-    extra = dict(item.extra)
     if given is not None and (parsed := logged_parse(given)) is not None:
-        extra["logged"] = parsed
-    return {
-        "id": item.id,
-        "image": images[0] if images else None,
-        "images": images,
-        "question": item.question,
-        "answers": list(item.answers),
-        "kind": item.kind,
-    } | ({"extra": extra} if extra else {})
+        item = dataclasses.replace(item, extra={**item.extra, "logged": parsed})
+    return scoring.question(item)

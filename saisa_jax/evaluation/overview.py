@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 from rich.table import Table
 
+from saisa_jax import buckets
 from saisa_jax.evaluation.results import ResultError, find_results, read_result
 
 COLUMNS = ("task", "metric", "score", "95% interval", "questions", "further")
@@ -101,7 +102,5 @@ def write(folder: epath.Path, checkpoint: str, stage: str) -> list[dict[str, Any
     if records:
         texts = {"summary.json": json.dumps(summary(records), indent=2) + "\n", "summary.md": markdown(records)}
         for name, text in texts.items():
-            new = folder / f"{name}.tmp"
-            new.write_text(text)
-            new.replace(folder / name)
+            buckets.write_text(folder / name, text)
     return records

@@ -38,7 +38,7 @@ from absl import logging
 from etils import epath
 
 import saisa_jax
-from saisa_jax import flops, parallel
+from saisa_jax import buckets, flops, parallel
 from saisa_jax.checkpoints import checksums
 from saisa_jax.config import ConfigError, to_dict
 from saisa_jax.data.images import image_name
@@ -162,7 +162,7 @@ def _begin(partial: epath.Path, header: dict[str, Any]) -> dict[str, dict[str, A
     """{id: prediction} that a stopped run of the same evaluation has left; the file holds these alone then."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     rows = _answered_before(partial, header)
-    _replace(partial, "".join(json.dumps(row) + "\n" for row in (header, *rows.values())))
+    buckets.write_text(partial, "".join(json.dumps(row) + "\n" for row in (header, *rows.values())))
     return rows
 
 
@@ -320,17 +320,8 @@ def _sum(rows: Sequence[dict[str, Any]]) -> float:
 
 def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any, prompt: Any) -> dict[str, Any]:
     """The line of a question. `output`: what the model says, or the DataError that says why it was not asked."""
-    images = [image_name(image) for image in item.images]
-    row = {
-        "id": item.id,
-        "image": images[0] if images else None,
-        "images": images,
-        "question": item.question,
-        "prompt": model.tokenizer.decode(list(prompt), skip_special_tokens=False),
-        "prompt_tokens": len(prompt),
-        "answers": list(item.answers),
-        "kind": item.kind,
-    } | ({"extra": dict(item.extra)} if item.extra else {})
+    text = model.tokenizer.decode(list(prompt), skip_special_tokens=False)
+    row = scoring.question(item, {"prompt": text, "prompt_tokens": len(prompt)})
     return row | scoring.answered(task, item, output)
 
 
@@ -379,10 +370,3 @@ def _decoding(model: VisionLanguageModel, settings: Settings) -> dict[str, Any]:
         "system_prompt": system,
         "dtype": model.model_config.dtype,
     }
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a file that is whole at any moment: a kill leaves the former one."""
-    new = path.parent / f"{path.name}.tmp"
-    new.write_text(text)
-    new.replace(path)

@@ -9,12 +9,27 @@ from typing import Any
 
 from etils import epath
 
+from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.results import cluster
 from saisa_jax.evaluation.tasks.task import Item, Task
 
 INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
+
+
+def question(item: Item, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of a question's line that tell of the question; `asked`: of how it was put."""
+    images = [image_name(image) for image in item.images]
+    return {
+        "id": item.id,
+        "image": images[0] if images else None,
+        "images": images,
+        "question": item.question,
+        **(asked or {}),
+        "answers": list(item.answers),
+        "kind": item.kind,
+    } | ({"extra": dict(item.extra)} if item.extra else {})
 
 
 def answered(task: Task, item: Item, output: str | DataError) -> dict[str, Any]:

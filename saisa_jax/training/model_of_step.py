@@ -22,6 +22,7 @@ from saisa_jax.checkpoints import (
     CheckpointError,
     RunCheckpointer,
     checksums,
+    committed_steps,
     copy_sidecar,
     is_model,
     local_model,
@@ -110,7 +111,7 @@ def find_step(checkpoint: str | os.PathLike[str]) -> tuple[epath.Path, str, int]
     else:
         raise CheckpointError(f"{name} is no step of a run: {form}")
     where = buckets.absolute(os.path.expanduser(workdir))
-    found = {stage: _steps(where / stage / "checkpoints") for stage in stages}
+    found = {stage: committed_steps(where / stage / "checkpoints") for stage in stages}
     having = [stage for stage in stages if number in found[stage]]
     if len(having) > 1:
         raise CheckpointError(
@@ -120,10 +121,6 @@ def find_step(checkpoint: str | os.PathLike[str]) -> tuple[epath.Path, str, int]
         seen = "; ".join(f"{stage}: {', '.join(map(str, steps))}" for stage, steps in found.items() if steps)
         raise CheckpointError(f"there is no step {number} in {where}; it has {seen or 'none'}")
     return where, having[0], number
-
-
-def _steps(directory: epath.Path) -> list[int]:
-    return sorted(int(path.name) for path in buckets.children(directory) if path.name.isdigit())
 
 
 def _params(config: Config, stage: str, step: int, workdir: epath.Path, tokenizer: Any, device: Any) -> tuple[Any, str]:

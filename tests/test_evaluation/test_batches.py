@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from saisa_jax.inference.batches import Prompt, plan_batches, schedule, simulate
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.programs import compilations
+from saisa_jax.testing.runs import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,9 +111,7 @@ def test_two_processes_answer_what_one_answers(tmp_path: Path) -> None:
     config = tiny_config()
     params = init_params(config.model_for("finetune"), jax.random.key(0))
     save_model(tmp_path / "model", params, config, load_tokenizer("easy_vqa"), {"stage": "finetune"})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     started = []

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from saisa_jax import parallel
 from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ConfigError, DistributedConfig, MeshConfig, from_config_dict
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.runs import free_port
 from saisa_jax.training import loop, processes
 from saisa_jax.training.optimizer import flatten
 
@@ -49,9 +49,7 @@ FLAGS = (
 
 def start(workdir: Path, count: int, devices: int, mesh: str, *flags: str) -> list[subprocess.Popen]:
     """`count` processes of `devices` simulated devices each; `mesh` is data x fsdp x tensor."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     compiles = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiles}"}
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True))
@@ -166,10 +164,9 @@ def test_who_waits_alone_says_what_to_do_and_ends(tmp_path: Path) -> None:
         "import saisa_jax.training.processes as p; from saisa_jax.config import DistributedConfig; p.HINT_SECONDS = 1; "
         "p.start(DistributedConfig(coordinator='127.0.0.1:{port}', num_processes=3, process_id=1, timeout=3))"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        code = code.format(port=free.getsockname()[1])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(port=free_port())], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
     assert "still waiting for the other processes after 1 s: start it on every host" in done.stderr
     last = done.stderr.strip().splitlines()[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from saisa_jax.testing.runs import free_port
 from saisa_jax.training import watchdog
 from saisa_jax.training.watchdog import Watchdog
 
@@ -68,9 +68,7 @@ def test_stacks_then_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.multi_process
 @pytest.mark.slow
 def test_one_of_two_processes_hangs(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = ["--xla_force_host_platform_device_count=1", "--xla_backend_optimization_level=0"]
     environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
     started = []

@@ -265,8 +265,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
             writer.close()
         size, digest = part.stat().st_size, records_digest(part)
         if remote:
-            with part.open("rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 2**24)
+            buckets.copy_file(part, path)
         else:
             os.replace(part, path)
         return size, digest

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from saisa_jax.evaluation.benchmark_files import BenchmarkFiles, need, read_lines
 from saisa_jax.evaluation.tasks import TASKS
-from saisa_jax.evaluation.tasks.task import Item, Row, Task, TaskData
+from saisa_jax.evaluation.tasks.task import Item, Row, TaskData, judged
 
 FILES = BenchmarkFiles(
     ("llava-bench-in-the-wild", "llava-bench"),
@@ -49,15 +49,10 @@ def answers(rows: Sequence[Row], data: TaskData) -> Mapping[str, bytes]:
 
 
 TASKS.register("llava_bench")(
-    Task(
+    judged(
         title="LLaVA-Bench (in the wild)",
         items=items,
-        score=lambda output, item: 0.0,
-        metric="judge's score",
-        parse=lambda output, item: output.strip(),
         files=answers,
-        max_new_tokens=1024,
         note="GPT-4 scores them: LLaVA's eval_gpt_review_bench.py takes the .upload.jsonl as the second --answer-list",
-        schools={"llava": {}, "lmms": {}},
     )
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from saisa_jax.evaluation.benchmark_files import BenchmarkFiles, need, read_lines
 from saisa_jax.evaluation.tasks import TASKS
-from saisa_jax.evaluation.tasks.task import Item, Row, Task, TaskData
+from saisa_jax.evaluation.tasks.task import Item, Row, TaskData, judged
 
 THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
 FILES = BenchmarkFiles(
@@ -42,15 +42,10 @@ def answers(rows: Sequence[Row], data: TaskData) -> Mapping[str, bytes]:
 
 
 TASKS.register("mmvet")(
-    Task(
+    judged(
         title="MM-Vet",
         items=items,
-        score=lambda output, item: 0.0,
-        metric="judge's score",
-        parse=lambda output, item: output.strip(),
         files=answers,
-        max_new_tokens=1024,
         note="GPT-4 scores them: MM-Vet's notebook (mm-vet_evaluator.ipynb) takes the .upload.json",
-        schools={"llava": {}, "lmms": {}},
     )
 )

@@ -114,3 +114,23 @@ class Task:
     def under(self, prompts: str) -> Task:
         """The task as a school asks and scores it."""
         return replace(self, prompts=prompts, **self.schools[prompts]) if self.schools else self
+
+
+def judged(
+    title: str,
+    items: Callable[[TaskData], Iterable[Item | DataError]],
+    files: Callable[[Sequence[Row], TaskData], Mapping[str, bytes]],
+    note: str,
+) -> Task:
+    """A benchmark of open questions, whose answers are written for the model that scores them."""
+    return Task(
+        title=title,
+        items=items,
+        score=lambda output, item: 0.0,
+        metric="judge's score",
+        parse=lambda output, item: output.strip(),
+        files=files,
+        max_new_tokens=1024,
+        note=note,
+        schools={"llava": {}, "lmms": {}},
+    )
