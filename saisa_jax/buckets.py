@@ -8,12 +8,13 @@ for all places where runs, models and prepared data are written.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -200,6 +201,19 @@ class Mirror:
         if self._remote and self.local.exists():
             self.upload()
             shutil.rmtree(self.local)
+
+
+@contextlib.contextmanager
+def appending(path: epath.Path) -> Iterator[Callable[[str], None]]:
+    """Adds text to a file again and again. On a disk it is there at once, in a bucket as a `Mirror` brings it."""
+    with Mirror(path.parent, (path.name,)) as mirror, (mirror.local / path.name).open("a") as file:
+
+        def append(text: str) -> None:
+            file.write(text)
+            file.flush()
+            mirror.upload(force=False)
+
+        yield append
 
 
 def _version(file: Path) -> tuple[int, int]:

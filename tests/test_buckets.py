@@ -97,6 +97,17 @@ def test_import_and_export(bucket, tmp_path) -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["bucket", "disk"])
+def test_what_is_appended_stands_behind_what_was_there(where: str, bucket, tmp_path) -> None:
+    path = buckets.place("gs://bucket/appended/rows" if where == "bucket" else tmp_path / "rows")
+    buckets.write_text(path, "1\n")
+    with pytest.raises(KeyboardInterrupt), buckets.appending(path) as append:
+        append("2\n")
+        append("3\n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "1\n2\n3\n"
+
+
 def test_what_is_not_served() -> None:
     with pytest.raises(buckets.BucketError, match="az:// is not served"):
         buckets.place("az://container/x")

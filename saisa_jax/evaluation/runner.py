@@ -131,12 +131,11 @@ def evaluate(
     rows = parallel.together(lambda: _begin(partial, header) if first else {})
     before = parallel.from_first(np.asarray([item.id in rows for item in items]))
     try:
-        with partial.open("a") if first else contextlib.nullcontext() as file:
+        with buckets.appending(partial) if first else contextlib.nullcontext() as append:
             for batch in _answers(model, name, task, items, settings, before, rows.copy(), stop):
-                if file:
+                if append:
                     rows |= {row["id"]: row for row in batch}
-                    file.writelines(json.dumps(row) + "\n" for row in batch)
-                    file.flush()
+                    append("".join(json.dumps(row) + "\n" for row in batch))
     except KeyboardInterrupt as error:
         raise Interrupted(_stopped(rows, items, name, partial)) from error
     if parallel.from_first(np.asarray(len(rows) < len(items))):
