@@ -73,6 +73,7 @@ def run(config: Config, workdir: epath.Path) -> int:
         check_projectors(config, workdir)
         save_start(config, workdir)
         check_wandb(config.training.wandb)
+        check_tasks(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if len(tokenizer) > config.model.vocab_size:
             raise ConfigError(
@@ -83,7 +84,6 @@ def run(config: Config, workdir: epath.Path) -> int:
             data = check_stages(config, tokenizer, workdir, lambda: stop.requested is not None)
         except CountingStopped:
             return int(signal.Signals[stop.requested or "SIGTERM"])
-        check_tasks(config)
         for name in config.stages:
             if is_model(local_model(workdir, name)):
                 logging.info("%s is finished: %s", name, local_model(workdir, name))
