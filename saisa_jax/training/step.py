@@ -39,11 +39,11 @@ def make_train_step(
       accumulation: micro-batches that the batch is read in, one after the other.
       loss_chunk: positions of a row that have logits at the same time; 0: all.
     """
-    sums_of = _sums_of(config, loss_chunk)
+    sums = sums_of(config, loss_chunk)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def gradient_of(rows: Batch) -> Any:
-            return jax.value_and_grad(sums_of, has_aux=True)(state.trainable, state.frozen, rows)
+            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state.frozen, rows)
 
         (total, weight), gradients = _accumulate(gradient_of, batch, accumulation, state.trainable, shardings)
         divisor = jnp.maximum(weight, 1.0)
@@ -68,7 +68,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def held_by(batch: Batch) -> Metrics:
@@ -84,20 +84,20 @@ def held_by(batch: Batch) -> Metrics:
 
 def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
     """A jitted (trainable, frozen, batch) -> (sum of losses, sum of weights)."""
-    return jax.jit(_sums_of(config, loss_chunk))
+    return jax.jit(sums_of(config, loss_chunk))
 
 
-def _sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
-    """(trainable, frozen, rows) -> (sum of losses, sum of weights)."""
+def sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
+    """The loss as it is differentiated: (trainable, frozen, rows) -> (sum of losses, sum of weights)."""
     model = Saisa(config)
 
-    def sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
+    def loss_sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
         apply = functools.partial(model.apply, {"params": merge(trainable, frozen)})
         hidden, _ = apply(rows, method=Saisa.hidden)
         head = functools.partial(apply, method=Saisa.head)
         return chunked_cross_entropy(head, hidden, rows["targets"], rows["loss_weights"], loss_chunk)
 
-    return sums
+    return loss_sums
 
 
 def _accumulate(
