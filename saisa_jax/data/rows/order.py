@@ -74,7 +74,7 @@ class Order:
         if block is None:
             return shares
         part = lambda start, stop, number: start + (stop - start) * number // self.blocks(epoch)  # noqa: E731
-        return [(part(*share, block), part(*share, block + 1)) for share in shares]
+        return [(part(start, stop, block), part(start, stop, block + 1)) for start, stop in shares]
 
     def _take(self, source: int, start: int, stop: int) -> Int64[np.ndarray, " n"]:
         size, taken = self.sizes[source], [np.zeros(0, np.int64)]
