@@ -263,6 +263,15 @@ def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
             yield from (product._replace(flops=turns * product.flops) for product in body)
 
 
+def scans(jaxpr: Any) -> Iterator[Any]:
+    """The loops of a jaxpr, without those inside them."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        else:
+            yield from (scan for body in _bodies(equation.params) for scan in scans(body))
+
+
 def _flops_of(equation: Any) -> int:
     """Of one equation; 0: it is no product, but may hold some."""
     name, params = equation.primitive.name, equation.params

@@ -71,7 +71,8 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         raise ConfigError(
             f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, and there "
-            f"are {len(devices)}; set --config.mesh.data, .fsdp, .tensor (one of them may be -1)"
+            f"are {len(devices)}; set --config.mesh.data, .fsdp, .tensor, or --mesh=data=N,fsdp=N,tensor=N (one of "
+            "them may be -1)"
         )
     if sizes[0] % config.dcn:
         raise ConfigError(f"mesh.data={sizes[0]} does not divide by mesh.dcn={config.dcn}: set --config.mesh.dcn")
@@ -117,7 +118,9 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
         ("model.vision.embed_dim", vision.embed_dim, "fsdp", fsdp),
     ):
         if size % ways:
-            raise ConfigError(f"{flag}={size} does not divide by mesh.{axis}={ways}; choose another --config.mesh")
+            raise ConfigError(
+                f"{flag}={size} does not divide by mesh.{axis}={ways}; choose another mesh (--config.mesh, --mesh)"
+            )
     whole = {"kv_heads", "activation_kv_heads"} if config.num_kv_heads % tensor else set()
     if whole:
         logging.info("%d key/value heads do not divide by mesh.tensor=%d: replicated", config.num_kv_heads, tensor)

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"presets", "testing"}),
     frozenset({"configs", "inference"}),
     frozenset({"__init__"}),  # `saisa_jax` itself: `load` on first use
-    frozenset({"evaluation"}),
+    frozenset({"evaluation", "serving"}),
     frozenset({"training"}),
     frozenset({"planning", "report"}),
     frozenset({"bench"}),

@@ -12,8 +12,9 @@ import jax
 from rich.console import Console
 from rich.markup import escape
 
+from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
-from saisa_jax.config import DTYPES, ConfigError
+from saisa_jax.config import ConfigError
 from saisa_jax.data.sample import ASSISTANT, Turn
 from saisa_jax.errors import UserError
 from saisa_jax.inference.chat import Chat
@@ -157,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this mass")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters; by default as they are stored")
+    devices.add_model_flags(parser)
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="int8: 8-bit weights (needs qwix)")
     flags = parser.parse_args(argv)
     sampling = Sampling(flags.temperature, flags.top_p)
@@ -166,7 +167,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
     console = Console()
     with console.status("loading"):
-        model = load(flags.checkpoint, dtype=flags.dtype, quantize=flags.quantize, allow_urls=flags.allow_urls)
+        model = load(
+            flags.checkpoint,
+            mesh=devices.mesh_of(flags),
+            dtype=flags.dtype,
+            quantize=flags.quantize,
+            allow_urls=flags.allow_urls,
+        )
     chat = Chat(model)
     with console.status("looking at the picture (the first one compiles)"):
         for image in flags.image:

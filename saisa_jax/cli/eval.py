@@ -5,17 +5,20 @@ python eval.py --workdir=runs/mine --tasks=source --data=test.json --images=pict
 python eval.py --checkpoint=runs/demo/finetune/model --image=photo.png --question="what color is the shape?"
 python eval.py --checkpoint=CKPT --tasks=gqa,pope,mmmu --data=playground/data/eval --prompts=lmms
 python eval.py --tasks=mmmu --answers=samples_mmmu_val.jsonl --data=data/MMMU
+python eval.py --checkpoint=CKPT --tasks=pope --data=DIR --dtype=bfloat16 --mesh=fsdp=4,tensor=2 --coordinator=auto
 python eval.py --compare runs/a/evaluation/easy_vqa.json runs/b/evaluation/easy_vqa.json
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
 from absl import logging
 
+from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
 from saisa_jax.errors import UserError
 
@@ -32,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, help="questions answered at once")
     parser.add_argument("--max_new_tokens", type=int, help="the most tokens of an answer")
     parser.add_argument("--quantize", choices=("int8",), help="answers with 8-bit weights (needs qwix)")
+    devices.add_model_flags(parser)
+    devices.add_process_flags(parser)
     parser.add_argument("--data", default="", help="where a task's questions lie: a file or a folder")
     parser.add_argument("--images", default="", help="where the names of pictures in --data lead: a folder or archive")
     parser.add_argument("--prompts", choices=("llava", "lmms"), help="the school of prompts and scores: LLaVA's guide, "
@@ -56,16 +61,22 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--image needs --question")
     if options.question and (tasks or options.data or options.images):
         parser.error("--question is asked instead of a benchmark: leave out --tasks, --data and --images")
+    if options.question and options.coordinator:
+        parser.error("--question is asked by one process: leave out --coordinator")
     from saisa_jax.evaluation import command, runner  # import jax, which --help does not need
+    from saisa_jax.training.processes import exit_on_lost_process
 
     logging.use_absl_handler()
+    stop = command.Stop(several=bool(options.coordinator))
     try:
+        devices.join(options)
+        placed = {"quantize": options.quantize, "dtype": options.dtype, "mesh": devices.mesh_of(options)}
         checkpoint = options.checkpoint or command.model_of(options.workdir)
         if options.question:
-            print(command.ask(checkpoint, options.question, options.image, options.max_new_tokens, options.quantize))
+            print(command.ask(checkpoint, options.question, options.image, options.max_new_tokens, **placed))
             return 0
         output = options.output or options.workdir or f"{checkpoint.rstrip('/')}-evaluation"
-        with command.terminable():
+        with stop, exit_on_lost_process():
             command.run(
                 checkpoint,
                 output,
@@ -75,15 +86,18 @@ def main(argv: Sequence[str]) -> int:
                 limit=options.limit,
                 batch_size=options.batch_size,
                 max_new_tokens=options.max_new_tokens,
-                quantize=options.quantize,
                 prompts=options.prompts or "llava",
+                stop=stop,
+                **placed,
             )
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except (runner.Interrupted, KeyboardInterrupt) as error:
         print(f"The evaluation was {error if error.args else 'stopped before it began'}.", file=sys.stderr)
-        return 143 if isinstance(error.__cause__ or error, command.Terminated) else 130  # 128 + the signal's number
+        if isinstance(error.__cause__ or error, KeyboardInterrupt):  # this process was stopped, at once
+            return 128 + (signal.SIGTERM if isinstance(error.__cause__ or error, command.Terminated) else signal.SIGINT)
+        return 128 + (stop.number or signal.SIGTERM)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from saisa_jax.config.checks import check, positive
+from saisa_jax.config.checks import ConfigError, check, positive
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,24 @@ class MeshConfig:
             self.data == -1 or self.data % self.dcn == 0,
             f"mesh.data={self.data} does not divide by mesh.dcn={self.dcn}, which is a part of it",
         )
+
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """The mesh of "fsdp=4,tensor=2", as `--mesh` has it; `data` takes the rest unless another axis does.
+
+        Raises:
+          ConfigError: an axis that there is not, or a size that is none.
+        """
+        sizes: dict[str, int] = {}
+        for part in filter(None, text.split(",")):
+            name, _, size = part.strip().partition("=")
+            if name not in ("data", "fsdp", "tensor", "dcn") or not re.fullmatch(r"-?\d+", size):
+                raise ConfigError(
+                    f"mesh={text!r}: {part!r} is none of data=N, fsdp=N, tensor=N and dcn=N; for example "
+                    "mesh=data=2,fsdp=4, where one of them may be -1 for all the rest"
+                )
+            sizes[name] = int(size)
+        return cls(**({"data": 1} if -1 in sizes.values() else {}) | sizes)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
 from typing import Any
 
+import jax
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from saisa_jax import parallel
 from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES, ConfigError
 from saisa_jax.evaluation import overview, runner
@@ -25,10 +28,10 @@ def ask(
     question: str,
     images: Sequence[str],
     max_new_tokens: int | None = None,
-    quantize: str | None = None,
+    **placed: Any,
 ) -> str:
-    """The model's answer to one question about some images."""
-    model = load(checkpoint, quantize=quantize)
+    """The model's answer to one question about some images; `placed` as in `run`."""
+    model = load(checkpoint, **placed)
     tokens = max_new_tokens or model.config.evaluation.max_new_tokens
     return model.generate([question], [list(images)], tokens)[0]
 
@@ -43,22 +46,29 @@ def run(
     limit: int | None = None,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
-    quantize: str | None = None,
     prompts: str = "llava",
+    stop: Callable[[], bool] = lambda: False,
+    **placed: Any,
 ) -> None:
     """Evaluates a model and prints a table for each task. What is empty or None is as the model's configuration says.
 
+    Every process calls it; the first one prints and writes.
+
+    Args:
+      stop: whether this process was asked to stop (`Stop`).
+      placed: where the parameters go, and as what: `mesh`, `dtype` and `quantize` of `load`.
+
     Raises:
       UserError: nothing can be evaluated; the message names the flag that fixes it.
-      runner.Interrupted: Ctrl-C, while questions are answered.
+      runner.Interrupted: Ctrl-C, while questions are answered; or `stop` of any process.
     """
     for name in tasks:
         _ = TASKS[name]  # a typo is answered before anything is loaded
     if images and not data:
         raise ConfigError(f"--images={images} needs --data=FILE, whose pictures it holds")
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     console.print(f"Evaluating {checkpoint}", highlight=False, soft_wrap=True)
-    model = load(checkpoint, quantize=quantize)
+    model = parallel.together(lambda: load(checkpoint, **placed))
     defaults = model.config.evaluation
     tasks = tuple(dict.fromkeys(tasks or defaults.tasks))
     if not tasks:
@@ -69,7 +79,7 @@ def run(
         batch_size=defaults.batch_size if batch_size is None else batch_size,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
         limit=defaults.limit if limit is None else limit,
-        quantize=quantize,
+        quantize=placed.get("quantize"),
         data=data,
         images=images,
         prompts=prompts,
@@ -77,9 +87,11 @@ def run(
     for name in tasks:
         tokens = max_new_tokens or TASKS[name].max_new_tokens or defaults.max_new_tokens
         settings = dataclasses.replace(settings, max_new_tokens=tokens)
-        record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint)
+        record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint, stop)
         if record is not None:  # in the first process
             show(console, record, output)
+    if jax.process_index() > 0:
+        return
     records = overview.write(epath.Path(output) / "evaluation", checkpoint, model.stage)
     if len(records) > 1:
         console.print(overview.table(records))
@@ -150,15 +162,40 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which is as good as Ctrl-C here."""
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Makes of SIGTERM what Python makes of Ctrl-C."""
+class Stop:
+    """While it is entered, SIGTERM stops an evaluation as Ctrl-C does.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    One process stops at once. Of several, which stop together after a batch, one signal to one of them is a wish, which
+    a call tells; the second one stops it at once.
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Attributes:
+      number: of the signal that was a wish.
+    """
+
+    def __init__(self, several: bool = False) -> None:
+        self.number: int | None = None
+        self._several = several
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job that a shell runs in the background
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._several and self.number is None:
+            self.number = number
+            with contextlib.suppress(OSError):  # straight to the descriptor: it may have come in the middle of a print
+                os.write(2, f"\n{signal.Signals(number).name}: all processes stop after this batch\n".encode())
+            return
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -351,6 +351,8 @@ def _origin(model: VisionLanguageModel, checkpoint: str) -> dict[str, Any]:
         }
         | dict(model.metadata),
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(model.mesh.shape) if model.mesh else None,
+        "processes": jax.process_count(),
         "versions": {"python": platform.python_version(), "saisa_jax": saisa_jax.__version__}
         | {name: version(name) for name in packages},
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -61,6 +61,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         _ = self.model.generator  # raises now if the model has no tokenizer
+        self.model.check_alone("a conversation")
         if self.model.row_ways != 1:
             raise ValueError("a conversation is one row: load the model on a mesh with data=1 and fsdp=1, or without")
 

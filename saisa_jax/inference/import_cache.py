@@ -12,6 +12,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -19,6 +20,7 @@ from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES
 from saisa_jax.convert.files.hub import REPOSITORY, resolve
 from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
+from saisa_jax.convert.rows import ConvertError
 
 WEIGHTS = (".safetensors", ".gguf", ".bin")
 
@@ -69,6 +71,11 @@ def _imported(path: Path, name: str) -> Path:
     if (target / "model.json").exists():
         logging.info("%s was imported before, to %s", name, target)
         return target
+    if jax.process_count() > 1:
+        raise ConvertError(
+            f"{name} is imported by one process, and there are {jax.process_count()}: python -m saisa_jax convert "
+            f"import --from={name} --to=DIR, where all of them can read it, and name DIR"
+        )
     logging.warning("importing %s to %s, once", name, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

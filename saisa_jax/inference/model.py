@@ -18,7 +18,7 @@ from PIL import Image
 from saisa_jax import parallel
 from saisa_jax.batch import Batch
 from saisa_jax.checkpoints import load_model
-from saisa_jax.config import DTYPES, Config, ConfigError, ModelConfig, StageConfig
+from saisa_jax.config import DTYPES, Config, ConfigError, MeshConfig, ModelConfig, StageConfig
 from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
@@ -206,6 +206,7 @@ class VisionLanguageModel:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r} is neither raise nor return")
         check_sampling(sampling)
+        self.check_alone("generate")
         requests = self._requests(conversations, max_new_tokens)
         good = [request for request in requests if isinstance(request, Request)]
         bad = [error for error in requests if isinstance(error, DataError)]
@@ -239,6 +240,7 @@ class VisionLanguageModel:
         Raises:
           DataError: an image that cannot be read.
         """
+        self.check_alone("encode_images")
         return self._encode([self._pixels(image, f"image {n}") for n, image in enumerate(images)])
 
     def attention(self, question: str, images: Sequence[Any]) -> Float[np.ndarray, "L V"]:
@@ -246,6 +248,7 @@ class VisionLanguageModel:
 
         It is the attention of the prompt's last token, from which the answer's first token is predicted.
         """
+        self.check_alone("attention")
         pixels = [dataclasses.replace(self._pixels(image, ""), kv=None) for image in images]
         request = self.request((Turn(USER, question),), pixels)
         batch, last = self.batch([request]), len(request.encoded.tokens) - 1
@@ -402,6 +405,14 @@ class VisionLanguageModel:
         """Over so many devices the rows of a batch are split."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    def check_alone(self, what: str) -> None:
+        """Raises ConfigError if other processes hold parts of this model: they would have to ask the same."""
+        if self.mesh is not None and (count := len({device.process_index for device in self.mesh.devices.flat})) > 1:
+            raise ConfigError(
+                f"{what} runs in one process, and {count} hold this model: evaluate it with eval.py or answer_batches, "
+                "which all of them run; or load it in one process"
+            )
+
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
         """The context in which programs run on this model's parameters."""
         if self.mesh is None:
@@ -444,7 +455,7 @@ def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
 
 def load(
     source: str | os.PathLike[str],
-    mesh: Mesh | None = None,
+    mesh: Mesh | MeshConfig | str | None = None,
     dtype: Any = None,
     quantize: str | None = None,
     image_cache_bytes: int = DEFAULT_BYTES,
@@ -455,7 +466,8 @@ def load(
     Args:
       source: a finished model (`WORKDIR/finetune/model`, local or gs://), the workdir of a run, a Hugging Face
         directory, a .gguf file or a repository of the hub (org/name); foreign files are imported once into a cache.
-      mesh: devices to spread the parameters over (`parallel.make_mesh`); None: the first device holds all.
+      mesh: devices to spread the parameters over, each of which reads its own part: "fsdp=4,tensor=2" of all that there
+        are, or what `parallel.make_mesh` gives; None: the first device holds all.
       dtype: of the parameters, and what is computed in: float32, bfloat16 or float16; None: the checkpoint's own.
       quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
       image_cache_bytes: of keys and values of images that are kept for further questions about them.
@@ -467,6 +479,8 @@ def load(
       ConfigError: another dtype, or a model that does not divide by the mesh.
     """
     dtype = None if dtype is None else dtype_name(dtype)
+    mesh = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
+    mesh = parallel.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
 
     def sharding(config: Config, metadata: dict[str, Any]) -> Any:
         if mesh is None:

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from saisa_jax.models.layers import keep
 from saisa_jax.models.mask import MASKED, Mask, legal, may_attend
 
 LANES = 128
@@ -106,6 +107,7 @@ def _forward(q: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles) -> tupl
         scratch=[(1, tiles.queries), (1, tiles.queries), (q.shape[-1], tiles.queries)],
         products=2,
     )
+    out, logsum = keep(out, "attended"), keep(logsum, "logsum")  # else remat runs this kernel again
     return out, (q, k, v, ids, out, logsum)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import jax
 
 from saisa_jax import flops, parallel
 from saisa_jax.config import Config, StageConfig
@@ -117,8 +114,3 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str
         peak=m.peak_memory_in_bytes or m.argument_size_in_bytes + m.temp_size_in_bytes,
     )
     return memory, "", compiled.as_text()
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that abstract arrays with shardings take on one device: arithmetic, nothing is compiled."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

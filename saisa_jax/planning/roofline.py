@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import jax
 
-from saisa_jax.planning.compile import Program, device_bytes
+from saisa_jax.planning.compile import Program
 from saisa_jax.planning.traffic import BETWEEN_SLICES
+from saisa_jax.training.memory import device_bytes
 
 
 @dataclass(frozen=True)

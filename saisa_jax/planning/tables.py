@@ -78,10 +78,11 @@ def table(plans: Sequence[Plan]) -> Table:
 
 
 def _batch(plan: Plan) -> dict[str, str]:
-    s, vision = plan.program.settings, plan.program.prepared.model.vision
-    visual = s.batch_size * s.max_images * vision.num_patches
+    s, model = plan.program.settings, plan.program.prepared.model
+    visual = s.batch_size * s.max_images * model.vision.num_patches
     return {
         "rows of a step": f"{s.batch_size} in {s.accumulation} part(s)",
+        "attention, remat policy": f"{model.attention_impl}, {model.remat_policy}",
         "samples of a step, on average": f"{plan.length.samples_per_step:.0f}",
         "image slots of a step": f"{s.batch_size * s.max_images:,}",
         "text tokens of a step, padding too": f"{s.batch_size * s.text_length:,}",

@@ -441,6 +441,8 @@ class StageTrainer:
             "train_flops": self.flops * self.steps,
             "parameters": self.parameters,
             "alignment": self.model.alignment,
+            "remat_policy": self.model.remat_policy,
+            "attention_impl": self.model.attention_impl,
             "start": self.source,
             "seed": self.config.seed,
         }

@@ -26,8 +26,12 @@ HINT_SECONDS = 60  # of waiting for the others, until it is said how they are st
 LEAVE_SECONDS = 30  # that a process which failed alone waits for the others before it ends
 
 
-def start(config: DistributedConfig) -> None:
+def start(config: DistributedConfig, flags: str = "--config.distributed.") -> None:
     """Joins the other processes of the run; nothing of jax may have run before. With one process it does nothing.
+
+    Args:
+      config: who they are.
+      flags: how the program spells the fields of `config`.
 
     Raises:
       ConfigError: the other processes are not known, or the coordinator cannot be reached. When the others do not come
@@ -41,14 +45,14 @@ def start(config: DistributedConfig) -> None:
         if jax.process_count() > 1 and not jax.distributed.is_initialized():
             raise ConfigError(
                 f"these devices belong to {jax.process_count()} processes, and this one was started alone: "
-                "set --config.distributed.coordinator=auto, on every host"
+                f"set {flags}coordinator=auto, on every host"
             )
         return
     if jax.distributed.is_initialized():
         return
     given: dict[str, Any] = {}
     if config.coordinator == "auto":
-        _check_slurm(os.environ)
+        _check_slurm(os.environ, flags)
     else:
         given = {
             "coordinator_address": config.coordinator,
@@ -57,7 +61,7 @@ def start(config: DistributedConfig) -> None:
             "cluster_detection_method": "deactivate",  # all devices of the host are this process's
         }
     joined = threading.Event()
-    threading.Thread(target=_watch, args=(config, joined), daemon=True).start()
+    threading.Thread(target=_watch, args=(config, joined, flags), daemon=True).start()
     try:
         jax.distributed.initialize(
             **given,
@@ -66,46 +70,46 @@ def start(config: DistributedConfig) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--config.distributed.coordinator={config.coordinator}: {str(error).splitlines()[0]}; {_how(config)}"
+            f"{flags}coordinator={config.coordinator}: {str(error).splitlines()[0]}; {_how(config, flags)}"
         ) from error
     finally:
         joined.set()
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def _check_slurm(environment: Mapping[str, str]) -> None:
+def _check_slurm(environment: Mapping[str, str], flags: str = "--config.distributed.") -> None:
     """Raises ConfigError where jax would leave GPUs idle: under Slurm it gives each task one of them."""
     gpus, tasks = (environment.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_NTASKS_PER_NODE"))
     if gpus and tasks and gpus != tasks:
         raise ConfigError(
-            f"--config.distributed.coordinator=auto gives each task one GPU, and a node has {gpus} GPUs and {tasks} "
+            f"{flags}coordinator=auto gives each task one GPU, and a node has {gpus} GPUs and {tasks} "
             f"tasks: set --ntasks-per-node={gpus}; or, for one process on each node, name HOST:PORT"
         )
 
 
-def _watch(config: DistributedConfig, joined: threading.Event) -> None:
+def _watch(config: DistributedConfig, joined: threading.Event, flags: str) -> None:
     """Says what is missing while `start` waits, and ends the process when it has waited long enough."""
     first = min(HINT_SECONDS, config.timeout)
     if joined.wait(first):
         return
     if first < config.timeout:
-        logging.warning("still waiting for the other processes after %d s: %s", first, _how(config))
+        logging.warning("still waiting for the other processes after %d s: %s", first, _how(config, flags))
         if joined.wait(config.timeout - first):
             return
     print(
-        f"ConfigError: the other processes did not come within --config.distributed.timeout={config.timeout} s: "
-        f"{_how(config)}",
+        f"ConfigError: the other processes did not come within {flags}timeout={config.timeout} s: "
+        f"{_how(config, flags)}",
         file=sys.stderr,
         flush=True,
     )
     os._exit(1)  # jax would abort with a stack of its own
 
 
-def _how(config: DistributedConfig) -> str:
+def _how(config: DistributedConfig, flags: str) -> str:
     if config.coordinator == "auto":
         return "start the same command on every host; outside of TPU pods, Slurm and Open MPI name a HOST:PORT"
     return (
-        f"start it on every host, with --config.distributed.process_id=0 to {(config.num_processes or 1) - 1}, each "
+        f"start it on every host, with {flags}process_id=0 to {(config.num_processes or 1) - 1}, each "
         f"once; all of them must reach {config.coordinator}, a port of process 0's host that is free"
     )
 
@@ -134,7 +138,7 @@ def exit_on_lost_process() -> Iterator[None]:
             raise
         print(
             f"OtherProcessError: process {jax.process_index()} cannot continue: {str(error).splitlines()[0]}. If "
-            "another one has ended, its log says why. The same command on every host resumes from the last checkpoint",
+            "another one has ended, its log says why. The same command on every host goes on from what is saved",
             file=sys.stderr,
             flush=True,
         )

@@ -39,11 +39,11 @@ def make_train_step(
       accumulation: micro-batches that the batch is read in, one after the other.
       loss_chunk: positions of a row that have logits at the same time; 0: all.
     """
-    sums_of = _sums_of(config, loss_chunk)
+    sums = sums_of(config, loss_chunk)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def gradient_of(rows: Batch) -> Any:
-            return jax.value_and_grad(sums_of, has_aux=True)(state.trainable, state.frozen, rows)
+            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state.frozen, rows)
 
         (total, weight), gradients = _accumulate(gradient_of, batch, accumulation, state.trainable, shardings)
         divisor = jnp.maximum(weight, 1.0)
@@ -84,11 +84,11 @@ def held_by(batch: Batch) -> Metrics:
 
 def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
     """A jitted (trainable, frozen, batch) -> (sum of losses, sum of weights)."""
-    return jax.jit(_sums_of(config, loss_chunk))
+    return jax.jit(sums_of(config, loss_chunk))
 
 
-def _sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
-    """(trainable, frozen, rows) -> (sum of losses, sum of weights)."""
+def sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
+    """The loss as it is differentiated: (trainable, frozen, rows) -> (sum of losses, sum of weights)."""
     model = Saisa(config)
 
     def sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:

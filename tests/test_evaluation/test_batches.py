@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 import saisa_jax
-from saisa_jax import parallel
 from saisa_jax.checkpoints import save_model
-from saisa_jax.config import MeshConfig
+from saisa_jax.config import ConfigError, MeshConfig
 from saisa_jax.data.text.conversation import Encoded
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.evaluation import command
 from saisa_jax.evaluation.runner import Settings, evaluate
 from saisa_jax.inference.batches import Prompt, plan_batches, schedule, simulate
 from saisa_jax.models.saisa import init_params
@@ -72,14 +76,31 @@ def test_a_ring_holds_what_each_batch_needs(capacity: int) -> None:
             assert len(ring.stream) == len({key for keys in needs for key in keys})
 
 
+def save_tiny(directory: Path, alignment: str = "saisa") -> Path:
+    config = tiny_config(alignment)
+    params = init_params(config.model_for("finetune"), jax.random.key(0))
+    save_model(directory / "model", params, config, load_tokenizer("easy_vqa"), {"stage": "finetune"})
+    return directory / "model"
+
+
+def write_source(folder: Path, bad: int) -> None:
+    """Ten questions about pictures of their own, of which one cannot be read."""
+    folder.mkdir()
+    samples = []
+    for number in range(10):
+        Image.new("RGB", (32, 32), (25 * number, 0, 99)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat color is it?"}, {"from": "gpt", "value": "red"}]
+        samples.append({"id": f"{number}", "image": f"{number}.png", "conversations": turns})
+    (folder / f"{bad}.png").write_bytes(b"no picture")
+    (folder / "data.json").write_text(json.dumps(samples))
+
+
 @pytest.mark.multi_device
 @pytest.mark.parametrize("alignment", ["saisa", "llava"])
 def test_a_mesh_answers_what_one_device_answers(alignment: str, tmp_path: Path) -> None:
-    config = tiny_config(alignment)
-    params = init_params(config.model_for("finetune"), jax.random.key(0))
-    save_model(tmp_path / "model", params, config, load_tokenizer("easy_vqa"), {"stage": "finetune"})
+    save_tiny(tmp_path, alignment)
     settings, rows = Settings(batch_size=8, limit=20, max_new_tokens=4), []
-    for number, mesh in enumerate((None, parallel.make_mesh(MeshConfig(2, 2, 2)))):
+    for number, mesh in enumerate((None, "data=2,fsdp=2,tensor=-1")):
         model = saisa_jax.load(tmp_path / "model", mesh=mesh)
         evaluate(model, "easy_vqa", settings, epath.Path(tmp_path / f"{number}"), "m")
         rows.append((tmp_path / f"{number}" / "evaluation" / "easy_vqa.jsonl").read_text())
@@ -89,43 +110,97 @@ def test_a_mesh_answers_what_one_device_answers(alignment: str, tmp_path: Path) 
     assert not [name for name in compiled if "_run_" in name]
 
 
-# What each of two processes does; its number and a port are its arguments.
-OF_TWO = """
-import sys
-import jax
-number, port, model, output = int(sys.argv[1]), *sys.argv[2:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
-from etils import epath
-import saisa_jax
-from saisa_jax import parallel
-from saisa_jax.config import MeshConfig
-from saisa_jax.evaluation.runner import Settings, evaluate
-model = saisa_jax.load(model, mesh=parallel.make_mesh(MeshConfig(2, 1, 1)))
-settings = Settings(batch_size=8, limit=20, max_new_tokens=4)
-assert (evaluate(model, "easy_vqa", settings, epath.Path(output), "m") is None) == (number == 1)
-"""
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("fsdp=4,tensor=2", MeshConfig(-1, 4, 2)),
+        ("fsdp=-1", MeshConfig(1, -1, 1)),
+        ("data=4, dcn=2", MeshConfig(4, 1, 1, 2)),
+        ("4", "'4' is none of data=N"),
+        ("fdsp=4", "'fdsp=4' is none of"),
+        ("fsdp=0", "sizes are positive"),
+    ],
+)
+def test_the_mesh_of_a_flag(text: str, meant: MeshConfig | str) -> None:
+    if isinstance(meant, MeshConfig):
+        assert MeshConfig.parse(text) == meant
+        return
+    with pytest.raises(ConfigError, match=meant):
+        MeshConfig.parse(text)
+
+
+def eval_py(count: int, model: Path, output: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
+    """So many processes of one device each, which evaluate a model together; they write OUTPUT-NUMBER.log."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    command = [sys.executable, "eval.py", f"--checkpoint={model}", "--tasks=easy_vqa", f"--output={output}", *flags]
+    command += ["--batch_size=8", "--max_new_tokens=4"]
+    port, started = free_port(), []
+    for number in range(count):
+        join = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
+        with Path(f"{output}-{number}.log").open("w") as log:
+            one = [*command, *(join if count > 1 else ())]
+            started.append(subprocess.Popen(one, env=environment, cwd=ROOT, stdout=log, stderr=log))
+    return started
+
+
+def ends(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit statuses."""
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.multi_process
 def test_two_processes_answer_what_one_answers(tmp_path: Path) -> None:
-    config = tiny_config()
-    params = init_params(config.model_for("finetune"), jax.random.key(0))
-    save_model(tmp_path / "model", params, config, load_tokenizer("easy_vqa"), {"stage": "finetune"})
-    port = free_port()
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    started = []
-    for number in (0, 1):
-        command = [sys.executable, "-c", OF_TWO, str(number), str(port), str(tmp_path / "model"), str(tmp_path / "two")]
-        with (tmp_path / f"log-{number}").open("w") as log:
-            started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0, 0], [(tmp_path / f"log-{number}").read_text() for number in (0, 1)]
-    settings = Settings(batch_size=8, limit=20, max_new_tokens=4)
-    evaluate(saisa_jax.load(tmp_path / "model"), "easy_vqa", settings, epath.Path(tmp_path / "one"), "m")
-    two, one = (tmp_path / name / "evaluation" / "easy_vqa.jsonl" for name in ("two", "one"))
-    assert two.read_text() == one.read_text()
+    """By the command; the pictures of a source, of which one cannot be read."""
+    model, pictures = save_tiny(tmp_path), tmp_path / "pictures"
+    write_source(pictures, bad=3)
+    data = ("--tasks=source", f"--data={pictures / 'data.json'}", f"--images={pictures}")
+    codes = ends(eval_py(2, model, tmp_path / "two", *data))
+    assert codes == [0, 0], [(tmp_path / f"two-{number}.log").read_text() for number in (0, 1)]
+    command.run(str(model), str(tmp_path / "one"), tasks=["source"], data=str(pictures / "data.json"),
+                images=str(pictures), batch_size=8, max_new_tokens=4)  # fmt: skip
+    two, one = (tmp_path / name / "evaluation" / "source.jsonl" for name in ("two", "one"))
+    assert two.read_text() == one.read_text() and two.read_text().count('"error"') == 1
+    record = json.loads((tmp_path / "two" / "evaluation" / "source.json").read_text())
+    assert record["processes"] == 2 and record["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_an_evaluation_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two, one of which is asked to stop; one, which is killed; then two, and at last four."""
+    model, partial = save_tiny(tmp_path), tmp_path / "out" / "evaluation" / "easy_vqa.partial.jsonl"
+
+    def answered(least: int, processes: list[subprocess.Popen[bytes]]) -> None:
+        deadline = time.monotonic() + 200
+        while not partial.exists() or partial.read_text().count("\n") < least:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+
+    started = eval_py(2, model, tmp_path / "out")
+    answered(50, started)
+    started[1].send_signal(signal.SIGTERM)
+    assert ends(started) == [128 + signal.SIGTERM] * 2
+    assert "The evaluation was stopped after" in Path(f"{tmp_path / 'out'}-0.log").read_text()
+    before = partial.read_text().count("\n")
+
+    started = eval_py(1, model, tmp_path / "out")
+    answered(before + 100, started)
+    started[0].kill()
+    assert ends(started) == [-signal.SIGKILL]
+    before = partial.read_text().count("\n")
+
+    started = eval_py(2, model, tmp_path / "out")
+    answered(before + 100, started)
+    started[0].kill()
+    assert ends(started)[1] != 0  # it does not wait for ever
+
+    codes = ends(eval_py(4, model, tmp_path / "out"))
+    assert codes == [0] * 4, Path(f"{tmp_path / 'out'}-0.log").read_text()
+    assert ends(eval_py(1, model, tmp_path / "one")) == [0]
+    several, one = (tmp_path / name / "evaluation" / "easy_vqa.jsonl" for name in ("out", "one"))
+    assert several.read_text() == one.read_text() and len(one.read_text().splitlines()) == 9673

@@ -151,7 +151,7 @@ def test_a_stopped_run_leaves_marked_answers_and_the_former_evaluation(tmp_path:
     former = evaluate(Pretender(), "easy_vqa", Settings(batch_size=8, limit=8), out, "m")
     before = signal.getsignal(signal.SIGTERM)
     message = r"stopped after 64 of 100 .*easy_vqa\.partial\.jsonl.*goes on"
-    with pytest.raises(Interrupted, match=message) as caught, command.terminable():
+    with pytest.raises(Interrupted, match=message) as caught, command.Stop():
         evaluate(Pretender(stop_after=2), "easy_vqa", Settings(batch_size=32, limit=100), out, "m")
     assert isinstance(caught.value.__cause__, command.Terminated)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -175,7 +175,7 @@ def test_the_same_evaluation_goes_on_and_another_does_not(
     evaluate(whole, "easy_vqa", settings, epath.Path(tmp_path / "whole"), "m")
 
     def stop() -> None:
-        with pytest.raises(Interrupted), command.terminable():
+        with pytest.raises(Interrupted), command.Stop():
             evaluate(Pretender(stop_after=2), "easy_vqa", settings, epath.Path(tmp_path), "m")
 
     stop()
@@ -265,7 +265,7 @@ def test_the_last_finished_stage_is_evaluated(tmp_path: Path) -> None:
 
 
 def test_run_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "load", lambda directory, quantize=None: Pretender())
+    monkeypatch.setattr(command, "load", lambda directory, **placed: Pretender())
     command.run("some/model", str(tmp_path), limit=10, batch_size=5)
     assert "easy_vqa.json with the answers" in capsys.readouterr().out
     assert json.loads((tmp_path / "evaluation" / "easy_vqa.json").read_text())["settings"]["max_new_tokens"] > 0

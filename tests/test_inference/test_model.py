@@ -6,15 +6,17 @@ import io
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from PIL import Image
 
 from saisa_jax import parallel
 from saisa_jax.checkpoints import save_model
-from saisa_jax.config import MeshConfig
+from saisa_jax.config import ConfigError, MeshConfig
 from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.inference.image_cache import EncodedImage, ImageCache
 from saisa_jax.inference.model import Conversation, Request, VisionLanguageModel, load
@@ -177,6 +179,15 @@ def test_one_question_needs_no_lists_and_takes_any_picture(tiny_model, pictures)
 def test_other_types_get_one_clear_error(asked, message, tiny_model):
     with pytest.raises(DataError, match=message):
         tiny_model("saisa").generate(*asked)
+
+
+def test_a_model_of_several_processes_is_evaluated_and_not_asked(tiny_model):
+    device = lambda number: mock.Mock(process_index=number)  # noqa: E731
+    mesh = mock.Mock(spec=Mesh, devices=np.array([device(0), device(1)]), shape={"data": 1, "fsdp": 1, "tensor": 2})
+    model = dataclasses.replace(tiny_model("saisa"), mesh=mesh)
+    for ask in (lambda: model.generate("is there a circle?"), model.chat, lambda: model.encode_images(["a.png"])):
+        with pytest.raises(ConfigError, match=r"runs in one process, and 2 hold this model: evaluate it with eval\.py"):
+            ask()
 
 
 def test_a_fresh_picture_beside_encoded_ones_is_encoded_with_its_batch(tiny_model, pictures):

@@ -196,7 +196,7 @@ def test_every_remat_policy_gives_the_same_gradients_and_keeps_what_it_says():
         for path, expected in gradients["none"].items():
             difference = np.abs(gradients[policy][path] - expected).max()
             assert difference <= 1e-5 * np.abs(expected).max(), f"{path} {policy}"
-    assert products["none"] == products["dots"] < products["dots_no_batch"] < products["full"]
+    assert products["none"] == products["dots"] < products["dots_no_batch"] < products["names"] < products["full"]
 
 
 # --- What runs backward ----------------------------------------------------------------------------------------------
