@@ -77,7 +77,7 @@ class Journal:
           lost: by all processes together.
           dropped: samples of this process's rows that could not be used, and why.
         """
-        self._meter.add(values["samples"], values["text_fill"])
+        self._meter.add(values["samples"], values["text_fill"], lost.waits)
         self.remembered["dropped"] += lost.dropped
         self.remembered["unusable"] += lost.unusable
         self.remembered["cut_tokens"] += lost.cut_tokens

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from saisa_jax.chips import peak_flops
 from saisa_jax.config import StageConfig
 from saisa_jax.training.telemetry.goodput import Goodput
 
 PAUSES = ("save", "eval")  # the clock's; training waits meanwhile
+STRAGGLES = 0.05  # of the time, more than twice what the median process waits
 
 
 class Meter:
@@ -40,8 +42,14 @@ class Meter:
         self._all_steps, self._seconds_per_step = 0, 0.0
         self._restart()
 
-    def add(self, samples: float, text_fill: float) -> None:
-        """Counts a step when its results are there, with what its batch held (`step.held_by`)."""
+    def add(self, samples: float, text_fill: float, waits: Sequence[float] = ()) -> None:
+        """Counts a step when its results are there.
+
+        Args:
+          samples: that its batch held (`step.held_by`).
+          text_fill: likewise.
+          waits: seconds that each process has waited for its rows.
+        """
         if not self._begun:
             self._begun = True
             self._restart()
@@ -49,14 +57,16 @@ class Meter:
         self._steps += 1
         self._samples += samples
         self._text_tokens += text_fill * self._text_room
+        self._waits = np.add(self._waits, waits)
 
     def read(self, step: int) -> dict[str, float]:
         """Rates of the steps since the last reading, up to `step`.
 
         Returns:
           seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu (0..1), or
-          tflops_per_second of all devices if their peak is unknown; data_wait (0..1); seconds_left of the stage,
-          saves and evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
+          tflops_per_second of all devices if their peak is unknown; data_wait (0..1); slowest_process and its
+          slowest_data_wait, where one waits for its rows much longer than most; seconds_left of the stage, saves and
+          evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
           a device of this process has held so far, or process_memory_bytes.
         """
         return {**self._rates(step), **peak_memory(self._devices)}
@@ -64,7 +74,7 @@ class Meter:
     def _rates(self, step: int) -> dict[str, float]:
         steps, seconds = self._steps, self._training_seconds() - self._since
         data = self._clock["data"] - self._data_before
-        samples, text_tokens = self._samples, self._text_tokens
+        samples, text_tokens, waits = self._samples, self._text_tokens, self._waits
         self._restart()
         if not steps:
             return {}
@@ -80,15 +90,29 @@ class Meter:
             "tokens_per_second": text_tokens / seconds,
             **({"mfu": speed / self._peak} if self._peak else {"tflops_per_second": speed / 1e12}),
             "data_wait": data / seconds,
+            **slowest(waits, seconds),
             "seconds_left": (self._steps_in_all - step) * (self._seconds_per_step + pauses),
         }
 
     def _restart(self) -> None:
-        self._steps, self._samples, self._text_tokens = 0, 0.0, 0.0
+        self._steps, self._samples, self._text_tokens, self._waits = 0, 0.0, 0.0, np.zeros(())
         self._since, self._data_before = self._training_seconds(), self._clock["data"]
 
     def _training_seconds(self) -> float:
         return time.monotonic() - sum(self._clock[kind] for kind in PAUSES)
+
+
+def slowest(waits: np.ndarray, seconds: float) -> dict[str, float]:
+    """Which process holds up the others, if one waits for its rows longer than most; they wait for it in the step.
+
+    Args:
+      waits: seconds of each process.
+      seconds: of the training in which they have waited.
+    """
+    if waits.size < 2 or waits.max() < 2 * np.median(waits) + STRAGGLES * seconds:
+        return {}
+    process = int(waits.argmax())
+    return {"slowest_process": process, "slowest_data_wait": float(waits[process]) / seconds}
 
 
 def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
