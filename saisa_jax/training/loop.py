@@ -298,7 +298,7 @@ class StageTrainer:
     def _dropped_too_many(self) -> str:
         """Says so when more samples could not be used than `data.max_drop` of all that the stage reads; else ""."""
         number, limit = self.journal.remembered["unusable"], self.config.data.max_drop
-        total = self.rows.samples_before(self.steps * self.settings.batch_size) if number else 0
+        total = self.rows.plans.samples_about(self.steps * self.settings.batch_size) if number else 0
         if number <= limit * total:
             return ""
         return (
@@ -440,7 +440,7 @@ class StageTrainer:
         values = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.rows.samples_before(self.steps * self.settings.batch_size) - dropped,
+            "samples": self.rows.plans.samples_before(self.steps * self.settings.batch_size) - dropped,
             "dropped": dropped,
             "left_out": self.rows.left_out,
             "train_flops": self.flops * self.steps,

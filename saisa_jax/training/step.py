@@ -42,7 +42,7 @@ def make_train_step(
     """
     sums = sums_of(config, loss_chunk)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def gradient_of(rows: Batch) -> Any:
             return jax.value_and_grad(sums, has_aux=True)(state.trainable, state.frozen, rows)
 
@@ -71,7 +71,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def held_by(batch: Batch) -> Metrics:
@@ -94,13 +94,13 @@ def sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch],
     """The loss as it is differentiated: (trainable, frozen, rows) -> (sum of losses, sum of weights)."""
     model = Saisa(config)
 
-    def sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
+    def loss_sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
         apply = functools.partial(model.apply, {"params": merge(trainable, frozen)})
         hidden, _ = apply(rows, method=Saisa.hidden)
         head = functools.partial(apply, method=Saisa.head)
         return chunked_cross_entropy(head, hidden, rows["targets"], rows["loss_weights"], loss_chunk)
 
-    return sums
+    return loss_sums
 
 
 def _accumulate(

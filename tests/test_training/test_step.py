@@ -98,7 +98,7 @@ def test_accumulated_is_one_batch(whole, parts, sizes):
     assert bool(sent) == (sizes != (1, 1, 1)) and not [kind for kind in sent if "u8" in kind]
     # Sums of gradients are split as their parameters are, and each leaf of the state is written over its predecessor.
     shares = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(training.state.trainable)]
-    loop = re.search(r'= \((.*)\) while\(.*op_name="jit\(step\)/while"', program)
+    loop = re.search(r'= \((.*)\) while\(.*op_name="jit\(train_step\)/while"', program)
     carried = Counter(re.findall(r"f32\[([\d,]*)\]", loop[1]))
     assert not Counter(",".join(map(str, share.shape)) for share in shares) - carried
     if sizes != (1, 1, 1):
