@@ -40,6 +40,7 @@ from saisa_jax.convert.hf_json import (
 )
 from saisa_jax.convert.layouts import TOWER_APART, TOWER_PREFIX, layout_for
 from saisa_jax.convert.official import fetches, official_notes, spell_for_transformers_4
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.target import check_room, check_target, written_whole
 from saisa_jax.convert.write import SHARD_BYTES, CastSource, ParamsSource, write_shards
