@@ -15,6 +15,7 @@ VERBS = {
     "train": ("saisa_jax.cli.train", "trains a model by a recipe, as train.py does; --dry_run tells what it would be"),
     "eval": ("saisa_jax.cli.eval", "evaluates a finished run, or asks its model a question, as eval.py does"),
     "chat": ("saisa_jax.cli.chat", "a conversation with a finished model about pictures"),
+    "serve": ("saisa_jax.cli.serve", "a server with OpenAI's chat-completions interface, and a page to try a model"),
     "report": ("saisa_jax.cli.report", "the HTML page and the plots of finished runs"),
     "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "checkpoint export": ("saisa_jax.cli.checkpoint_export", "a finished model of any step of a run"),

@@ -157,6 +157,11 @@ class Engine:
         return self._thread.is_alive()
 
     @property
+    def closing(self) -> bool:
+        """Whether it takes no more questions."""
+        return self._closing
+
+    @property
     def waiting(self) -> int:
         """Questions without a row."""
         return len(self._waiting)
