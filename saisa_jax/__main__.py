@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from saisa_jax.cli.parser import COMPILING_VERBS, cache_choice
 from saisa_jax.cli.process import quiet_libraries
+from saisa_jax.compilation import Programs, keep_programs
 from saisa_jax.errors import UserError, did_you_mean
 
 # A verb's module is imported only when it is called; its `main(argv)` returns an exit status.
@@ -40,8 +42,7 @@ def usage(first: str = "") -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs a verb; 2 and one line if there is no such verb, or if it cannot do what it is told."""
-    words = [*argv[:1], " ".join(argv[:2])]
-    verb = next((words for words in words if words in VERBS), None)
+    verb = verb_of(argv)
     if verb is None:
         first = argv[0] if argv and argv[0] in {verb.split()[0] for verb in VERBS} else ""
         rest = argv[1:] if first else argv
@@ -61,10 +62,31 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
+def verb_of(argv: Sequence[str]) -> str | None:
+    """The verb that a command line begins with."""
+    return next((words for words in (" ".join(argv[:1]), " ".join(argv[:2])) if words in VERBS), None)
+
+
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """The program `saisa_jax`, in a process of its own."""
     quiet_libraries()
-    sys.exit(main(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    verb = verb_of(words)
+    if verb not in COMPILING_VERBS or {"-h", "--help"} & set(words):
+        sys.exit(main(words))
+    keep_programs(cache_choice(words))
+    if verb == "chat":  # counts its programs between the lines of the conversation
+        sys.exit(main(words))
+    programs = Programs(say)
+    status = main(words)
+    if account := str(programs):
+        say(account)
+    sys.exit(status)
+
+
+def say(line: str) -> None:
+    """On stderr as it is now, which a progress bar may have taken."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from saisa_jax import flops, presets
 from saisa_jax.__main__ import main
+from saisa_jax.batch import empty_batch
 from saisa_jax.config import (
     TRAIN_ALL,
     TRAIN_ALL_BUT_VISION,
@@ -32,6 +33,7 @@ from saisa_jax.models.encoders.convnext import EXPANSION, KERNEL
 from saisa_jax.models.layers import dense
 from saisa_jax.models.projectors import PROJECTORS
 from saisa_jax.models.projectors.mlp import MLPProjector
+from saisa_jax.models.saisa import Saisa, abstract_params
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.step import make_train_step
@@ -351,6 +353,49 @@ def test_a_train_step_executes_what_it_needs(alignment: str, stage: str, groups:
     assert executed == needed
 
 
+def gradient(config: ModelConfig) -> tuple[Any, tuple[Any, Any]]:
+    """The function whose gradient of the decoder's layers a step takes, and its abstract arguments."""
+    params = abstract_params(config)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_batch(1, 128, 1, config.vision.image_size)
+    )
+
+    def loss(layers: Any, batch: Any) -> Any:
+        return jnp.sum(Saisa(config).apply({"params": params_of(layers)}, batch, method=Saisa.hidden)[0])
+
+    def params_of(layers: Any) -> Any:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params | {"layers": {}})
+        return zeros | {"layers": layers}
+
+    return jax.grad(loss), (params["layers"], batch)
+
+
+@pytest.mark.parametrize("policy", ["none", "names", "full"])
+def test_xla_counts_the_same_in_a_gradient_that_computes_again(policy: str) -> None:
+    """As it is lowered, with layers of the width of 7B; element-wise operations included."""
+    config = seven_b("saisa", num_layers=2, scan_layers=False, dtype="float32", vocab_size=256, remat_policy=policy)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_layers=2))
+    function, arguments = gradient(config)
+    traced = jax.jit(function).trace(*arguments)
+    by_xla = traced.lower().cost_analysis()["flops"]
+    assert by_xla == pytest.approx(flops.count(traced.jaxpr.jaxpr), rel=0.03)
+
+
+def test_a_step_knows_its_attention() -> None:
+    """Legal pairs alone are useful; a kernel's tiles, here two products forward and seven backward, are executed."""
+    config = small(head_dim=16, num_layers=1, scan_layers=False, remat_policy="none")
+    square = dataclasses.replace(
+        config, attention_impl="flash", vision=dataclasses.replace(config.vision, image_size=91)
+    )
+    function, arguments = gradient(square)  # 11 x 11 patches and 128 tokens: 249 keys, a tile of 256
+    work = flops.of_step(square, TRAIN_ALL, 1, 128, 1, jax.make_jaxpr(function)(*arguments).jaxpr)
+    queries, keys = 128, 11 * 11 + 128
+    product = 2 * queries * keys * square.num_heads * square.head_dim
+    assert work.needed_attention == 6 * product and work.executed_attention == 9 * product / keys * 256
+    assert work.useful(1.0) == work.needed and work.useful(0.25) == work.needed - 4.5 * product
+    assert work.done(1.0) - work.done(0.5) == work.executed_attention / 2
+
+
 def test_recomputation_is_executed_and_accumulation_changes_nothing() -> None:
     config = tiny_config()
     plain, needed = step_flops(config, "finetune")
@@ -373,6 +418,8 @@ def test_products_convolutions_loops_and_branches() -> None:
     x, w = jnp.zeros((2, 8, 16)), jnp.zeros((16, 32))
     product = 2 * 2 * 8 * 16 * 32
     assert count(lambda x, w: x @ w, x, w) == product
+    (only_one,) = flops.products(jax.make_jaxpr(lambda x, w: x @ w)(x, w).jaxpr)
+    assert only_one.bytes == x.nbytes + w.nbytes + 4 * 2 * 8 * 32
     assert count(jax.jit(lambda x, w: jax.checkpoint(jnp.matmul)(x, w)), x, w) == product
     square = jnp.zeros((16, 16))
     loop = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]  # noqa: E731

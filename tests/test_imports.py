@@ -15,7 +15,7 @@ PACKAGE = ROOT / "saisa_jax"
 # A room reads rooms of lower layers alone, inside functions too.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "batch", "chips"}),
-    frozenset({"buckets", "config", "registry"}),
+    frozenset({"buckets", "compilation", "config", "registry"}),
     frozenset({"checkpoints", "data", "models"}),
     frozenset({"convert", "flops", "parallel"}),
     frozenset({"presets", "testing"}),

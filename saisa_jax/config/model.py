@@ -14,7 +14,10 @@ from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 
 ALIGNMENTS = ("saisa", "naavit", "llava")
 SHARINGS = ("shared", "per_layer")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+# What a layer keeps for the backward pass: everything, its input alone, arrays of some names, its products; the rest it
+# computes again. `auto` is settled when a stage is set up: the first of LIGHTEST_FIRST that fits the devices' memory.
+REMAT_POLICIES = ("none", "full", "names", "dots", "dots_no_batch")
+LIGHTEST_FIRST = ("none", "dots", "names", "full")
 ATTENTION_IMPLS = {"xla": None, "flash": "tpu", "cudnn": "gpu"}  # models/attention.py, and what each runs on
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
@@ -229,7 +232,7 @@ class ModelConfig:
     end_token_ids: tuple[int, ...] = ()  # tokens that end an answer besides the template's, as an import's files say
     dtype: str = "bfloat16"  # of activations
     param_dtype: str = "float32"
-    remat_policy: str = "none"
+    remat_policy: str = "none"  # of training; auto: the lightest that fits
     scan_layers: bool = True  # False: the same scan, unrolled
     attention_impl: str = "auto"  # of training; auto: what suits the devices. Generation always uses xla
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -243,7 +246,7 @@ class ModelConfig:
         ):  # fmt: skip
             positive(f"model.{name}", getattr(self, name))
         choice("model.alignment", self.alignment, ALIGNMENTS)
-        choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
+        choice("model.remat_policy", self.remat_policy, ("auto", *REMAT_POLICIES))
         choice("model.attention_impl", self.attention_impl, ("auto", *ATTENTION_IMPLS))
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.param_dtype", self.param_dtype, DTYPES)

@@ -29,7 +29,7 @@ from saisa_jax.config import (
 )
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
-from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.configs import config_from_hf, with_image_size
 from saisa_jax.convert.files.hub import repository, resolve
 from saisa_jax.convert.files.open import open_checkpoint, open_projector
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
@@ -39,6 +39,7 @@ from saisa_jax.convert.match import layout_of, match, settle_head
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.target import check_room, check_target
+from saisa_jax.data.text.conversation import IMAGE
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import init_params
 
@@ -151,9 +152,8 @@ def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
     Raises:
       ConvertError: no patch of it fits.
     """
-    learnt = None if vision.kind == "convnext" or image_size == vision.image_size else vision.image_size
     try:
-        return dataclasses.replace(vision, image_size=image_size, position_size=learnt)
+        return with_image_size(vision, image_size)
     except ConfigError as error:
         raise ConvertError(f"--image_size={image_size}: {error}") from error
 
@@ -242,7 +242,7 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer()
     if tokenizer is None:
         raise ConvertError(f"{source.where} holds no tokenizer: say --tokenizer=DIR, or --tokenizer=none to go without")
-    if len(tokenizer) > plan.model.padded_vocab_size:
+    if len(tokenizer.get_vocab().keys() - {IMAGE}) > plan.model.padded_vocab_size:  # no embedding is asked for an image
         raise ConvertError(
             f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary room for {plan.model.vocab_size}"
         )
@@ -251,10 +251,14 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
 
 def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: epath.Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
-    if tokenizer is not None:
+    source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
+    if plan.pieces[0].layout.name == "hf":
+        said = source.config()
+        template = options.template or said["template"]
+        system_prompt = said["system_prompt"] if system_prompt is None else system_prompt
+    elif tokenizer is not None:
         multimodal = "projector" in plan.pieces[0].parts
         template, system_prompt = find_chat_template(tokenizer, multimodal, options.template, options.system_prompt)
-    source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
     generation_config = read_json_if_there(source.where / GENERATION_CONFIG)
     ends = find_end_tokens(source.config(), generation_config, tokenizer, plan.model.vocab_size)
     return Config(

@@ -58,7 +58,7 @@ from saisa_jax.models.layers import (
 from saisa_jax.models.lora import in_dtype, with_adapters
 from saisa_jax.models.mask import KeyBlock, make_mask
 from saisa_jax.models.projectors import PROJECTORS
-from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups
+from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups, visual_positions
 
 STACKED_CAPTURES = ("hidden", "attention")  # one entry a layer
 CAPTURES = (*STACKED_CAPTURES, "features", "final_norm")
@@ -218,7 +218,7 @@ class Saisa(nn.Module):
 
     def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
         """Keys and values [Lv, B, K, V, H] rotated, once, to the positions of their rows' slots."""
-        positions, segment_ids = _visual_positions(batch, image_kv.k.shape[3])
+        positions, segment_ids = visual_positions(batch, image_kv.k.shape[3])
         rope = rotation(positions, self.config)
         return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
 
@@ -267,7 +267,7 @@ class Saisa(nn.Module):
         text = self._embed(batch)
         if features.shape[1] == 0:
             return text, None
-        positions, segments = _visual_positions(batch, features.shape[1])
+        positions, segments = visual_positions(batch, features.shape[1])
         features = jnp.where(segments[..., None] > 0, features, 0)
         features = constrain(features, "activation_batch", "activation_visual", "activation_embed")
         x = features if self.config.per_layer_projectors else self.visual_proj(features)
@@ -366,14 +366,6 @@ class Saisa(nn.Module):
         if "attention" in captured:
             aux["attention"] = captured["attention"][:, :, :, -text_length:]
         return aux
-
-
-def _visual_positions(batch: Batch, visual_tokens: int) -> tuple[Int[Array, "B V"], Int[Array, "B V"]]:
-    """Positions and segments of a row's visual tokens, from those of its image slots."""
-    starts, segments = jnp.asarray(batch["image_positions"]), jnp.asarray(batch["image_segment_ids"])
-    per_image = visual_tokens // starts.shape[1]
-    positions = starts[:, :, None] + jnp.arange(per_image, dtype=jnp.int32)
-    return positions.reshape(starts.shape[0], -1), jnp.repeat(segments, per_image, axis=1)
 
 
 def init_params(config: ModelConfig, key: Any) -> Params:

@@ -13,10 +13,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
+from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.kv_cache import VisualKV
 from saisa_jax.models.layers import Params, rotate_keys, rotation, take_layers
-from saisa_jax.models.mask import KeyBlock, make_mask
+from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask
 
 
 class Stream(NamedTuple):
@@ -50,6 +53,14 @@ def layer_groups(config: ModelConfig, has_image: bool = True) -> Iterator[LayerG
         yield LayerGroup(start, stop, sees, projector)
         projector += stop - start if sees else 0
         start = stop
+
+
+def visual_positions(batch: Batch, visual_tokens: int) -> PackedPositions:
+    """Positions and segments [B, V] of a row's visual tokens, from those of its image slots."""
+    starts, segments = jnp.asarray(batch["image_positions"]), jnp.asarray(batch["image_segment_ids"])
+    per_image = visual_tokens // starts.shape[1]
+    positions = starts[:, :, None] + jnp.arange(per_image, dtype=jnp.int32)
+    return PackedPositions(positions.reshape(starts.shape[0], -1), jnp.repeat(segments, per_image, axis=1))
 
 
 class StreamedVisual:

@@ -27,6 +27,7 @@ HELD = {  # the parts of each layout
     "saisa": ("decoder", "projector", "vision"),
     "llava": ("decoder", "projector", "vision"),
     "llava-hf": ("decoder", "projector", "vision"),
+    "hf": ("decoder", "projector", "vision"),
     "hf-llm": ("decoder",),
     "hf-vision": ("vision",),
 }
