@@ -23,6 +23,7 @@ VERBS = {
     "checkpoint export": ("saisa_jax.cli.checkpoint_export", "a finished model of any step of a run"),
     "data prepare": ("saisa_jax.cli.data_prepare", "samples of any source as checked ArrayRecord shards with an index"),
     "data inspect": ("saisa_jax.cli.data_inspect", "a batch as it is trained on: supervised text, images, padding"),
+    "layers": ("saisa_jax.cli.layers", "which layers of a model read the picture, and which could do without"),
     "flops": ("saisa_jax.cli.flops", "what a prompt costs under LLaVA, NAAViT and SAISA"),
     "plan": ("saisa_jax.cli.plan", "whether a recipe fits accelerators that are not here, and what it costs"),
     "rows": ("saisa_jax.cli.rows", "which rows, of how many text tokens and images, cost least for the data"),
