@@ -82,8 +82,8 @@ def recipe(name: str, model: ModelConfig, start: str, stage: str | None, templat
     """
     if stage is not None and stage not in STAGES:
         raise ConfigError(f"configs/{name}.py:{stage} is unknown; known: {', '.join(STAGES)}; without one: both")
-    # The context of LLaVA-1.5; layers are recomputed in the backward pass, as theirs are.
-    model = dataclasses.replace(model, max_length=2048, remat_policy="full")
+    # The context of LLaVA-1.5. The backward pass computes no more of the layers again than the memory asks for.
+    model = dataclasses.replace(model, max_length=2048, remat_policy="auto")
     config = Config(
         name=name,
         stages=STAGES if stage is None else (stage,),

@@ -69,6 +69,16 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     return sum(peaks) if len(peaks) == len(chips) else None
 
 
+def memory_of(device: Any) -> float | None:
+    """Bytes that a program may use of a JAX device: what it says itself, or what its kind has; None: unknown."""
+    by_kind = {kind: chip.hbm / chip.devices for chip in CHIPS.values() for kind in chip.kinds}
+    try:
+        says = device.memory_stats() or {}
+    except RuntimeError:  # it is not there: a plan's
+        says = {}
+    return says.get("bytes_limit") or by_kind.get(device.device_kind)
+
+
 def _place(device: Any) -> tuple[Any, ...]:
     """The same for devices of one chip."""
     if device.platform != "tpu":

@@ -20,6 +20,8 @@ os.environ.setdefault("NPROC", "64")  # threads of XLA's pool: with as many as c
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {QUICK_COMPILE}"
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # neither read nor fill the user's; kills have one of their own
+
 # A shell gives its background jobs an ignored Ctrl-C; the tests of being stopped want the usual one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from saisa_jax.chips import CHIPS, peak_flops
+from saisa_jax.chips import CHIPS, GIB, memory_of, peak_flops
 
 
 def tpu(kind: str, *coords: int, core: int = 0, slice_index: int = 0):
@@ -48,3 +48,14 @@ def test_what_is_not_known_has_no_peak():
 def test_no_kind_is_two_chips():
     kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
+
+
+def test_memory_is_what_a_device_says_or_what_its_kind_has():
+    def absent():
+        raise RuntimeError("MemoryStats is only supported for addressable PjRt devices")
+
+    device = lambda kind, stats: SimpleNamespace(device_kind=kind, memory_stats=stats)  # noqa: E731
+    assert memory_of(device("NVIDIA A100-SXM4-80GB", lambda: {"bytes_limit": 30 * GIB})) == 30 * GIB
+    assert memory_of(device("TPU v5 lite", absent)) == 15.75 * GIB
+    assert memory_of(device("TPU7x", absent)) == 94.75 * GIB  # of one of the chip's two devices
+    assert memory_of(device("cpu", lambda: None)) is None

@@ -15,13 +15,13 @@ PACKAGE = ROOT / "saisa_jax"
 # A room reads rooms of lower layers alone, inside functions too.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "batch", "chips"}),
-    frozenset({"buckets", "config", "registry"}),
+    frozenset({"buckets", "compilation", "config", "registry"}),
     frozenset({"checkpoints", "data", "models"}),
     frozenset({"convert", "flops", "parallel"}),
     frozenset({"presets", "testing"}),
     frozenset({"configs", "inference"}),
     frozenset({"__init__"}),  # `saisa_jax` itself: `load` on first use
-    frozenset({"evaluation"}),
+    frozenset({"evaluation", "serving"}),
     frozenset({"training"}),
     frozenset({"planning", "report"}),
     frozenset({"bench"}),

@@ -30,6 +30,7 @@ from jaxtyping import Array, UInt32
 ALGORITHM = "mix32"
 
 PIECE_BYTES = 2**27
+HOST_BYTES = 2**20
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
@@ -45,7 +46,7 @@ def unflatten_dict(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The checksum of every leaf, by path; computed on the leaf's own devices, however it is sharded.
+    """The checksum of every leaf, by path; of a large one computed on its own devices, however it is sharded.
 
     Args:
       tree: arrays of float32, bfloat16, float16, integers of up to 32 bits, or bool; any shape, empty ones too.
@@ -61,14 +62,28 @@ def checksums(tree: Any) -> dict[str, int]:
                 f"{path} is {type(leaf).__name__} of dtype {dtype}; a checkpoint holds arrays of float32, bfloat16, "
                 "float16, bool, or integers of 8, 16 or 32 bits"
             )
-    sums = []
-    for leaf in flat.values():
+    small = jax.device_get({path: leaf for path, leaf in flat.items() if _is_small(leaf)})
+    sums: dict[str, Any] = {path: [_checksum_on_host(leaf)] for path, leaf in small.items()}
+    for path, leaf in flat.items():
+        if path in small:
+            continue
         with _own_mesh(leaf):
-            sums.append([_checksum(leaf, start, rows) for start, rows in _pieces(leaf)])
-        if len(sums[-1]) > 1:  # a large leaf: done before the next one starts
-            jax.block_until_ready(sums[-1])
+            sums[path] = [_checksum(leaf, start, rows) for start, rows in _pieces(leaf)]
+        if len(sums[path]) > 1:  # a large leaf: done before the next one starts
+            jax.block_until_ready(sums[path])
     sums = jax.device_get(sums)
-    return {path: sum(map(int, values)) % 2**32 for path, values in zip(flat, sums, strict=True)}
+    return {path: sum(map(int, sums[path])) % 2**32 for path in flat}
+
+
+def _is_small(leaf: Any) -> bool:
+    """Whether it is summed on the host, which compiles nothing: a program is one of the leaf's shape."""
+    return leaf.nbytes <= HOST_BYTES and getattr(leaf, "is_fully_addressable", True)
+
+
+def _checksum_on_host(x: np.ndarray) -> np.uint32:
+    bits = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
+    index = np.arange(bits.size, dtype=np.uint32)
+    return np.sum(_mix(bits + _mix(index + np.uint32(0x9E3779B9))), dtype=np.uint32)
 
 
 def _pieces(leaf: Any) -> list[tuple[int, int]]:
@@ -114,10 +129,10 @@ def _checksum(x: Array, start: Any, rows: int) -> UInt32[Array, ""]:
     return jnp.sum(_mix(bits + _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
 
 
-def _mix(x: Array) -> Array:
+def _mix(x: Any) -> Any:
     """The finalizer of MurmurHash3: invertible, and every input bit affects every output bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 

@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 
 from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
+from saisa_jax.compilation import Programs
 from saisa_jax.config import ConfigError
 from saisa_jax.data.sample import ASSISTANT, Turn
 from saisa_jax.errors import UserError
@@ -31,19 +31,6 @@ HELP = """\
 /exit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
 
 
-class Compiling:
-    """Counts the seconds that this process spends compiling from now on."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del kwargs
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += duration_secs
-
-
 class Terminal:
     """Reads lines, answers them, obeys commands."""
 
@@ -51,7 +38,7 @@ class Terminal:
         self.chat, self.console = chat, console
         self.max_new_tokens, self.sampling, self.seed = max_new_tokens, sampling, seed
         self.pictures: list[str] = []
-        self.compiling = Compiling()
+        self.programs = Programs()
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
@@ -109,7 +96,7 @@ class Terminal:
     def clocks(self) -> tuple[float, float]:
         """The time, and the time without what was spent on compiling, in seconds."""
         now = time.perf_counter()
-        return now, now - self.compiling.seconds
+        return now, now - self.programs.seconds
 
     def answer(self, question: str) -> None:
         """Prints the answer as it comes, and how fast it came. Ctrl-C stops it.
@@ -167,13 +154,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
     console = Console()
     with console.status("loading"):
-        model = load(
-            flags.checkpoint,
-            mesh=devices.mesh_of(flags),
-            dtype=flags.dtype,
-            quantize=flags.quantize,
-            allow_urls=flags.allow_urls,
-        )
+        model = load(flags.checkpoint, quantize=flags.quantize, allow_urls=flags.allow_urls, **devices.placed(flags))
     chat = Chat(model)
     with console.status("looking at the picture (the first one compiles)"):
         for image in flags.image:

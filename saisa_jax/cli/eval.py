@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     stop = command.Stop(several=bool(options.coordinator))
     try:
         devices.join(options)
-        placed = {"quantize": options.quantize, "dtype": options.dtype, "mesh": devices.mesh_of(options)}
+        placed = {"quantize": options.quantize, **devices.placed(options)}
         checkpoint = options.checkpoint or command.model_of(options.workdir)
         if options.question:
             print(command.ask(checkpoint, options.question, options.image, options.max_new_tokens, **placed))

@@ -8,10 +8,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from saisa_jax.compilation import OFF
 from saisa_jax.errors import did_you_mean
 
 if TYPE_CHECKING:
     from saisa_jax.config import Config
+
+CACHE_FLAG = "--compilation_cache"
+# Of those that compile on the devices that there are; chat tells of it by itself.
+COMPILING_VERBS = frozenset({"train", "eval", "chat", "report", "checkpoint export", "bench image", "bench step"})
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +41,16 @@ class Parser(argparse.ArgumentParser):
                 "--config", metavar="RECIPE[:ARGUMENT]", help="a recipe's file, or the name of one in configs/"
             )
             self.epilog = "Every field of the recipe is a flag too: --config.finetune.optimizer.lr=1e-5, for example."
+
+        if verb in COMPILING_VERBS:
+            self.add_argument(
+                CACHE_FLAG,
+                action=_Nothing,
+                default=argparse.SUPPRESS,
+                metavar="DIR|off",
+                help="where compiled programs are kept for the next start (default: $JAX_COMPILATION_CACHE_DIR, or "
+                "~/.cache/saisa_jax/xla); off: nowhere",
+            )
 
     def add_switch(self, name: str, default: bool, help: str) -> None:
         """`--name` and `--noname`, as absl spells them."""
@@ -75,6 +90,37 @@ class Parser(argparse.ArgumentParser):
         options = self.parse_args(others)
         recipe = [] if options.config is None else [f"--config={options.config}"]
         return options, read_config([*recipe, *settings])
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """A flag's list of layers, `0,1,7`.
+
+    Raises:
+      ArgumentTypeError: something else.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers like 0,1,7") from None
+
+
+def cache_choice(args: Sequence[str]) -> str:
+    """What a command line says of `--compilation_cache`; "" if nothing. To be read before jax is imported."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag.add_argument(CACHE_FLAG, default="")
+    flag.add_argument("--topology")
+    try:
+        found = flag.parse_known_args(args)[0]
+        return OFF if found.topology else found.compilation_cache  # programs for devices elsewhere cannot be read back
+    except argparse.ArgumentError:  # no value: the verb's own parser says so
+        return ""
+
+
+class _Nothing(argparse.Action):
+    """Takes a flag that `cache_choice` has read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        del parser, namespace, values, option_string
 
 
 class _Switch(argparse.Action):

@@ -18,7 +18,7 @@ from saisa_jax.inference.memory import Shape
 from saisa_jax.planning import tables
 from saisa_jax.planning.generation import plan_generation
 from saisa_jax.planning.lengths import length
-from saisa_jax.planning.stage import MFU, plan_stage
+from saisa_jax.planning.stage import HFU, plan_stage
 from saisa_jax.planning.topologies import parse
 
 
@@ -37,7 +37,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--topology", help=f"what to compile for: {chips}")
     parser.add_switch("compare", False, "compile the LLaVA alignment as well")
     parser.add_switch("remedies", True, "if it does not fit, compile what may")
-    parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak that is assumed (default {MFU})")
+    parser.add_argument(
+        "--hfu",
+        type=float,
+        default=HFU,
+        help=f"share of the peak that executed FLOPs are assumed to reach (default {HFU})",
+    )
     parser.add_argument("--samples", type=int, help="of the sources; default: LLaVA's, by file name")
     parser.add_argument("--samples_per_row", type=float, help="of a packed row; default: estimated")
     parser.add_switch("generate", False, "the programs that eval.py runs with the finished model, not training's")
@@ -67,5 +72,5 @@ def main(argv: Sequence[str]) -> int:
     fits = True
     for stage in config.stages:
         long = length(config.stage(stage), config.data.packing, options.samples, options.samples_per_row)
-        fits &= plan_stage(console, config, stage, topology, long, options.mfu, options.remedies, options.compare)
+        fits &= plan_stage(console, config, stage, topology, long, options.hfu, options.remedies, options.compare)
     return 0 if fits else 1

@@ -1,6 +1,6 @@
 """Where `load` finds a model: one of ours, that of a run, or somebody else's, which is imported once into a cache.
 
-    $SAISA_JAX_CACHE/imports/NAME-KEY      the import; default ~/.cache/saisa_jax
+    $SAISA_JAX_CACHE/imports/NAME-KEY      the import; see `compilation.cache_root`
 
 The key is of names, sizes and times of the source's files, so that changed files are imported anew, and nothing is read
 to find that they are the same.
@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from saisa_jax.checkpoints import local_model
+from saisa_jax.compilation import cache_root
 from saisa_jax.config import STAGES
 from saisa_jax.convert.files.hub import REPOSITORY, resolve
 from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
@@ -84,11 +85,6 @@ def _imported(path: Path, name: str) -> Path:
         if not (target / "model.json").exists():  # another process may have done it meanwhile
             raise
     return target
-
-
-def cache_root() -> Path:
-    """`$SAISA_JAX_CACHE`, or `~/.cache/saisa_jax`."""
-    return Path(os.environ.get("SAISA_JAX_CACHE") or Path.home() / ".cache" / "saisa_jax")
 
 
 def _key(path: Path) -> str:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from saisa_jax.models.attention_gpu import cudnn_attention
 from saisa_jax.models.attention_tpu import flash_attention
-from saisa_jax.models.layers import for_float32_product
+from saisa_jax.models.layers import for_float32_product, keep
 from saisa_jax.models.mask import MASKED, KeyBlock, Mask, PackedPositions
 
 KERNELS = {"flash": flash_attention, "cudnn": cudnn_attention}
@@ -81,7 +81,7 @@ def _xla_attention(q: Any, blocks: Sequence[KeyBlock]) -> tuple[Any, Any]:
     )
     out = out * jnp.moveaxis(inverse, 3, 1)  # [B, K, G, T, 1] -> [B, T, K, G, 1]
     attention = (jnp.concatenate(weights, axis=-1) * inverse).reshape(batch, num_heads, length, -1)
-    return out.reshape(q.shape).astype(q.dtype), attention
+    return keep(out.reshape(q.shape).astype(q.dtype), "attended"), attention
 
 
 def _joined(blocks: Sequence[KeyBlock]) -> KeyBlock:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attend
-from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, rotate_keys, rotate_queries
+from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, keep, rotate_keys, rotate_queries
 from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask
 from saisa_jax.models.projectors import PROJECTORS
 
@@ -60,7 +60,7 @@ class MLP(nn.Module):
         self.down_proj = dense(c.embed_dim, ("mlp", "embed"), **_kinds(c))
 
     def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        hidden = nn.silu(self.gate_proj(h)) * self.up_proj(h)
+        hidden = nn.silu(keep(self.gate_proj(h), "gate")) * keep(self.up_proj(h), "up")
         return self.down_proj(constrain(hidden, "activation_batch", "activation_length", "activation_mlp"))
 
 
@@ -78,11 +78,11 @@ class Block(nn.Module):
         if c.per_layer_projectors:
             self.visual_proj = PROJECTORS[c.projector.kind](c)
 
-    def visual_kv(self, visual: Float[Array, "B V _"]) -> tuple[Float[Array, "B K V H"], Float[Array, "B K V H"]]:
+    def visual_kv(self, visual: Float[Array, "B _ _"]) -> tuple[Float[Array, "B K V H"], Float[Array, "B K V H"]]:
         """Keys (not rotated) and values of visual tokens: k, v of RMSNorm_in(V_l).
 
         Args:
-          visual: raw features Z [B, V, C] where each layer has its own projector; else tokens V [B, V, D].
+          visual: what the layer's own projector reads, mostly raw features Z [B, V, C]; without one, tokens [B, V, D].
         """
         tokens = self.visual_proj(visual) if self.config.per_layer_projectors else visual
         return self.attn.keys_values(self.input_norm(tokens))
@@ -114,7 +114,7 @@ class Block(nn.Module):
           [others..., own], float32 [B, N, T, S] (None unless `impl` is xla).
         """
         h = self.input_norm(x)
-        q = rotate_queries(self.attn.queries(h), rope)
+        q = keep(rotate_queries(self.attn.queries(h), rope), "q")
         k, v = self.attn.keys_values(h)
         k = rotate_keys(k, rope)
         out, weights = attend(q, [*others, KeyBlock(k, v, mask)], impl)

@@ -8,6 +8,7 @@ text buffer, and cannot be reused for another prompt; `visual` is None.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ class KVCache(NamedTuple):
     v: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
-    length: Int[Array, ""]  # columns in use, the same for every row
+    length: Int[Array, ""] | Int[Array, " B"]  # columns in use: the same for every row, or each row's own (a server's)
     visual: VisualKV | None
 
 
@@ -87,6 +88,19 @@ def append(
     that all T fit: `generate` allocates room for every token it may generate.
     """
     update = jax.lax.dynamic_update_slice_in_dim
+    if cache.length.ndim:  # a scatter
+
+        def put(old: jax.Array, new: jax.Array, rows: int, columns: int) -> jax.Array:
+            of_row = functools.partial(update, axis=columns - 1)
+            return jax.vmap(of_row, in_axes=(rows, rows, 0), out_axes=rows)(old, new.astype(old.dtype), cache.length)
+
+        return cache._replace(
+            k=put(cache.k, k, 1, 3),
+            v=put(cache.v, v, 1, 3),
+            positions=put(cache.positions, positions, 0, 1),
+            segment_ids=put(cache.segment_ids, segment_ids, 0, 1),
+            length=cache.length + jnp.sum(segment_ids > 0, axis=1),
+        )
     return cache._replace(
         k=update(cache.k, k.astype(cache.k.dtype), cache.length, 3),
         v=update(cache.v, v.astype(cache.v.dtype), cache.length, 3),

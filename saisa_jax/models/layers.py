@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from saisa_jax.config import ModelConfig
@@ -89,6 +90,7 @@ def dense(
     param_dtype: Any = jnp.float32,
     name: str | None = None,
     float32_output: bool = False,
+    kernel_init: Callable[..., Any] | None = None,
 ) -> nn.DenseGeneral:
     """A projection with logical axes `axes`, one name for each dimension of its kernel."""
     features = (features,) if isinstance(features, int) else tuple(features)
@@ -100,7 +102,7 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=named(nn.initializers.lecun_normal(), *axes),
+        kernel_init=named(kernel_init or nn.initializers.lecun_normal(), *axes),
         bias_init=named(nn.initializers.zeros, *axes[-len(features) :]),
         dot_general=dot,
         name=name,
@@ -215,11 +217,35 @@ def init_stack(block: nn.Module, length: int, *args: Any, method: Any = None) ->
     return init
 
 
+# Arrays of a layer by the names that their modules give them (`keep`). The visual tokens' are not among them: there are
+# more of these than of text, and each of their arrays takes the memory of several of these.
+NAMES = ("q", "gate", "up")
+ATTENDED = ("attended", "logsum")  # a fused attention's own results
+
+
+def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """cuDNN's attention, whose results cannot be named before its own backward pass keeps them."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def _or_attention(policy: Any) -> Any:
+    """`policy`, and what a fused attention keeps: a product that is none to JAX."""
+    policies = jax.checkpoint_policies
+    fused = policies.save_from_both_policies(policies.save_only_these_names(*ATTENDED), _is_kernel)
+    return policies.save_from_both_policies(policy, fused)
+
+
 _POLICIES = {
     "full": None,  # keep nothing but the carry
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": _or_attention(jax.checkpoint_policies.save_only_these_names(*NAMES)),
+    "dots": _or_attention(jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _or_attention(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
+
+
+def keep(x: Any, name: str) -> Any:
+    """`x`, by a name of NAMES or ATTENDED: what `remat_policy=names` keeps for the backward pass."""
+    return checkpoint_name(x, name)
 
 
 def scan_stack(
@@ -232,7 +258,9 @@ def scan_stack(
     plain scan over them.
     """
     if remat_policy != "none":
-        body = jax.checkpoint(body, policy=_POLICIES[remat_policy], prevent_cse=not scan)
+        # `auto` that nobody has settled: a model that does not train.
+        policy = _POLICIES["full" if remat_policy == "auto" else remat_policy]
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
     length = jax.tree.leaves(xs)[0].shape[0]
     return jax.lax.scan(body, carry, xs, unroll=1 if scan else length)
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from saisa_jax import flops
 from saisa_jax.config import STAGES, Config, ConfigError, to_dict
 from saisa_jax.planning import tables, topologies
-from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import Length, length
 from saisa_jax.planning.stage import plan_stage
+from saisa_jax.training.memory import device_bytes
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.setup import StageSetup, setup_stage
 

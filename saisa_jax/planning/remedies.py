@@ -7,16 +7,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 from saisa_jax.config import Config, ConfigError, ModelConfig
-from saisa_jax.planning.compile import Program, compile_stage, device_bytes
+from saisa_jax.planning.compile import Program, compile_stage
 from saisa_jax.planning.topologies import Topology, devices
-from saisa_jax.training.setup import StageSetup, setup_stage
+from saisa_jax.training.memory import SURE, step_bytes
+from saisa_jax.training.setup import setup_stage
 
 ACCUMULATIONS = range(1, 17)
 TRIES = 3  # compilations at most; each takes minutes
-SURE = 0.9  # of the memory; the arithmetic is no better than that
 
 
 class Remedy(NamedTuple):
@@ -77,7 +75,8 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
             prepared = setup_stage(remedy.config, stage, steps, devices(topology))
         except ConfigError:
             continue  # its rows do not divide by the mesh
-        if estimate(prepared, remedy.config.training.loss_chunk) > SURE * room:
+        state, chunk = prepared.abstract_state(), config.training.loss_chunk
+        if step_bytes(prepared.model, prepared.settings, prepared.mesh, state, chunk) > SURE * room:
             continue
         program = compile_stage(remedy.config, stage, topology, steps)
         if program.fits:
@@ -86,27 +85,3 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
         if tries == TRIES:
             break
     return None
-
-
-def estimate(prepared: StageSetup, loss_chunk: int = 0) -> float:
-    """Bytes of one device at the height of a step, to a quarter or so: state, gradients, and what is kept and what is
-    in use of the activations."""
-    c, s, mesh = prepared.model, prepared.settings, prepared.mesh.shape
-    tensor = mesh["tensor"]
-    rows = s.batch_size / (mesh["data"] * mesh["fsdp"] * s.accumulation)
-    visual = s.max_images * c.vision.num_patches
-    asking = s.text_length + (visual if c.alignment == "llava" else 0)
-    width = jax.numpy.dtype(c.dtype).itemsize
-
-    state = prepared.abstract_state()
-    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), state.trainable)
-    gradients = device_bytes(floats) * (1 if s.accumulation == 1 else 2)  # the sum so far, and the next ones
-    carried = rows * (asking + (visual if c.alignment == "naavit" else 0)) * c.embed_dim * width
-    # Scores and what softmax makes of them, forward and backward: three and a half times their size, as compiled.
-    scores = (
-        3.5 * 4 * rows * c.num_heads / tensor * asking * (s.text_length + visual) if c.attention_impl == "xla" else 0
-    )
-    layer = scores + 4 * rows * asking * c.mlp_dim / tensor * width + 3 * rows * visual * c.embed_dim * width
-    kept = c.num_layers * (carried if c.remat_policy != "none" else layer)
-    logits = 3 * 4 * rows * min(loss_chunk or s.text_length, s.text_length) * c.padded_vocab_size / tensor
-    return device_bytes(state) + gradients + kept + max(layer, logits)

@@ -130,7 +130,7 @@ def _target(topology: Topology) -> str:
     return (
         f'gpu_device_info {{ {fields} {capability} device_vendor: "NVIDIA Corporation" {versions} '
         f'dnn_version: "9.10.0" }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} '
-        f'device_description_str: "NVIDIA {topology.kind.upper()}"'
+        f'device_description_str: "{chip.kinds[0]}"'
     )
 
 

@@ -27,6 +27,7 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     return os.environ | {
         "XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saisa_jax import parallel
 from saisa_jax.batch import HostBatch
+from saisa_jax.compilation import share_programs
 from saisa_jax.config import ConfigError, DistributedConfig
 from saisa_jax.data.pipeline import TrainIterator
 from saisa_jax.parallel import OtherProcessError
@@ -74,6 +75,7 @@ def start(config: DistributedConfig, flags: str = "--config.distributed.") -> No
         ) from error
     finally:
         joined.set()
+    share_programs()
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
 

@@ -6,12 +6,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from saisa_jax import parallel
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from saisa_jax.models.saisa import abstract_params
+from saisa_jax.training.memory import lightest_remat, room
 from saisa_jax.training.optimizer import make_optimizer, split
 from saisa_jax.training.state import TrainState, make_state, state_shardings
 
@@ -21,7 +23,7 @@ class StageSetup(NamedTuple):
 
     name: str
     settings: StageConfig
-    model: ModelConfig  # while the stage trains it
+    model: ModelConfig  # while the stage trains it; nothing of it is `auto`
     mesh: Mesh
     rules: parallel.Rules
     optimizer: Any
@@ -49,7 +51,7 @@ def setup_stage(config: Config, name: str, steps: int, devices: list[Any] | None
     """Mesh, rules, optimizer and shardings of stage `name`, which takes `steps` steps.
 
     Args:
-      devices: what the mesh is made of; None: all there are.
+      devices: what the mesh is made of; None: all there are, of all processes, each of which calls this.
 
     Raises:
       ConfigError: rows or dimensions that do not divide by the mesh, parameters that no group takes.
@@ -68,4 +70,11 @@ def setup_stage(config: Config, name: str, steps: int, devices: list[Any] | None
     trainable, _ = jax.eval_shape(lambda params: split(params, settings.groups), abstract_params(model))
     optimizer = make_optimizer(settings.optimizer, settings.groups, trainable, steps)
     shardings = state_shardings(model, settings.groups, optimizer, mesh, rules)
-    return StageSetup(name, settings, model, mesh, rules, optimizer, shardings)
+    stage = StageSetup(name, settings, model, mesh, rules, optimizer, shardings)
+    if model.remat_policy != "auto":
+        return stage
+    available = room(mesh.devices.flatten().tolist())
+    state, chunk = stage.abstract_state(), config.training.loss_chunk
+    policy, because = lightest_remat(model, settings, mesh, state, chunk, available)
+    logging.info("%s: model.remat_policy=auto is %s: %s", name, policy, because)
+    return stage._replace(model=dataclasses.replace(model, remat_policy=policy))

@@ -102,7 +102,10 @@ def create_state(
     Args:
       donate: the argument's arrays may become the state's, so that they are not in memory twice.
     """
-    make = lambda argument: make_state(make_params(argument), groups, optimizer)  # noqa: E731
+
+    def first_state(argument: Any) -> TrainState:
+        return make_state(make_params(argument), groups, optimizer)
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
-        return jax.jit(make, out_shardings=shardings, donate_argnums=0 if donate else ())(argument)
+        return jax.jit(first_state, out_shardings=shardings, donate_argnums=0 if donate else ())(argument)

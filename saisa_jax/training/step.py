@@ -13,6 +13,7 @@ import optax
 from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.layers import constrain
+from saisa_jax.models.pairs import legal_share, visited_share
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.training.loss import chunked_cross_entropy
 from saisa_jax.training.optimizer import Optimizer, merge
@@ -30,7 +31,7 @@ def make_train_step(
     A step whose loss or gradient is not finite changes nothing but the step counter.
 
     Metrics: loss, tokens (sum of loss weights), grad_norm (before clipping), lr, skipped (1.0: nothing was changed),
-    and what the batch held (`held_by`).
+    what the batch held (`held_by`), and how much of attention's pairs was legal and how much was computed (0..1).
 
     Args:
       config: the model.
@@ -39,11 +40,11 @@ def make_train_step(
       accumulation: micro-batches that the batch is read in, one after the other.
       loss_chunk: positions of a row that have logits at the same time; 0: all.
     """
-    sums_of = _sums_of(config, loss_chunk)
+    sums = sums_of(config, loss_chunk)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def gradient_of(rows: Batch) -> Any:
-            return jax.value_and_grad(sums_of, has_aux=True)(state.trainable, state.frozen, rows)
+            return jax.value_and_grad(sums, has_aux=True)(state.trainable, state.frozen, rows)
 
         (total, weight), gradients = _accumulate(gradient_of, batch, accumulation, state.trainable, shardings)
         divisor = jnp.maximum(weight, 1.0)
@@ -65,10 +66,12 @@ def make_train_step(
             "lr": optimizer.learning_rate(state.opt_state),
             "skipped": 1.0 - good,
             **held_by(batch),
+            "attention_legal": legal_share(config, batch),
+            "attention_visited": visited_share(config, batch),
         }
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def held_by(batch: Batch) -> Metrics:
@@ -84,20 +87,20 @@ def held_by(batch: Batch) -> Metrics:
 
 def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
     """A jitted (trainable, frozen, batch) -> (sum of losses, sum of weights)."""
-    return jax.jit(_sums_of(config, loss_chunk))
+    return jax.jit(sums_of(config, loss_chunk))
 
 
-def _sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
-    """(trainable, frozen, rows) -> (sum of losses, sum of weights)."""
+def sums_of(config: ModelConfig, loss_chunk: int) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
+    """The loss as it is differentiated: (trainable, frozen, rows) -> (sum of losses, sum of weights)."""
     model = Saisa(config)
 
-    def sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
+    def loss_sums(trainable: Any, frozen: Any, rows: Batch) -> tuple[Any, Any]:
         apply = functools.partial(model.apply, {"params": merge(trainable, frozen)})
         hidden, _ = apply(rows, method=Saisa.hidden)
         head = functools.partial(apply, method=Saisa.head)
         return chunked_cross_entropy(head, hidden, rows["targets"], rows["loss_weights"], loss_chunk)
 
-    return sums
+    return loss_sums
 
 
 def _accumulate(

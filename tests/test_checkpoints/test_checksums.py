@@ -31,14 +31,22 @@ def example(dtype: str, shape: tuple[int, ...] = (4, 8)) -> np.ndarray:
     return np.asarray(jnp.asarray(values > 0 if dtype == "bool" else np.abs(values), dtype))
 
 
+@pytest.fixture(params=["on the host", "by programs"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where small leaves are summed; large ones always are by programs."""
+    if request.param == "by programs":
+        monkeypatch.setattr(sys.modules[checksums.__module__], "HOST_BYTES", -1)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
-def test_is_what_it_is_said_to_be(dtype):
+def test_is_what_it_is_said_to_be(dtype, place):
     x = example(dtype)
     assert checksums({"x": jnp.asarray(x)}) == {"x": reference(x)} == checksums({"x": x})
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (0, 3), (2, 3, 5)])
-def test_any_shape(shape):
+def test_any_shape(shape, place):
     x = example("float32", shape)
     assert checksums([x]) == {"0": reference(x)}
 
@@ -74,7 +82,7 @@ def test_refuses_what_it_cannot_hold():
 
 
 @pytest.mark.multi_device
-def test_is_the_same_on_every_mesh():
+def test_is_the_same_on_every_mesh(place):
     tree = {
         "w": example("float32", (8, 8, 4)),
         "v": example("bfloat16", (8,)),
@@ -132,6 +140,19 @@ def test_sealed_documents():
 def test_large_leaves_are_summed_in_pieces(monkeypatch):
     tree = {"a": jnp.arange(7 * 5 * 3, dtype=jnp.bfloat16).reshape(7, 5, 3), "b": np.arange(11, dtype=np.float32)}
     whole = checksums(tree)
+    monkeypatch.setattr(sys.modules[checksums.__module__], "HOST_BYTES", -1)
     for size in (1, 64, 100):
         monkeypatch.setattr(sys.modules[checksums.__module__], "PIECE_BYTES", size)
         assert checksums(tree) == whole
+
+
+def test_a_small_model_compiles_nothing():
+    tree = {str(size): jnp.zeros((size, 3), jnp.bfloat16) for size in range(1, 9)}
+    compiled = []
+    note = lambda event, seconds, **said: compiled.append(said) if event.endswith("compile_duration") else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        checksums(tree)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled

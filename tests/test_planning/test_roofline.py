@@ -10,11 +10,11 @@ import pytest
 
 from saisa_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 from saisa_jax.planning import remedies
-from saisa_jax.planning.compile import device_bytes
 from saisa_jax.planning.lengths import length
 from saisa_jax.planning.stage import as_llava
 from saisa_jax.planning.topologies import parse
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training.memory import device_bytes
 from saisa_jax.training.setup import setup_stage
 
 
@@ -57,7 +57,9 @@ def test_remedies_come_in_order_and_say_only_what_changes(recipe: Config) -> Non
     first = "--config.model.remat_policy=full --config.model.attention_impl=flash"
     assert lines[:2] == [first, f"{first} --config.finetune.accumulation=2"]
     assert str(next(remedies.candidates(none, "finetune", gpu))) == first.replace("flash", "cudnn")
-    flash = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention_impl="flash"))
+    assert str(next(remedies.candidates(recipe, "finetune", tpu))) == "--config.model.remat_policy=full"
+    full = dataclasses.replace(recipe.model, remat_policy="full", attention_impl="flash")
+    flash = dataclasses.replace(recipe, model=full)
     only = next(remedies.candidates(flash, "finetune", tpu))
     assert str(only) == "--config.finetune.accumulation=2" and only.config.finetune.accumulation == 2
     *_, last = remedies.candidates(flash, "finetune", tpu)
