@@ -168,9 +168,11 @@ def _load(checkpoint: str | Path, layout: str) -> _Model:
     model = config.model_for(document["metadata"]["stage"])
     sources = sidecar.read(checkpoint)
     params, _, tokenizer, _ = load_model(checkpoint)
-    if layout == "saisa" and "visual_proj" in params and model.alignment == "saisa":
-        # Stage 1's projector, which serves every layer.
-        model = dataclasses.replace(model, projector=dataclasses.replace(model.projector, sharing="per_layer"))
+    if layout == "saisa" and model.alignment == "saisa" and not model.per_layer_projectors and "visual_proj" in params:
+        # Stage 1's projector, which serves every layer; of a low-rank one that is the MLP that it is to start from.
+        kind = "mlp" if model.projector.kind == "low_rank" else model.projector.kind
+        projector = dataclasses.replace(model.projector, kind=kind, sharing="per_layer")
+        model = dataclasses.replace(model, projector=projector)
         params = share_to_per_layer(params, model)
     ends, template = model.end_token_ids, config.stage(document["metadata"]["stage"]).template
     if tokenizer is not None:
