@@ -122,6 +122,7 @@ class StageTrainer:
         self.data, self.rows, self.steps = data, data.rows, data.steps
         setup = setup_stage(config, name, self.steps)
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup
+        self.batch = setup.abstract_batch()
         disk, s = config.training.local_checkpoints, self.settings
         self.local = LocalCheckpoints(disk, self.directory) if disk else None
         self.source = start_source(config, name, workdir)
@@ -237,7 +238,7 @@ class StageTrainer:
         evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
         alarm = processes.Alarm(options.checkpoint_every_minutes)
         with (
-            self.journal.open(first, self.flops, self.mesh.devices.flatten().tolist()),
+            self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
         ):
@@ -295,6 +296,11 @@ class StageTrainer:
             by = stop.requested or "another process"
             logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
+
+    def _work(self, train_step: Any) -> flops.StepFlops:
+        """FLOPs of a step; its trace is the one that the first step compiles."""
+        s, traced = self.settings, train_step.trace(self.state, self.batch)
+        return flops.of_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images, traced.jaxpr.jaxpr)
 
     def _save_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, step: int, first: int) -> None:
         """What was trained is kept when the data of the next step cannot be read; a failure to save is only logged."""
