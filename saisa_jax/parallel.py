@@ -284,6 +284,13 @@ def agree(value: int, what: str) -> None:
             raise ConfigError(f"the processes have different {what}: start the same command with the same files on all")
 
 
+def least(value: int) -> int:
+    """The smallest number of all processes, rounded down to a multiple of 2**20 where there are several."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.min(multihost_utils.process_allgather(np.asarray(value >> 20, np.int32)))) << 20
+
+
 def from_first(value: np.ndarray) -> np.ndarray:
     """Process 0's array, in every process; the others give one of the same shape."""
     return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))

@@ -224,12 +224,17 @@ class VisionLanguageModel:
         prompts: Sequence[Prompt],
         batches: Sequence[Sequence[int | None]],
         max_new_tokens: int,
+        cache_bytes: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[Any]]:
-        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`)."""
+        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`).
+
+        `cache_bytes` of pictures stay on each device; None: as many as `image_cache` may have.
+        """
         from saisa_jax.inference.batches import Answerer  # which is written for this class
 
-        return iter(Answerer(self, prompts, batches, max_new_tokens, self.image_cache.max_bytes, stop))
+        cache_bytes = self.image_cache.max_bytes if cache_bytes is None else cache_bytes
+        return iter(Answerer(self, prompts, batches, max_new_tokens, cache_bytes, stop))
 
     def encode_images(self, images: Sequence[Any]) -> list[EncodedImage]:
         """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.

@@ -240,7 +240,9 @@ class Saisa(nn.Module):
         """Keys and values [Lv, B, K, V, H] rotated, once, to the positions of their rows' slots."""
         positions, segment_ids = visual_positions(batch, image_kv.k.shape[3])
         rope = rotation(positions, self.config)
-        return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
+        # Layer by layer, since they are float32 while they are rotated.
+        k = jax.lax.map(lambda k: rotate_keys(k, rope), image_kv.k)
+        return VisualKV(k, image_kv.v, positions, segment_ids)
 
     def extend(
         self,
