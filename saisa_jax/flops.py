@@ -5,7 +5,8 @@ allocated. Every matrix product and convolution of its jaxpr counts, 2 FLOPs per
 and activations are left out (under 1% at 7B, 4 to 6% at the demo's size). Which part a product belongs to is said by
 the names of the Flax modules around it, so that a new projector or encoder is counted without anything done here.
 
-Attention counts in full, causal and padded positions too. The last layer of llava and naavit also updates visual tokens
+Attention counts in full, causal and padded positions too; `StepFlops` knows how much of it that is, and takes the legal
+pairs of a step's rows alone. The last layer of llava and naavit also updates visual tokens
 that nothing reads; the paper's formula counts that, and so does the jaxpr. A compiler may drop it (jax 0.12 does in
 part while lowering NAAViT: 0.988 of this count at 7B).
 
@@ -180,6 +181,31 @@ def _parted(params: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], dic
     return trainable, frozen
 
 
+class StepFlops(NamedTuple):
+    """FLOPs of a train step over all devices: what it needs, and what its program executes, recomputation included; of
+    both attention's in full, which is in them."""
+
+    needed: float
+    needed_attention: float
+    executed: float
+    executed_attention: float
+
+    def useful(self, legal: float) -> float:
+        """What is needed if that share of attention's pairs is legal (`models/pairs.py`)."""
+        return self.needed - (1 - legal) * self.needed_attention
+
+    def done(self, visited: float) -> float:
+        """What is executed if attention computes that share of its tiles."""
+        return self.executed - (1 - visited) * self.executed_attention
+
+
+def of_step(config: ModelConfig, groups: Groups, rows: int, text: int, images: int, jaxpr: Any) -> StepFlops:
+    """FLOPs of a train step, whose own jaxpr is given; the other arguments are those of `training`."""
+    needed, executed = training(config, groups, rows, text, images), _by_part(products(jaxpr))
+    attention = needed.forward.attention + needed.backward.attention
+    return StepFlops(needed.total, attention, executed.total, executed.attention)
+
+
 # --- Traces ----------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +237,7 @@ class Product(NamedTuple):
 
     scope: str  # names of the modules and transformations around it, from the outermost
     flops: int
+    bytes: int  # of its operands and its result, each once; a kernel, which may hold products, has them and no FLOPs
 
 
 # Names in a product's scope, and the part that it belongs to; the first that is found counts.
@@ -231,7 +258,7 @@ _SCOPES = {
 
 def _by_part(found: Iterable[Product]) -> Breakdown:
     parts: dict[str, int] = {}
-    for scope, flops in found:
+    for scope, flops, _ in found:
         part = next((part for name, part in _SCOPES.items() if name.search(scope)), "other")
         parts[part] = parts.get(part, 0) + flops
     return Breakdown(**parts)
@@ -253,14 +280,22 @@ def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
         name, params = equation.primitive.name, equation.params
         here = f"{scope}/{equation.source_info.name_stack}"
         if flops := _flops_of(equation):
-            yield Product(here, flops)
+            yield Product(here, flops, _bytes_of(equation))
             continue
         inside = [list(products(body, here)) for body in _bodies(params)]
         if name == "cond":
             inside = [max(inside, key=lambda branch: sum(product.flops for product in branch))]
-        turns = _turns(name, params)
-        for body in inside:
-            yield from (product._replace(flops=turns * product.flops) for product in body)
+        turns = again = _turns(name, params)
+        if name == "pallas_call":  # what its products read and write never leaves the core
+            yield Product(here, 0, _bytes_of(equation))
+            again = 0
+        for within, flops, moved in (product for body in inside for product in body):
+            yield Product(within, turns * flops, again * moved)
+
+
+def _bytes_of(equation: Any) -> int:
+    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars) if hasattr(variable.aval, "dtype")]
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def scans(jaxpr: Any) -> Iterator[Any]:

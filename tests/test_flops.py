@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from saisa_jax import flops, presets
 from saisa_jax.__main__ import main
+from saisa_jax.batch import empty_batch
 from saisa_jax.config import (
     TRAIN_ALL,
     TRAIN_ALL_BUT_VISION,
@@ -32,11 +35,16 @@ from saisa_jax.models.encoders.convnext import EXPANSION, KERNEL
 from saisa_jax.models.layers import dense
 from saisa_jax.models.projectors import PROJECTORS
 from saisa_jax.models.projectors.mlp import MLPProjector
+from saisa_jax.models.saisa import Saisa, abstract_params
+from saisa_jax.testing.configs import PROJECTORS as TINY_PROJECTORS
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training.optimizer import flatten
 from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.step import make_train_step
 
 TEXT = 16
+ROOT = Path(__file__).parents[1]
+SHARED = ProjectorConfig(sharing="shared")
 
 
 def seven_b(alignment: str, **overrides: Any) -> ModelConfig:
@@ -78,8 +86,12 @@ VARIANTS = {
     "saisa, one projector": small(projector=ProjectorConfig(sharing="shared")),
     "saisa, some layers": small(visual_layers=(1,), tie_embeddings=True),
     "saisa, convnext": small(vision=CONVNEXT),
+    "low rank": small(projector=ProjectorConfig("low_rank", hidden_dim=40, rank=24)),
+    "resampler": small(projector=ProjectorConfig("resampler", num_tokens=5, num_layers=3)),
     "naavit": small("naavit"),
+    "llava, resampler": small("llava", projector=ProjectorConfig("resampler", "shared", num_tokens=7)),
     "llava": small("llava", num_kv_heads=4),
+    "llava, switched": small("llava", naavit_layers=(0,), frozen_visual_layers=(2,)),
 }
 
 
@@ -90,24 +102,35 @@ def closed_form(config: ModelConfig, text: int, images: int = 1, head_rows: int 
     costs
 
         part          llava           naavit          saisa
-        projectors    -               -               2v(C*D + D*D)      its own; a shared one counts once for the model
+        projectors    -               -               2v(C*D + D*D)      its own; a shared one counts once for all;
+                                                      4vD*rank           low_rank, beside the shared one
+                                                      a resampler's queries also read M*(patches + P) features C wide
         q             2(t+v)DA        2tDA            2tDA
         kv            4(t+v)D*K*H     4(t+v)D*K*H     4(t+v)D*K*H        t alone in a layer that does not see the image
         o             2(t+v)AD        2tAD            2tAD
         attention     4(t+v)(t+v)A    4t(t+v)A        4t(t+v)A           scores and values, in full
         mlp           6(t+v)DF        6(t+v)DF        6tDF
     """
-    c, visual = config, images * config.vision.num_patches
+    c, visual = config, images * config.num_visual_tokens
     queries, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    sees = len(c.visible_layers) if images else 0
+    sees = sum(role != "none" for role in c.visual_roles) if images else 0
     parts = dict.fromkeys(flops.PARTS, 0)
     parts["vision"] = images * closed_form_of_encoder(c.vision)
     projector = 2 * visual * (c.vision.embed_dim * c.projector_dim + c.projector_dim * c.embed_dim)
     parts["projectors"] = projector * (sees if c.per_layer_projectors else 1)
+    if c.projector.kind == "resampler":
+        width, read = c.vision.embed_dim, images * c.vision.num_patches + visual
+        attends = 4 * visual * width**2 + 4 * read * width**2  # q and o of the queries, k and v of what they read
+        attends += 4 * visual * (c.vision.num_patches + c.num_visual_tokens) * width
+        one = c.projector.num_layers * (attends + 16 * visual * width**2) + 2 * visual * width * c.embed_dim
+        parts["projectors"] = one * (sees if c.per_layer_projectors else 1)
+    if c.projector.kind == "low_rank":
+        parts["projectors"] = projector + sees * 4 * visual * c.embed_dim * c.projector.rank
     parts["head"] = 2 * head_rows * c.embed_dim * c.padded_vocab_size
-    for layers, seen in ((sees, visual), (c.num_layers - sees, 0)):
-        asking = text + (seen if c.alignment == "llava" else 0)
-        through_mlp = text + (seen if c.alignment != "saisa" else 0)
+    roles = [(c.visual_roles.count(role), visual, role) for role in ("keys", "mlp", "queries")] if images else []
+    for layers, seen, role in (*roles, (c.num_layers - sees, 0, "none")):
+        asking = text + (seen if role == "queries" else 0)
+        through_mlp = text + (seen if role in ("mlp", "queries") else 0)
         parts["q"] += layers * 2 * asking * c.embed_dim * queries
         parts["kv"] += layers * 4 * (text + seen) * c.embed_dim * kv_heads
         parts["attention"] += layers * 4 * asking * (text + seen) * queries
@@ -194,6 +217,38 @@ def test_images_projectors_and_layers() -> None:
     assert text_only.total == flops.prefill(seven_b("llava"), text=64, images=0).total
 
 
+def test_the_family_at_7b() -> None:
+    """Low-rank parts cost a twelfth of a projector for each layer; ViCA reads the image in eight layers of 32."""
+    low_rank = flops.prefill(seven_b("saisa", projector=ProjectorConfig("low_rank")), text=64, convention="paper")
+    vica = seven_b("saisa", projector=SHARED, visual_layers=(0, 1, 7, 8, 9, 10, 11, 14))
+    assert (round(low_rank.projectors / 1e12, 3), round(low_rank.total / 1e12, 2)) == (0.063, 2.15)
+    assert round(flops.prefill(vica, text=64, convention="decoder").total / 1e12, 2) == 1.17
+    frozen = seven_b("llava", frozen_visual_layers=tuple(range(13, 32)))
+    assert round(flops.prefill(frozen, text=64, convention="paper").total / 1e12, 1) == 4.7  # as ShortV prints it
+
+
+def test_the_documentations_table_of_the_family() -> None:
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "family.md").read_text().splitlines() if "|" in line]
+    found = {row[0].strip(): [cell.strip() for cell in row[1:5]] for row in rows if len(row) == 6}
+    for name, change in {
+        "LLaVA-1.5": {"alignment": "llava"},
+        "NAAViT": {"alignment": "naavit"},
+        "SAISA": {},
+        "SAISA, shared": {"projector": SHARED},
+        "SAISA, low rank": {"projector": ProjectorConfig("low_rank")},
+        "SAISA, resampler": {"projector": ProjectorConfig("resampler", num_tokens=64)},
+        "ViCA": {"projector": SHARED, "visual_layers": (0, 1, 7, 8, 9, 10, 11, 14), "frozen_prefix": True},
+    }.items():
+        config = presets.make("vicuna-7b", "clip-vit-l-336", **change)
+        params = {path: leaf.size for path, leaf in flatten(abstract_params(config)).items()}
+        projector = sum(size for path, size in params.items() if "visual_proj" in path)
+        prefill = flops.prefill(config, text=64, convention="decoder").total
+        train = flops.train_step(config, TRAIN_ALL_BUT_VISION, 1, 512, 1)
+        shape = (len(config.visible_layers), 2, config.num_kv_heads, config.num_visual_tokens, config.head_dim, 2)
+        cache = "-" if config.alignment == "llava" else f"{math.prod(shape) / 1e6:.0f}"
+        assert found[name] == [f"{projector / 1e6:.1f}", f"{prefill / 1e12:.2f}", f"{train / 1e12:.1f}", cache], name
+
+
 def test_an_unknown_convention_is_an_error() -> None:
     with pytest.raises(ValueError, match="convention='papers' is not one of"):
         flops.prefill(small(), text=TEXT, convention="papers")
@@ -244,9 +299,16 @@ def test_positions_that_are_resampled_are_counted_once_a_batch() -> None:
     assert added == flops.prefill(small(vision=vision), TEXT, 1).vision - flops.prefill(small(), TEXT, 1).vision
 
 
-@pytest.mark.parametrize("alignment", ["llava", "naavit", "saisa"])
-def test_xla_counts_the_same_in_our_prefill_at_7b(alignment: str) -> None:
-    config = seven_b(alignment)
+@pytest.mark.parametrize(
+    "config",
+    [
+        seven_b("llava"),
+        seven_b("naavit"),
+        seven_b("saisa"),
+        seven_b("saisa", projector=ProjectorConfig("low_rank"), visual_layers=(0, 1, 7, 8)),
+    ],
+)
+def test_xla_counts_the_same_in_our_prefill_at_7b(config: ModelConfig) -> None:
     assert flops.xla_prefill(config, text=64) == pytest.approx(flops.prefill(config, text=64).total, rel=0.02)
 
 
@@ -342,13 +404,56 @@ def step_flops(config: Config, stage: str) -> tuple[int, int]:
     return executed, flops.train_step(p.model, s.groups, s.batch_size, s.text_length, s.max_images)
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", *TINY_PROJECTORS])
 @pytest.mark.parametrize(("stage", "groups"), [("pretrain", TRAIN_PROJECTOR), ("finetune", TRAIN_ALL_BUT_VISION)])
 def test_a_train_step_executes_what_it_needs(alignment: str, stage: str, groups: Groups) -> None:
     config = tiny_config(alignment)
     config = dataclasses.replace(config, **{stage: dataclasses.replace(config.stage(stage), groups=groups)})
     executed, needed = step_flops(config, stage)
     assert executed == needed
+
+
+def gradient(config: ModelConfig) -> tuple[Any, tuple[Any, Any]]:
+    """The function whose gradient of the decoder's layers a step takes, and its abstract arguments."""
+    params = abstract_params(config)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_batch(1, 128, 1, config.vision.image_size)
+    )
+
+    def loss(layers: Any, batch: Any) -> Any:
+        return jnp.sum(Saisa(config).apply({"params": params_of(layers)}, batch, method=Saisa.hidden)[0])
+
+    def params_of(layers: Any) -> Any:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params | {"layers": {}})
+        return zeros | {"layers": layers}
+
+    return jax.grad(loss), (params["layers"], batch)
+
+
+@pytest.mark.parametrize("policy", ["none", "names", "full"])
+def test_xla_counts_the_same_in_a_gradient_that_computes_again(policy: str) -> None:
+    """As it is lowered, with layers of the width of 7B; element-wise operations included."""
+    config = seven_b("saisa", num_layers=2, scan_layers=False, dtype="float32", vocab_size=256, remat_policy=policy)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_layers=2))
+    function, arguments = gradient(config)
+    traced = jax.jit(function).trace(*arguments)
+    by_xla = traced.lower().cost_analysis()["flops"]
+    assert by_xla == pytest.approx(flops.count(traced.jaxpr.jaxpr), rel=0.03)
+
+
+def test_a_step_knows_its_attention() -> None:
+    """Legal pairs alone are useful; a kernel's tiles, here two products forward and seven backward, are executed."""
+    config = small(head_dim=16, num_layers=1, scan_layers=False, remat_policy="none")
+    square = dataclasses.replace(
+        config, attention_impl="flash", vision=dataclasses.replace(config.vision, image_size=91)
+    )
+    function, arguments = gradient(square)  # 11 x 11 patches and 128 tokens: 249 keys, a tile of 256
+    work = flops.of_step(square, TRAIN_ALL, 1, 128, 1, jax.make_jaxpr(function)(*arguments).jaxpr)
+    queries, keys = 128, 11 * 11 + 128
+    product = 2 * queries * keys * square.num_heads * square.head_dim
+    assert work.needed_attention == 6 * product and work.executed_attention == 9 * product / keys * 256
+    assert work.useful(1.0) == work.needed and work.useful(0.25) == work.needed - 4.5 * product
+    assert work.done(1.0) - work.done(0.5) == work.executed_attention / 2
 
 
 def test_recomputation_is_executed_and_accumulation_changes_nothing() -> None:
@@ -373,6 +478,8 @@ def test_products_convolutions_loops_and_branches() -> None:
     x, w = jnp.zeros((2, 8, 16)), jnp.zeros((16, 32))
     product = 2 * 2 * 8 * 16 * 32
     assert count(lambda x, w: x @ w, x, w) == product
+    (only_one,) = flops.products(jax.make_jaxpr(lambda x, w: x @ w)(x, w).jaxpr)
+    assert only_one.bytes == x.nbytes + w.nbytes + 4 * 2 * 8 * 32
     assert count(jax.jit(lambda x, w: jax.checkpoint(jnp.matmul)(x, w)), x, w) == product
     square = jnp.zeros((16, 16))
     loop = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]  # noqa: E731

@@ -75,6 +75,12 @@ class DataConfig:
     num_workers: int = 0  # processes that read rows; 0: threads of this one
     num_threads: int | None = None  # of each process that reads; None: its share of the cores, 16 at most
     prefetch: int = 16  # batches
+    # Samples that are shuffled, and planned into rows, together. An epoch of more goes block by block, each with some
+    # of the files of a prepared set.
+    shuffle_block_size: int = 2**20
+    # Of the copies that this host keeps of a bucket's prepared files (~/.cache/saisa_jax): those read longest ago go
+    # when others need their room. None: four fifths of what the disk has free.
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         choice("data.on_error", self.on_error, ON_ERROR)
@@ -89,5 +95,8 @@ class DataConfig:
         for name in ("num_workers", "num_threads"):
             check((getattr(self, name) or 0) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
         positive("data.prefetch", self.prefetch)
+        positive("data.shuffle_block_size", self.shuffle_block_size)
+        if self.cache_bytes is not None:
+            positive("data.cache_bytes", self.cache_bytes)
         if self.turns_per_sample is not None:
             positive("data.turns_per_sample", self.turns_per_sample)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ from saisa_jax.convert.rows import ConvertError
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.conversation import end_token_id, fitting_template
 from saisa_jax.data.text.frames import default_system
-from saisa_jax.data.text.templates import TEMPLATES, find_template
+from saisa_jax.data.text.templates import TEMPLATES, Template, find_template
 
 # What stands before each turn, by which a tokenizer's own chat template is known.
 HEADERS = {"chatml": "<|im_start|>", "llama_3_instruct": "<|start_header_id|>"}
@@ -78,3 +80,71 @@ def _guess(tokenizer: Any, chat: str) -> str:
         if token in vocabulary:
             return name
     raise ConvertError("no template is known that ends its answers with a token of this tokenizer: say --template=NAME")
+
+
+# Of a turn's content in parts, and where its image stands: as `data/text/conversation.py` has it.
+_TURNS = """\
+{%- set found = namespace(turns=[]) -%}
+{%- for message in messages -%}
+  {%- set turn = namespace(text=message['content'] if message['content'] is string else '') -%}
+  {%- for part in ([] if message['content'] is string else message['content']) -%}
+    {%- set turn.text = turn.text + ('<image>' if part['type'] == 'image' else part['text']) -%}
+  {%- endfor -%}
+  {%- set text = turn.text | trim -%}
+  {%- set words = text.replace('<image>', '') | trim -%}
+  {%- if message['role'] == 'user' and words and text.split('<image>') | length == 2 and
+      (text.startswith('<image>') or text.endswith('<image>')) -%}
+    {%- set text = '<image>\n' + words -%}
+  {%- endif -%}
+  {%- set found.turns = found.turns + [{'role': message['role'], 'content': text}] -%}
+{%- endfor -%}
+{%- set messages = found.turns -%}
+"""
+_WORDS = """\
+{%- set system = SYSTEM -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- set system = messages[0]['content'] -%}
+  {%- set messages = messages[1:] -%}
+{%- endif -%}
+{{- BOS -}}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}
+    {{- ('' if loop.first else AFTER) + FIRST -}}
+    {%- if loop.first and system -%}{{- BEFORE_SYSTEM + system + AFTER_SYSTEM -}}{%- endif -%}
+    {{- LEAD + message['content'] + TAIL -}}
+  {%- else -%}
+    {{- BEFORE_ANSWER + message['content'] + AFTER_ANSWER + END -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def multimodal_chat_template(tokenizer: Any, template: Template | str, system_prompt: str | None) -> str:
+    """The chat template, in Jinja, of a model that was trained with `template`; contents may be lists with images.
+
+    Args:
+      template: one of ours, or "tokenizer": the tokenizer's own, which is kept.
+      system_prompt: None: the template's.
+    """
+    template = find_template(template)
+    if template.own:
+        return _TURNS + str(tokenizer.chat_template).removeprefix(_TURNS)
+    before, tail = template.user.split("{text}")
+    first, _, lead = before.partition("{system}") if "{system}" in before else ("", "", before)
+    before_system, _, after_system = template.system_format.partition("{system}")
+    before_answer, after_answer = template.answer.split("{text}")
+    words = {
+        "SYSTEM": template.system if system_prompt is None else system_prompt,
+        "BOS": str(tokenizer.bos_token or "") if template.bos else "",
+        "BEFORE_SYSTEM": before_system,
+        "AFTER_SYSTEM": after_system,
+        "BEFORE_ANSWER": before_answer,
+        "AFTER_ANSWER": after_answer,
+        "AFTER": template.after,
+        "FIRST": first,
+        "LEAD": lead,
+        "TAIL": tail,
+        "END": template.end or str(tokenizer.eos_token),
+    }
+    pattern = rf"\b({'|'.join(words)})\b"
+    return _TURNS + re.sub(pattern, lambda found: json.dumps(words[found[0]]), _WORDS)

@@ -164,6 +164,8 @@ def config_from_hf(
         return dataclasses.replace(ModelConfig(), vision=vision_config_from_hf(raw_vision, directory, select_layer))
     if layout == "llava-hf":
         return _llava_hf(raw, directory)
+    if layout == "hf":
+        return _saisa_hf(raw, directory)
     if layout == "hf-llm":
         text = raw.get("text_config") or raw
         if vision is None:
@@ -187,6 +189,34 @@ def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     _expect(raw, "multimodal_projector_bias", True, directory)
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or raw.get("tie_word_embeddings"))
     return decoder_config_from_hf(text, directory, alignment="llava", sharing="shared", vision=tower)
+
+
+def _saisa_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
+    if raw.get("model_type") != "saisa":
+        raise _unsupported(directory, "model_type", raw.get("model_type"), "this layout is an export of `saisa`")
+    select, mode = raw["vision_feature_layer"], image_mode_from_hf(read_preprocessor(directory))
+    vision = dict(raw["vision_config"]) | {FEATURE_LAYER: select, FEATURE_NORM: raw["vision_feature_norm"]}
+    tower = with_image_size(vision_config_from_hf(vision, directory, image_mode=mode), raw["image_size"])
+    model = decoder_config_from_hf(
+        raw["text_config"],
+        directory,
+        alignment=raw["alignment"],
+        sharing=raw["projector_sharing"],
+        vision=tower,
+    )
+    projector = dataclasses.replace(model.projector, hidden_dim=raw["projector_dim"])
+    layers = raw["visual_layers"]
+    return dataclasses.replace(model, projector=projector, visual_layers=None if layers is None else tuple(layers))
+
+
+def with_image_size(vision: VisionConfig, image_size: int) -> VisionConfig:
+    """An encoder for images of another size than it was trained on, whose positions are resampled.
+
+    Raises:
+      ConfigError: no patch of it fits.
+    """
+    learnt = None if vision.kind == "convnext" or image_size == vision.image_size else vision.image_size
+    return dataclasses.replace(vision, image_size=image_size, position_size=learnt)
 
 
 def _original(
@@ -321,6 +351,44 @@ def preprocessor_to_hf(config: VisionConfig, *, pads: bool = False) -> dict[str,
     if square:
         raw["crop_size"] = {"height": size, "width": size}
     return raw
+
+
+def saisa_to_hf(config: ModelConfig, image_token: int, template: str, system_prompt: str | None) -> dict[str, Any]:
+    """The config.json of the layout hf, which `remote/modeling_saisa.py` reads; fields as in its `SaisaConfig`."""
+    vision = config.vision
+    return {
+        "architectures": ["SaisaForConditionalGeneration"],
+        "model_type": "saisa",
+        "auto_map": {
+            "AutoConfig": "modeling_saisa.SaisaConfig",
+            "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
+        },
+        "text_config": decoder_to_hf(config),
+        "vision_config": vision_to_hf(vision),
+        "alignment": config.alignment,
+        "projector_sharing": config.projector.sharing,
+        "projector_dim": config.projector.hidden_dim,
+        "visual_layers": None if config.visual_layers is None else list(config.visual_layers),
+        "image_token_id": image_token,
+        "image_seq_length": vision.num_patches,
+        "image_size": vision.image_size,
+        "vision_feature_layer": vision.select_layer,
+        "vision_feature_norm": vision.post_norm,
+        "template": template,
+        "system_prompt": system_prompt,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def processor_to_hf(config: VisionConfig) -> dict[str, Any]:
+    """The processor_config.json of the layout hf: transformers' LLaVA processor, which writes an image's P tokens."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": config.patch_size,
+        "num_additional_image_tokens": 0,
+        "vision_feature_select_strategy": "full",  # P = (image_size // patch_size)^2, no class token among them
+    }
 
 
 def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_token: int | None) -> dict[str, Any]:

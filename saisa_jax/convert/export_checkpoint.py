@@ -16,12 +16,15 @@ from saisa_jax.checkpoints import checksums, load_model, read_account
 from saisa_jax.checkpoints.checksums import flatten
 from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.convert import sidecar
+from saisa_jax.convert.chat_template import multimodal_chat_template
 from saisa_jax.convert.configs import (
     TORCH_DTYPES,
     decoder_to_hf,
     features_to_hf,
     multimodal_to_hf,
     preprocessor_to_hf,
+    processor_to_hf,
+    saisa_to_hf,
     vision_to_hf,
 )
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
@@ -37,6 +40,7 @@ from saisa_jax.convert.hf_json import (
 )
 from saisa_jax.convert.layouts import TOWER_APART, TOWER_PREFIX, layout_for
 from saisa_jax.convert.official import fetches, official_notes, spell_for_transformers_4
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.target import check_room, check_target, written_whole
 from saisa_jax.convert.write import SHARD_BYTES, CastSource, ParamsSource, write_shards
@@ -46,6 +50,7 @@ from saisa_jax.models.saisa import share_to_per_layer
 
 # Of generation_config.json: transformers does not save a model that has them without do_sample.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+MODELING = Path(__file__).parent / "remote" / "modeling_saisa.py"  # the code of the layout hf
 TOWER = "vision_tower"  # the folder of the tower, beside a checkpoint in the layout saisa or llava
 
 
@@ -67,6 +72,8 @@ class _Model:
     config: ModelConfig
     tokenizer: Any
     end_tokens: tuple[int, ...]  # at which our generation stops
+    template: str  # how it is spoken to
+    system_prompt: str | None  # None: the template's own
     leaves: Mapping[str, Any]
     sources: dict[str, tuple[Source, Path]]
 
@@ -118,7 +125,13 @@ class _Piece:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, layout: str, to: str | Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    checkpoint: str | Path,
+    layout: str,
+    to: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    readme: str = "",
 ) -> Exported:
     """Writes a finished model in a layout of `layouts.LAYOUTS`: tensors, config.json, tokenizer, preprocessor.
 
@@ -127,6 +140,7 @@ def export_checkpoint(
     Args:
       to: a directory that does not exist yet, or is empty; it appears under its name when it is whole.
       dtype: of all tensors; None: those of the import from this layout, or else the parameters' own.
+      readme: the content of a README.md beside them; "": there is none.
 
     Raises:
       ConvertError: a model that the layout cannot say or has no place for, or a target that cannot be written; nothing
@@ -141,6 +155,8 @@ def export_checkpoint(
     with written_whole(target) as directory:
         for piece in pieces:
             piece.write(directory, shard_bytes)
+        if readme:
+            (directory / "README.md").write_text(readme)
         files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     restored, stale = (tuple(key for piece in pieces for key in getattr(piece, name)) for name in ("restored", "stale"))
     notes = (*_notes(target, layout), *(() if dtype else _rounded(model, layout)))
@@ -152,15 +168,17 @@ def _load(checkpoint: str | Path, layout: str) -> _Model:
     model = config.model_for(document["metadata"]["stage"])
     sources = sidecar.read(checkpoint)
     params, _, tokenizer, _ = load_model(checkpoint)
-    if layout == "saisa" and "visual_proj" in params and model.alignment == "saisa":
-        # Stage 1's projector, which serves every layer.
-        model = dataclasses.replace(model, projector=dataclasses.replace(model.projector, sharing="per_layer"))
+    if layout == "saisa" and model.alignment == "saisa" and not model.per_layer_projectors and "visual_proj" in params:
+        # Stage 1's projector, which serves every layer; of a low-rank one that is the MLP that it is to start from.
+        kind = "mlp" if model.projector.kind == "low_rank" else model.projector.kind
+        projector = dataclasses.replace(model.projector, kind=kind, sharing="per_layer")
+        model = dataclasses.replace(model, projector=projector)
         params = share_to_per_layer(params, model)
-    ends = model.end_token_ids
+    ends, template = model.end_token_ids, config.stage(document["metadata"]["stage"]).template
     if tokenizer is not None:
-        template_end = end_token_id(config.stage(document["metadata"]["stage"]).template, tokenizer)
+        template_end = end_token_id(template, tokenizer)
         ends = tuple(dict.fromkeys((tokenizer.eos_token_id, template_end, *ends)))
-    return _Model(params, model, tokenizer, ends, document["leaves"], sources)
+    return _Model(params, model, tokenizer, ends, template, config.data.system_prompt, document["leaves"], sources)
 
 
 def _pieces(model: _Model, layout: str, dtype: str | None, to: epath.Path) -> Iterator[_Piece]:
@@ -258,6 +276,8 @@ def _piece(model: _Model, layout: str, folder: str, tower: _Tower | None, dtype:
         carried = (*sidecar.TOKENIZER_FILES, *sidecar.TERMS)
         copied = (*(file for file in copied if file.name not in carried), *kept, *_kept(model, sidecar.TERMS))
         tokenizer = None if kept else model.tokenizer
+    if layout == "hf":
+        copied = (*(file for file in copied if file.name != MODELING.name), MODELING)
     stale = tuple(source.stale(model.leaves)) if source else ()
     restored = tuple(key for key, (held, _) in tensors.items() if held is not params)
     return _Piece(folder, tensors, copied, written, tokenizer, restored, stale)
@@ -353,6 +373,9 @@ def _config_json(model: _Model, layout: str, tower: str, torch_dtype: str, alone
         raw = vision_to_hf(vision) | (features_to_hf(vision) if alone else {})
     elif layout == "hf-llm":
         raw = decoder_to_hf(model.config) | _token_ids(model)
+    elif layout == "hf":
+        config = dataclasses.replace(model.config, vision=vision)
+        raw = saisa_to_hf(config, _speaking(model), model.template, model.system_prompt) | _token_ids(model)
     else:
         token = _image_token(model) if layout == "llava-hf" and model.tokenizer is not None else None
         config = dataclasses.replace(model.config, vision=vision)
@@ -369,8 +392,10 @@ def _beside(model: _Model, layout: str, alone: bool, copied: Mapping[str, Path])
     """JSON files beside config.json that do not go out as they came: none came, or what they speak of has changed."""
     files: dict[str, dict[str, Any]] = {}
     came = copied.keys() & {PREPROCESSOR_CONFIG, PROCESSOR_CONFIG}
-    if layout in ("hf-vision", "llava-hf") and (not came or model.changed("vision")):
+    if layout in ("hf-vision", "llava-hf", "hf") and (not came or model.changed("vision")):
         files[PREPROCESSOR_CONFIG] = preprocessor_to_hf(_vision(model, layout), pads=alone)
+        if layout == "hf":
+            files[PROCESSOR_CONFIG] = processor_to_hf(model.config.vision)
     trained = model.changed("decoder") or model.changed("projector")
     if layout == "hf-vision" or not model.end_tokens or (CONFIG in copied and not trained):
         return files
@@ -384,9 +409,27 @@ def _beside(model: _Model, layout: str, alone: bool, copied: Mapping[str, Path])
     return files
 
 
-def _image_token(model: _Model) -> int | None:
-    """The id of <image>, which is added to the tokenizer if the vocabulary has room; None: it has none."""
+def _image_token(model: _Model, beyond: bool = False) -> int | None:
+    """The id of <image>, which is added to the tokenizer if the vocabulary has room; None: it has none.
+
+    Args:
+      beyond: add it even if its id is beyond the vocabulary.
+    """
     vocabulary = model.tokenizer.get_vocab()
-    if IMAGE not in vocabulary and len(model.tokenizer) < model.config.vocab_size:
+    if IMAGE not in vocabulary and (beyond or len(model.tokenizer) < model.config.vocab_size):
         model.tokenizer.add_tokens([IMAGE], special_tokens=True)
     return model.tokenizer.get_vocab().get(IMAGE)
+
+
+def _speaking(model: _Model) -> int:
+    """Gives the tokenizer the chat template and the <image> of the layout hf; its id, which no embedding is asked for.
+
+    Raises:
+      ConvertError: there is no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ConvertError("the layout hf wants a tokenizer, and this model has none: import it with --tokenizer=DIR")
+    model.tokenizer.chat_template = multimodal_chat_template(model.tokenizer, model.template, model.system_prompt)
+    token = _image_token(model, beyond=True)
+    assert token is not None
+    return token

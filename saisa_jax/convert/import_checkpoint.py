@@ -29,7 +29,7 @@ from saisa_jax.config import (
 )
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.chat_template import find_chat_template, find_end_tokens
-from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.configs import config_from_hf, with_image_size
 from saisa_jax.convert.files.hub import repository, resolve
 from saisa_jax.convert.files.open import open_checkpoint, open_projector
 from saisa_jax.convert.files.safetensors import DTYPES, nbytes
@@ -39,6 +39,7 @@ from saisa_jax.convert.match import layout_of, match, settle_head
 from saisa_jax.convert.read import Piece, find_pieces
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.target import check_room, check_target
+from saisa_jax.data.text.conversation import IMAGE
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import init_params
 
@@ -57,7 +58,9 @@ class ImportOptions:
       template: None: told from the tokenizer.
       system_prompt: None: the one in the tokenizer's chat template, or else the template's.
       tokenizer: a directory, or "easy_vqa"; None: the source's own; "none": the model has none.
-      alignment: what an LLM and a tower are to become.
+      alignment: what the model is to be; None: what its layout says, or SAISA of an LLM and a tower.
+      visual_layers: of SAISA, the layers that see the image; None: all.
+      frozen_prefix: as `ModelConfig.frozen_prefix`.
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
@@ -73,7 +76,9 @@ class ImportOptions:
     template: str | None = None
     system_prompt: str | None = None
     tokenizer: str | None = None
-    alignment: str = "saisa"
+    alignment: str | None = None
+    visual_layers: tuple[int, ...] | None = None
+    frozen_prefix: bool = False
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
@@ -116,15 +121,8 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     model = settle_head(tensors, model, layout)
     if options.image_size:
         model = dataclasses.replace(model, vision=resized(model.vision, options.image_size))
-    stage = STAGES[-1]
-    if layout == "hf-llm":
-        sharing = "per_layer" if options.alignment == "saisa" else "shared"
-        try:
-            projector = ProjectorConfig(sharing=sharing)
-            model = dataclasses.replace(model, alignment=options.alignment, projector=projector)
-        except ConfigError as error:
-            raise ConvertError(str(error)) from error
-        stage = STAGES[0] if vision else stage
+    model = _aligned(model, layout, options)
+    stage = STAGES[0] if layout == "hf-llm" and vision else STAGES[-1]
     pieces = find_pieces(tensors, model, layout, vision, options.dtype)
     if options.projector:
         if layout != "hf-llm" or vision is None:
@@ -133,6 +131,32 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
     activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
+
+
+def _aligned(model: ModelConfig, layout: str, options: ImportOptions) -> ModelConfig:
+    """The model as the one that it is to be: a layout says how many projectors there are, and not what reads them.
+
+    Raises:
+      ConvertError: the layout's projectors are not those of that alignment, or other options do not fit it.
+    """
+    alignment, projector = options.alignment or model.alignment, model.projector
+    if layout == "hf-llm":
+        projector = ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared")
+    elif model.per_layer_projectors and alignment != "saisa":
+        raise ConvertError(
+            f"--as={alignment}: {options.source} has a projector for each layer, which only saisa reads; leave out --as"
+        )
+    layers = model.visual_layers if options.visual_layers is None else options.visual_layers
+    try:
+        return dataclasses.replace(
+            model,
+            alignment=alignment,
+            projector=projector,
+            visual_layers=layers,
+            frozen_prefix=options.frozen_prefix or model.frozen_prefix,
+        )
+    except ConfigError as error:
+        raise ConvertError(str(error)) from error
 
 
 def _projector_piece(path: Path, model: ModelConfig, dtype: str | None) -> Piece:
@@ -151,9 +175,8 @@ def resized(vision: VisionConfig, image_size: int) -> VisionConfig:
     Raises:
       ConvertError: no patch of it fits.
     """
-    learnt = None if vision.kind == "convnext" or image_size == vision.image_size else vision.image_size
     try:
-        return dataclasses.replace(vision, image_size=image_size, position_size=learnt)
+        return with_image_size(vision, image_size)
     except ConfigError as error:
         raise ConvertError(f"--image_size={image_size}: {error}") from error
 
@@ -242,7 +265,7 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer()
     if tokenizer is None:
         raise ConvertError(f"{source.where} holds no tokenizer: say --tokenizer=DIR, or --tokenizer=none to go without")
-    if len(tokenizer) > plan.model.padded_vocab_size:
+    if len(tokenizer.get_vocab().keys() - {IMAGE}) > plan.model.padded_vocab_size:  # no embedding is asked for an image
         raise ConvertError(
             f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary room for {plan.model.vocab_size}"
         )
@@ -251,10 +274,14 @@ def _tokenizer(options: ImportOptions, plan: ImportPlan) -> Any:
 
 def _config(options: ImportOptions, plan: ImportPlan, tokenizer: Any, to: epath.Path) -> Config:
     template, system_prompt = options.template or "vicuna_v1", options.system_prompt
-    if tokenizer is not None:
+    source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
+    if plan.pieces[0].layout.name == "hf":
+        said = source.config()
+        template = options.template or said["template"]
+        system_prompt = said["system_prompt"] if system_prompt is None else system_prompt
+    elif tokenizer is not None:
         multimodal = "projector" in plan.pieces[0].parts
         template, system_prompt = find_chat_template(tokenizer, multimodal, options.template, options.system_prompt)
-    source, sharing = plan.pieces[0].tensors, plan.model.projector.sharing
     generation_config = read_json_if_there(source.where / GENERATION_CONFIG)
     ends = find_end_tokens(source.config(), generation_config, tokenizer, plan.model.vocab_size)
     return Config(

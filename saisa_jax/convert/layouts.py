@@ -3,10 +3,11 @@
     saisa      the official SAISA code: decoder keys of Hugging Face, `model.layers.{i}.mm_projector.{0,2}`
     llava      the original LLaVA code: the same with one `model.mm_projector.{0,2}`
     llava-hf   `LlavaForConditionalGeneration`, as transformers 4 and 5 write it
+    hf         our own `SaisaForConditionalGeneration` for transformers, whose code goes with the weights (`remote/`)
     hf-llm     a decoder alone (the families of `families/`)
     hf-vision  an encoder alone (likewise)
 
-The first three may include the vision tower or leave it in a separate directory. Everything here follows from a
+The first two may include the vision tower or leave it in a separate directory. Everything here follows from a
 `ModelConfig`; no file is opened.
 """
 
@@ -22,13 +23,14 @@ from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.family import Aliases, DecoderFamily, EncoderFamily
 from saisa_jax.convert.rows import ConvertError, TensorRow, dense
 
-MULTIMODAL = ("saisa", "llava", "llava-hf")
+MULTIMODAL = ("saisa", "llava", "llava-hf", "hf")
 LAYOUTS = (*MULTIMODAL, "hf-llm", "hf-vision")
 TOWER_APART = ("saisa", "llava")  # whose tower is mostly a directory of its own
 TOWER_PREFIX = {  # of the tower's keys
     "saisa": "model.vision_tower.vision_tower.",
     "llava": "model.vision_tower.vision_tower.",
     "llava-hf": "vision_tower.",
+    "hf": "vision_tower.",
     "hf-vision": "",
 }
 
@@ -153,6 +155,7 @@ def _multimodal(config: ModelConfig, name: str) -> Layout:
         "saisa": ("model.", ""),
         "llava": ("model.", ""),
         "llava-hf": ("language_model.model.", "language_model."),
+        "hf": ("language_model.model.", "language_model."),
     }[name]
     tower = TOWER_PREFIX[name]
     decoder, vision = _decoder(config, name, body, head), _encoder(config.vision, tower)
@@ -179,19 +182,28 @@ def _multimodal(config: ModelConfig, name: str) -> Layout:
 
 
 def _projector(config: ModelConfig, name: str) -> Iterator[TensorRow]:
+    if name == "hf":
+        first, second = (f"multi_modal_projector.{{i}}.linear_{n}" for n in (1, 2))
+        if not config.per_layer_projectors:
+            first, second = (key.format(i="shared") for key in (first, second))
+        return _projector_rows(config, first, second)
     if config.per_layer_projectors != (name == "saisa"):
         raise ConvertError(
             f"layout {name!r} holds {'a projector for each layer' if name == 'saisa' else 'one projector'}, but "
             f"model.projector.sharing={config.projector.sharing!r}: use layout "
             f"{'saisa' if config.per_layer_projectors else 'llava or llava-hf'}, or the other sharing"
         )
-    path = "layers/visual_proj" if config.per_layer_projectors else "visual_proj"
-    layers = config.visible_layers if config.per_layer_projectors else None
     first, second = {
         "saisa": ("model.layers.{i}.mm_projector.0", "model.layers.{i}.mm_projector.2"),
         "llava": ("model.mm_projector.0", "model.mm_projector.2"),
         "llava-hf": ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     }[name]
+    return _projector_rows(config, first, second)
+
+
+def _projector_rows(config: ModelConfig, first: str, second: str) -> Iterator[TensorRow]:
+    path = "layers/visual_proj" if config.per_layer_projectors else "visual_proj"
+    layers = config.visible_layers if config.per_layer_projectors else None
     C, hidden, D = config.vision.embed_dim, config.projector_dim, config.embed_dim
     yield from dense(f"{path}/fc1", first, (C,), (hidden,), layers)
     yield from dense(f"{path}/fc2", second, (hidden,), (D,), layers)
@@ -208,7 +220,10 @@ def check_says(config: ModelConfig, name: str) -> None:
     """
     if name not in MULTIMODAL:
         return
-    reasons = [*_alignment_reasons(config, name), *_projector_reasons(config), *_encoder_reasons(config.vision)]
+    if name == "hf":
+        reasons = [*_reasons_of_our_class(config)]
+    else:
+        reasons = [*_alignment_reasons(config, name), *_projector_reasons(config), *_encoder_reasons(config.vision)]
     if name == "llava-hf" and not encoder_family(config.vision).in_llava_hf:
         reasons.append(
             f"model.vision.family={config.vision.family!r} is none that transformers' LLaVA can have: it wants a row "
@@ -216,6 +231,16 @@ def check_says(config: ModelConfig, name: str) -> None:
         )
     if reasons:
         raise ConvertError(f"the layout {name!r} cannot say what this model is:\n  " + "\n  ".join(reasons))
+
+
+def _reasons_of_our_class(config: ModelConfig) -> Iterator[str]:
+    if config.alignment not in ("saisa", "naavit"):
+        yield f"model.alignment={config.alignment!r}: it is saisa and naavit; LLaVA has a class of its own, llava-hf"
+    if config.projector.kind != "mlp":
+        yield f"model.projector.kind={config.projector.kind!r}: its projectors are 'mlp'"
+    yield from _prefix_reasons(config)
+    if config.vision.num_used_layers == 0:
+        yield f"model.vision.select_layer={config.vision.select_layer}: features of an encoder without any layer"
 
 
 def _alignment_reasons(config: ModelConfig, name: str) -> Iterator[str]:
@@ -227,6 +252,15 @@ def _alignment_reasons(config: ModelConfig, name: str) -> Iterator[str]:
             f"model.visual_layers={list(config.visual_layers)}: its readers let every layer see the image, and make up "
             "the projectors that are missing"
         )
+    yield from _prefix_reasons(config)
+    for name in ("naavit_layers", "frozen_visual_layers"):
+        if getattr(config, name):
+            yield f"model.{name}={list(getattr(config, name))}: to its readers visual tokens are the same in all layers"
+
+
+def _prefix_reasons(config: ModelConfig) -> Iterator[str]:
+    if config.frozen_prefix:
+        yield "model.frozen_prefix=True: its readers let text before an image attend to what is before it"
 
 
 def _projector_reasons(config: ModelConfig) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ def layout_of(tensors: CheckpointSource) -> str:
       ConvertError: no known layout.
     """
     keys = tensors.names
+    if any(re.search(r"multi_modal_projector\.(\d+|shared)\.", key) for key in keys):
+        return "hf"
     if any(".multi_modal_projector." in f".{key}" for key in keys):
         return "llava-hf"
     if any(key.startswith("model.layers.") and ".mm_projector." in key for key in keys):

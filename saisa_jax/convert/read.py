@@ -112,7 +112,7 @@ def find_pieces(
     """
     rows = layout_for(config, layout)
     parts = parts_in(tensors, rows)
-    if layout == "llava-hf" and (vision or "vision" not in parts):
+    if layout in ("llava-hf", "hf") and (vision or "vision" not in parts):
         raise ConvertError(
             f"{tensors.where} is in layout {layout!r}, which holds its own vision tower: leave out --vision"
             if vision

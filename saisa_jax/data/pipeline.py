@@ -1,20 +1,20 @@
 """From sources to batches: planned rows, read at random by Grain, resumable to the row.
 
-    sources -> order of an epoch (order.py) -> plan of its rows (packing.py) -> read a row -> batch
+    sources -> order of a block (order.py) -> plan of its rows (plans.py, packing.py) -> read a row -> batch
 
 Everything is a function of numbers: row i of a stage is a function of (seed, stage, i), and so is every random choice
 in it. Step k reads the rows k * batch_size ... (k + 1) * batch_size - 1; a process reads those that its devices hold.
 So the position in the data is one row number, the same for any number of threads, workers and processes. (The state of
 Grain's own workers depends on their number; it is never saved.)
 
-Epochs join without a gap: a batch may hold the end of one and the start of the next, so that no row is dropped but
-those after the last whole batch of a stage. (`data.group_by_length` ends each epoch with a whole batch.)
+Blocks and epochs join without a gap: a batch may hold the end of one and the start of the next, so that no row is
+dropped but those after the last whole batch of a stage. (`data.group_by_length` ends each block with a whole batch.)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
 from saisa_jax.data.rows.mark import content_mark, counts_mark
 from saisa_jax.data.rows.order import Concatenated, Order
+from saisa_jax.data.rows.plans import RowPlans, Start
 from saisa_jax.data.rows.reader import ENDLESS, BatchRow, Reader, StageRows
 from saisa_jax.data.rows.unusable import Unusable, check_unusable
 from saisa_jax.data.sample import DataError, Samples
@@ -40,7 +41,7 @@ MOST_THREADS = 16
 
 
 class StageData:
-    """The data of a stage. Samples are counted and rows planned once, when they are first asked for.
+    """The data of a stage. Samples are counted once, when they are first asked for, and rows planned block by block.
 
     Args:
       config: the run's.
@@ -83,22 +84,24 @@ class StageData:
         config, stage, settings, tokenizer = self._config, self._stage, self._settings, self._tokenizer
         opened, chosen = self._opened
         encoder = Encoder(config, stage, tokenizer)
-        warn_of_text_alone(opened, chosen)
-        warn_of_unknown_words(opened, encoder)
+        # What `data prepare` made of a bucket's data it has warned of; to look again is to copy file after file.
+        near = [each for each in zip(opened, chosen, strict=True) if not Concatenated(each[:1]).copied]
+        warn_of_text_alone([samples for samples, _ in near], [source for _, source in near])
+        warn_of_unknown_words([samples for samples, _ in near], encoder)
         counts = None
         if config.data.packing or config.data.group_by_length:
             contents = self._contents if self._cache is not None else ()
             whole, unusable = counts_of_sources(opened, chosen, encoder, self._effort, self._cache, contents)
             counts = room_needed(whole, Concatenated(opened), encoder, unusable)
-        return StageRows(
-            Reader(config, stage, tokenizer, training=True),
-            Concatenated(opened),
-            Order(tuple(map(len, opened)), tuple(source.weight for source in chosen), _seed(config, stage)),
-            counts,
-            settings.text_length,
-            settings.max_images,
-            settings.batch_size,
+        order = Order(
+            tuple(map(len, opened)),
+            tuple(source.weight for source in chosen),
+            _seed(config, stage),
+            config.data.shuffle_block_size,
+            tuple(getattr(samples, "pieces", None) for samples in opened),
         )
+        plans = RowPlans(config, order, counts, settings.text_length, settings.max_images, settings.batch_size)
+        return StageRows(Reader(config, stage, tokenizer, training=True), Concatenated(opened), plans)
 
     @cached_property
     def steps(self) -> int:
@@ -110,7 +113,7 @@ class StageData:
         settings, rows = self._settings, self.rows
         if settings.steps is not None:
             return settings.steps
-        size = rows.rows_in(settings.epochs)
+        size = rows.plans.rows_in(settings.epochs)
         if size < settings.batch_size:
             raise DataError(
                 f"{self._stage}.epochs={settings.epochs} of {len(rows.samples)} samples hold {size} rows and no batch "
@@ -126,11 +129,14 @@ class StageData:
         It does not depend on where they lie. Of pictures it knows only how many a sample has.
         """
         rows = self.rows
-        return {
+        counts, order = rows.plans.counts, rows.plans.order
+        mark = {
             "samples": list(map(len, rows.samples.sources)),
             "content": self._contents,
-            "counts": None if rows.counts is None else counts_mark(rows.counts),
+            "counts": None if counts is None else counts_mark(counts),
         }
+        # Epochs of one block are in the order that earlier versions gave them.
+        return mark | ({"shuffle_block_size": order.block} if order.blocks(0) > 1 else {})
 
     def batches(self, own: Sequence[int] | None = None) -> TrainIterator:
         """Endless training batches.
@@ -147,6 +153,7 @@ class StageData:
             raise DataError(
                 f"rows {list(own)} are not among those of {self._stage}.batch_size={size}, which count from 0"
             )
+        self.rows.end = self.steps * size
         return TrainIterator(self.rows, own)
 
     def held_out(self, limit: int) -> list[HostBatch]:
@@ -208,7 +215,7 @@ class TrainIterator(Iterator[HostBatch]):
         if self._batches is None:
             self._batches = self._open()
         batch = next(self._batches)
-        self._next_row += self._rows.batch_size
+        self._next_row += self._rows.settings.batch_size
         return batch
 
     def padding(self) -> HostBatch:
@@ -217,20 +224,23 @@ class TrainIterator(Iterator[HostBatch]):
         empty = _padding_row(*shape, self._rows.reader.config.model.vision.image_size)
         return _batched([empty] * len(self._own))
 
-    def get_state(self) -> dict[str, int]:
-        return {"next_row": self._next_row}
+    def get_state(self) -> dict[str, Any]:
+        """The next row, and where the block of the one before begins: nothing earlier has to be planned again."""
+        return {"next_row": self._next_row, "block": list(self._rows.plans.at(max(0, self._next_row - 1)).start)}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from another row; the number of threads, workers and processes does not matter.
 
         Raises:
           DataError: a row in the middle of a batch.
         """
         row = int(state["next_row"])
-        if row % self._rows.batch_size:
-            raise DataError(f"row {row} is not the start of a batch of {self._rows.batch_size}; set batch_size back")
+        if row % self._rows.settings.batch_size:
+            size = self._rows.settings.batch_size
+            raise DataError(f"row {row} is not the start of a batch of {size}; set batch_size back")
         self.close()
         self._next_row = row
+        self._rows.go_to(Start(*state.get("block", (0, 0, 0, 0))))  # earlier versions wrote none
 
     def close(self) -> None:
         """Stops the workers."""
@@ -261,11 +271,11 @@ class _Share:
     start: int
 
     def __len__(self) -> int:
-        return ENDLESS // self.rows.batch_size * len(self.own)
+        return ENDLESS // self.rows.settings.batch_size * len(self.own)
 
     def __getitem__(self, index: int) -> BatchRow:
         step, within = divmod(int(index), len(self.own))
-        return self.rows[self.start + step * self.rows.batch_size + self.own[within]]
+        return self.rows[self.start + step * self.rows.settings.batch_size + self.own[within]]
 
 
 def _padding_row(text_length: int, max_images: int, image_size: int) -> BatchRow:

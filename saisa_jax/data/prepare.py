@@ -37,7 +37,7 @@ from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
 from saisa_jax.data.sources import open_source, warn_of_text_alone
-from saisa_jax.data.sources.shards import INDEX, Index, Shard, encode_record, write_shard
+from saisa_jax.data.sources.shards import COUNTS, INDEX, Index, Shard, encode_record, write_shard
 from saisa_jax.data.text.encoder import Encoder, warn_of_unknown_words
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.data.workers import worker_pool
@@ -162,14 +162,18 @@ def _clear(directory: epath.Path) -> None:
     """Takes a set away, the index first, so that none is ever half old."""
     (directory / INDEX).unlink(missing_ok=True)
     for path in buckets.children(directory):
-        if path.name in (PLAN, REPORT) or path.name.startswith("shard-"):
+        if path.name in (PLAN, REPORT, COUNTS) or path.name.startswith("shard-"):
             path.unlink()
 
 
 def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
     """Writes report and index, the index last."""
-    accounts = [json.loads(job.account(number).read_text()) for number in range(job.shards)]
-    tokens, images = (np.array([n for a in accounts for n in a[name]], np.int32) for name in ("tokens", "images"))
+    accounts, counts = [], {"tokens": [], "images": []}
+    for number in range(job.shards):
+        accounts.append(json.loads(job.account(number).read_text()))
+        for name in counts:
+            counts[name].append(np.array(accounts[-1].pop(name), np.int32))
+    tokens, images = map(np.concatenate, counts.values())
     report = [line for account in accounts for line in account[LEFT_OUT]]
     buckets.write_text(directory / REPORT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in report))
     kept = [account for account in accounts if account["shard"]["samples"]]
@@ -180,7 +184,7 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
     contents = tuple(account["content"] for account in kept) if all("content" in each for each in kept) else ()
     shards = tuple(Shard(**account["shard"]) for account in kept)
     index = Index(shards, plan["fingerprint"], plan, tokens, images, contents)
-    buckets.write_text(directory / INDEX, index.to_json())
+    index.write(directory)
     for number, account in enumerate(accounts):
         job.account(number).unlink()
         if not account["shard"]["samples"]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import jax
@@ -22,7 +22,7 @@ from saisa_jax.config import DTYPES, Config, ConfigError, MeshConfig, ModelConfi
 from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
-from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode_prompt, end_token_id
+from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode, encode_prompt, end_token_id
 from saisa_jax.errors import did_you_mean
 from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
@@ -224,12 +224,17 @@ class VisionLanguageModel:
         prompts: Sequence[Prompt],
         batches: Sequence[Sequence[int | None]],
         max_new_tokens: int,
+        cache_bytes: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[Any]]:
-        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`)."""
+        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`).
+
+        `cache_bytes` of pictures stay on each device; None: as many as `image_cache` may have.
+        """
         from saisa_jax.inference.batches import Answerer  # which is written for this class
 
-        return iter(Answerer(self, prompts, batches, max_new_tokens, self.image_cache.max_bytes, stop))
+        cache_bytes = self.image_cache.max_bytes if cache_bytes is None else cache_bytes
+        return iter(Answerer(self, prompts, batches, max_new_tokens, cache_bytes, stop))
 
     def encode_images(self, images: Sequence[Any]) -> list[EncodedImage]:
         """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.
@@ -249,13 +254,45 @@ class VisionLanguageModel:
         It is the attention of the prompt's last token, from which the answer's first token is predicted.
         """
         self.check_alone("attention")
-        pixels = [dataclasses.replace(self._pixels(image, ""), kv=None) for image in images]
+        pixels = [self._pixels(image, "") for image in images]
         request = self.request((Turn(USER, question),), pixels)
-        batch, last = self.batch([request]), len(request.encoded.tokens) - 1
+        return self._attention_to_images(request, [len(request.encoded.tokens) - 1])[:, 0]
+
+    def answer_attention(
+        self, turns: Sequence[Turn], images: Sequence[Any], system: str | None = None
+    ) -> tuple[list[int], Float[np.ndarray, "L A V"]]:
+        """The tokens of an answer, and how much each was predicted from each visual token, by layer, over all heads.
+
+        Args:
+          turns: a conversation that ends with the answer; A are its tokens, without the one that ends it.
+          images: of the conversation.
+          system: a system prompt; None: the model's.
+
+        Raises:
+          DataError: the conversation or an image cannot be read, or it is longer than `model.max_length`.
+        """
+        self.check_alone("answer_attention")
+        pixels = [self._pixels(image, "") for image in images]
+        encoded = encode(
+            [*(dataclasses.replace(turn, loss=False) for turn in turns[:-1]), turns[-1]],
+            self.stage_config.template,
+            self.tokenizer,
+            self.model_config.num_visual_tokens,
+            system_prompt=self.config.data.system_prompt if system is None else system,
+            num_images=len(pixels),
+        )
+        check_length(encoded, len(encoded.tokens), self.model_config.max_length)
+        rows = np.flatnonzero((encoded.loss_weights > 0) & ~np.isin(encoded.targets, self.generator.eos_ids))
+        weights = self._attention_to_images(Request(encoded, tuple(pixels)), rows)
+        return encoded.targets[rows].tolist(), weights
+
+    def _attention_to_images(self, request: Request, queries: Any) -> Float[np.ndarray, "L Q V"]:
+        """Weights of some of a prompt's tokens over the visual tokens of its images, averaged over heads."""
+        images = tuple(dataclasses.replace(image, kv=None) for image in request.images)
+        batch = self.batch([Request(request.encoded, images)])
         with self.on_mesh():
-            weights = np.asarray(_attention(self.model_config, self.params, batch))  # [L, 1, N, T, V + T]
-        visual = weights.shape[-1] - weights.shape[-2]
-        return weights[:, 0, :, last, :visual].mean(axis=1)
+            weights = np.asarray(_attention(self.model_config, self.params, batch))  # [L, 1, T, V + T]
+        return weights[:, 0, queries, : len(images) * self.model_config.num_visual_tokens]
 
     # --- from questions to batches ------------------------------------------------------------------------------------
 
@@ -291,7 +328,7 @@ class VisionLanguageModel:
             turns,
             self.stage_config.template,
             self.tokenizer,
-            self.model_config.vision.num_patches,
+            self.model_config.num_visual_tokens,
             num_images=num_images,
             system_prompt=self.config.data.system_prompt if system is None else system,
             sample_id=name,
@@ -450,7 +487,8 @@ def _paired(questions: Any, images: Any) -> list[tuple[str, Sequence[Any]]]:
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(model: ModelConfig, params: Any, batch: Batch) -> Any:
     model = dataclasses.replace(model, attention_impl="xla")  # which alone has the weights, whatever training used
-    return Saisa(model).apply(variables_of(params), batch, capture=("attention",))[1]["attention"]
+    captured: Any = Saisa(model).apply(variables_of(params), batch, capture=("attention",))[1]
+    return captured["attention"].mean(axis=2)  # [L, B, T, V + T]
 
 
 def load(
@@ -460,6 +498,7 @@ def load(
     quantize: str | None = None,
     image_cache_bytes: int = DEFAULT_BYTES,
     allow_urls: bool = False,
+    switches: Mapping[str, Any] | None = None,
 ) -> VisionLanguageModel:
     """Loads a model.
 
@@ -472,11 +511,13 @@ def load(
       quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
       image_cache_bytes: of keys and values of images that are kept for further questions about them.
       allow_urls: fetch pictures that are named by an http or https URL, within 20 s and 34 MB each.
+      switches: fields of its `ModelConfig` to run it with, which need no other parameters:
+        {"frozen_visual_layers": (20, 21)}.
 
     Raises:
       CheckpointError: no such directory, something else in it, or damaged files.
       ConvertError: foreign files that cannot be imported.
-      ConfigError: another dtype, or a model that does not divide by the mesh.
+      ConfigError: another dtype, switches that are not the model's, or a model that does not divide by the mesh.
     """
     dtype = None if dtype is None else dtype_name(dtype)
     mesh = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
@@ -492,6 +533,8 @@ def load(
         params, config, tokenizer, metadata = load_model(find_model(source), sharding=sharding, dtype=dtype)
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    if switches:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **switches))
     if quantize:
         params = quantize_params(params, quantize)
     return VisionLanguageModel(

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from saisa_jax.models.layers import keep
-from saisa_jax.models.mask import MASKED, Mask, legal, may_attend
+from saisa_jax.models.mask import MASKED, Mask, PackedPositions, legal, may_attend
 
 LANES = 128
 MAX_TILE = 512  # keys, and queries, of a tile: its float32 scores take 1 MiB of the core's 16
@@ -52,10 +52,7 @@ def flash_attention(
             f"{q.shape[-1]}; set model.attention_impl=xla"
         )
     length = q.shape[1]
-    tiles = _Tiles(_tile(length), _tile(k.shape[2]), mask.window)
-    query_ids = jnp.stack([mask.queries.positions, mask.queries.segment_ids], axis=1)
-    key_ids = jnp.stack([mask.keys.positions, mask.keys.segment_ids], axis=2)
-    ids = _PositionPairs(_pad(query_ids, 2, tiles.queries), _pad(key_ids, 1, tiles.keys))
+    ids, tiles = _tiled(mask.queries, mask.keys, mask.window)
     q, k, v = _pad(q.swapaxes(1, 2), 2, tiles.queries), _pad(k, 2, tiles.keys), _pad(v, 2, tiles.keys)
     out: Any = _attention(q, k, v, ids, tiles)
     return out[:, :, :length].swapaxes(1, 2)
@@ -80,6 +77,19 @@ def _tile(length: int) -> int:
     """The tile that cuts `length` into the fewest, most even pieces."""
     pieces = -(-length // MAX_TILE)
     return -(-length // (pieces * LANES)) * LANES
+
+
+def _tiled(queries: PackedPositions, keys: PackedPositions, window: int | None) -> tuple[_PositionPairs, _Tiles]:
+    """Where queries and keys stand, padded to the tiles that they are cut into."""
+    tiles = _Tiles(_tile(queries.positions.shape[1]), _tile(keys.positions.shape[1]), window)
+    query_ids = jnp.stack([queries.positions, queries.segment_ids], axis=1)
+    key_ids = jnp.stack([keys.positions, keys.segment_ids], axis=2)
+    return _PositionPairs(_pad(query_ids, 2, tiles.queries), _pad(key_ids, 1, tiles.keys)), tiles
+
+
+def needed_tiles(queries: PackedPositions, keys: PackedPositions, window: int | None) -> Bool[Array, "B I J"]:
+    """Which tiles of queries and keys the kernel computes; the others it skips."""
+    return _needed(*_tiled(queries, keys, window))
 
 
 def _pad(x: Any, axis: int, multiple: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from saisa_jax import flops, parallel
 from saisa_jax.config import Config, StageConfig
+from saisa_jax.planning.packed import AttentionShares, attention_shares
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.planning.traffic import Traffic, traffic
 from saisa_jax.training.setup import StageSetup, setup_stage
@@ -38,24 +39,36 @@ class Program:
       topology: what for.
       prepared: the stage.
       memory: None: the compiler found that it does not fit, and `refused` is what it said.
-      model_flops: of a step over all devices: what has to be computed (`flops.train_step`).
-      hardware_flops: of a step over all devices, in the program: with what is computed again (remat).
+      work: FLOPs of a step.
+      attention: how much of attention's pairs is legal and visited in rows as the stage packs them.
       traffic: per device and step, by kind of collective.
       seconds: that lowering and compiling took.
+      loss_chunk: `training.loss_chunk`.
     """
 
     topology: Topology
     prepared: StageSetup
     memory: Memory | None
     refused: str
-    model_flops: float
-    hardware_flops: float
+    work: flops.StepFlops
+    attention: AttentionShares
     traffic: Mapping[str, Traffic]
     seconds: float
+    loss_chunk: int = 0
 
     @property
     def settings(self) -> StageConfig:
         return self.prepared.settings
+
+    @property
+    def model_flops(self) -> float:
+        """What a step has to compute, over all devices."""
+        return self.work.useful(self.attention.legal)
+
+    @property
+    def hardware_flops(self) -> float:
+        """What a step's program computes, over all devices: with what is computed again, and masked pairs."""
+        return self.work.done(self.attention.visited)
 
     @property
     def fits(self) -> bool:
@@ -80,23 +93,29 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
     arguments = prepared.abstract_state(), prepared.abstract_batch()  # before the mesh, on which nothing can run
     with parallel.use(prepared.mesh, prepared.rules):
         traced = step.trace(*arguments)
-        memory, refused, hlo = _compiled(traced.lower(), GPU_OPTIONS if topology.on_gpu else {})
+        memory, refused, hlo = compiled(traced.lower(), GPU_OPTIONS if topology.on_gpu else {})
     return Program(
         topology=topology,
         prepared=prepared,
         memory=memory,
         refused=refused,
-        model_flops=flops.train_step(
-            prepared.model, settings.groups, settings.batch_size, settings.text_length, settings.max_images
+        work=flops.of_step(
+            prepared.model,
+            settings.groups,
+            settings.batch_size,
+            settings.text_length,
+            settings.max_images,
+            traced.jaxpr.jaxpr,
         ),
-        hardware_flops=flops.count(traced.jaxpr.jaxpr),
+        attention=attention_shares(prepared.model, settings, config.data.packing),
         traffic=traffic(hlo, prepared.mesh.size) if hlo else {},
         seconds=time.monotonic() - started,
+        loss_chunk=config.training.loss_chunk,
     )
 
 
-def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str, str]:
-    """Memory, what the compiler said against it, and the program's text."""
+def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str, str]:
+    """Memory of a lowered program, what the compiler said against it, and the program's text."""
     try:
         compiled = lowered.compile(options)
     except Exception as error:  # its type depends on the compiler's plugin

@@ -50,6 +50,15 @@ def some(counts: Counts) -> tuple[Int32[np.ndarray, " m"], Int32[np.ndarray, " m
     return counts[0][chosen], counts[1][chosen]
 
 
+def known_counts(settings: StageConfig) -> Counts | None:
+    """Of those of a stage's sources that have a stand-in; None: of none."""
+    names = [PurePath(source.path).name for source in settings.sources]
+    known = [STAND_INS[name]() for name in names if name in STAND_INS]
+    if not known:
+        return None
+    return np.concatenate([of[0] for of in known]), np.concatenate([of[1] for of in known])
+
+
 @dataclass(frozen=True)
 class Length:
     """How long a stage is: samples of one step, on average, and steps."""
@@ -71,12 +80,12 @@ def length(settings: StageConfig, packing: bool, samples: int | None = None, per
       ConfigError: how many samples there are is unknown.
     """
     names = [PurePath(source.path).name for source in settings.sources]
-    known = [STAND_INS[name]() for name in names if name in STAND_INS]
-    total = sum(len(tokens) for tokens, _ in known)
-    if settings.steps is None and samples is None and len(known) < len(names):
+    known = known_counts(settings)
+    total = len(known[0]) if known else 0
+    if settings.steps is None and samples is None and not set(names) <= set(STAND_INS):
         raise ConfigError(f"it is unknown how many samples {', '.join(map(str, settings.sources))} hold: set --samples")
     if per_row is None and packing and known:
-        tokens, images = some((np.concatenate([of[0] for of in known]), np.concatenate([of[1] for of in known])))
+        tokens, images = some(known)
         tokens, images = np.minimum(tokens, settings.text_length), np.minimum(images, settings.max_images)
         per_row = len(tokens) / len(pack(tokens, images, settings.text_length, settings.max_images, [0]))
     per_step = settings.batch_size * (per_row or 1.0)

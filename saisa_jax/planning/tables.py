@@ -11,7 +11,7 @@ from rich.table import Table
 from saisa_jax.chips import GIB
 from saisa_jax.planning.compile import Program
 from saisa_jax.planning.lengths import Length
-from saisa_jax.planning.roofline import Roofline, roofline, seconds_at
+from saisa_jax.planning.roofline import Roofline, mfu, roofline, seconds_at
 
 HOUR = 3600
 WIDE = 140  # columns where there is no terminal: tables in a file are not folded
@@ -29,7 +29,7 @@ class Plan:
 
     program: Program
     length: Length
-    mfu: float
+    hfu: float
 
     @property
     def roofline(self) -> Roofline:
@@ -37,8 +37,8 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """At the assumed MFU, or the roofline if that is slower."""
-        return max(self.roofline.seconds, seconds_at(self.program, self.mfu))
+        """At the assumed HFU, or the roofline if that is slower."""
+        return max(self.roofline.seconds, seconds_at(self.program, self.hfu))
 
     @property
     def hours(self) -> float:
@@ -79,7 +79,7 @@ def table(plans: Sequence[Plan]) -> Table:
 
 def _batch(plan: Plan) -> dict[str, str]:
     s, model = plan.program.settings, plan.program.prepared.model
-    visual = s.batch_size * s.max_images * model.vision.num_patches
+    visual = s.batch_size * s.max_images * model.num_visual_tokens
     return {
         "rows of a step": f"{s.batch_size} in {s.accumulation} part(s)",
         "attention, remat policy": f"{model.attention_impl}, {model.remat_policy}",
@@ -112,22 +112,24 @@ def _work(plan: Plan) -> dict[str, str]:
         for kind, traffic in sorted(program.traffic.items())
     }
     return {
+        "of attention's pairs legal, computed": f"{program.attention.legal:.1%}, {program.attention.visited:.1%}",
         "TFLOPs of a step, needed": f"{program.model_flops / 1e12:,.0f}",
-        "TFLOPs of a step, with remat": f"{program.hardware_flops / 1e12:,.0f}",
+        "TFLOPs of a step, executed": f"{program.hardware_flops / 1e12:,.0f}",
         **received,
     }
 
 
 def _time(plan: Plan) -> dict[str, str]:
     line, settings = plan.roofline, plan.program.settings
-    visual = settings.batch_size * settings.max_images * plan.program.prepared.model.vision.num_patches
+    visual = settings.batch_size * settings.max_images * plan.program.prepared.model.num_visual_tokens
     text = settings.batch_size * settings.text_length
     rows = {
         "arithmetic at peak, s": f"{line.compute:.3f}",
-        "memory (state and weights alone), s": f"{line.memory:.3f}",
+        "memory, s": f"{line.memory:.3f}",
         "links, s": f"{line.links:.3f}" if plan.program.traffic else "unknown",
         "roofline, s (bound by)": f"{line.seconds:.3f} ({line.bound})",
-        f"at {plan.mfu:.0%} MFU, s": f"{plan.step_seconds:.3f}",
+        f"at {plan.hfu:.0%} HFU, s": f"{plan.step_seconds:.3f}",
+        "MFU at that": f"{mfu(plan.program, plan.step_seconds):.1%}",
         "text tokens/s": f"{text / plan.step_seconds:,.0f}",
         "visual tokens/s": f"{visual / plan.step_seconds:,.0f}",
         "hours": f"{plan.hours:,.1f}",

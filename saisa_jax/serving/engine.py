@@ -157,6 +157,11 @@ class Engine:
         return self._thread.is_alive()
 
     @property
+    def closing(self) -> bool:
+        """Whether it takes no more questions."""
+        return self._closing
+
+    @property
     def waiting(self) -> int:
         """Questions without a row."""
         return len(self._waiting)
@@ -314,7 +319,7 @@ class Engine:
         assert kv is not None
         self.rows.place(row, slot, kv, int(encoded.image_positions[slot]))
         new = cache.misses > misses
-        held.cached += 0 if new else self.model.model_config.vision.num_patches
+        held.cached += 0 if new else self.model.model_config.num_visual_tokens
         return new
 
     def _read(self, row: int, held: _Row) -> None:

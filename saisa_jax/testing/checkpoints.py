@@ -53,7 +53,7 @@ class RandomTensors:
 
 def tiny_model(layout: str) -> ModelConfig:
     """The tests' tiny model in the shape of a layout."""
-    return tiny_config("saisa" if layout in ("saisa", "hf-llm", "hf-vision") else "llava").model
+    return tiny_config("llava" if layout in ("llava", "llava-hf") else "saisa").model
 
 
 def write_checkpoint(

@@ -119,9 +119,9 @@ class StageTrainer:
         self.config, self.name, self.tokenizer = config, name, tokenizer
         self.directory = workdir / name
         self.data, self.rows, self.steps = data, data.rows, data.steps
-        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup_stage(
-            config, name, self.steps
-        )
+        setup = setup_stage(config, name, self.steps)
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup
+        self.batch = setup.abstract_batch()
         start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)
         self.source, s = start.source, self.settings
         with parallel.use(self.mesh, self.rules):
@@ -226,7 +226,7 @@ class StageTrainer:
         )
         evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
         with (
-            self.journal.open(first, self.flops, self.mesh.devices.flatten().tolist()),
+            self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
             self._saved_before_error(checkpointer, data, first),
@@ -278,6 +278,11 @@ class StageTrainer:
             logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
 
+    def _work(self, train_step: Any) -> flops.StepFlops:
+        """FLOPs of a step; its trace is the one that the first step compiles."""
+        s, traced = self.settings, train_step.trace(self.state, self.batch)
+        return flops.of_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images, traced.jaxpr.jaxpr)
+
     @contextlib.contextmanager
     def _saved_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, first: int) -> Iterator[None]:
         """What was trained is kept when the data of a step cannot be read; a failure to save is only logged."""
@@ -307,7 +312,7 @@ class StageTrainer:
     def _dropped_too_many(self) -> str:
         """Says so when more samples could not be used than `data.max_drop` of all that the stage reads; else ""."""
         number, limit = self.journal.remembered["unusable"], self.config.data.max_drop
-        total = self.rows.samples_before(self.steps * self.settings.batch_size) if number else 0
+        total = self.rows.plans.samples_about(self.steps * self.settings.batch_size) if number else 0
         if number <= limit * total:
             return ""
         return (
@@ -450,7 +455,7 @@ class StageTrainer:
         values = {
             "stage": self.name,
             "steps": self.steps,
-            "samples": self.rows.samples_before(self.steps * self.settings.batch_size) - dropped,
+            "samples": self.rows.plans.samples_before(self.steps * self.settings.batch_size) - dropped,
             "dropped": dropped,
             "left_out": self.rows.left_out,
             "train_flops": self.flops * self.steps,

@@ -20,7 +20,7 @@ from saisa_jax.chips import GIB, memory_of
 from saisa_jax.config import LIGHTEST_FIRST, Groups, ModelConfig, StageConfig
 from saisa_jax.models.layers import on_platform
 from saisa_jax.models.saisa import abstract_params
-from saisa_jax.training.optimizer import split
+from saisa_jax.training.optimizer import flatten, merge, split
 from saisa_jax.training.step import sums_of
 
 SURE = 0.9  # of the memory; the arithmetic is no better than that
@@ -79,7 +79,7 @@ def step_bytes(model: ModelConfig, settings: StageConfig, mesh: Mesh, state: Any
     rows = settings.batch_size // (ways * settings.accumulation)
     part = _part(model, mesh.shape["tensor"])
     width = jax.numpy.dtype(model.dtype).itemsize
-    visual = settings.max_images * part.vision.num_patches
+    visual = settings.max_images * part.num_visual_tokens
     asking = settings.text_length + (visual if part.alignment == "llava" else 0)
 
     floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), state.trainable)
@@ -88,6 +88,10 @@ def step_bytes(model: ModelConfig, settings: StageConfig, mesh: Mesh, state: Any
     scores = 3.5 * 4 * rows * part.num_heads * asking * (settings.text_length + visual)
     layer = scores if part.attention_impl == "xla" else 0
     layer += 4 * rows * asking * part.mlp_dim * width + 3 * rows * visual * part.embed_dim * width
+    # A layer's kernels, gathered in the dtype of the activations, and their gradients before they are scattered.
+    layers = flatten(merge(state.trainable, state.frozen))
+    kernels = sum(leaf.size for path, leaf in layers.items() if path.startswith("layers/")) / part.num_layers
+    layer += (width + 4) * kernels / mesh.shape["tensor"]
     positions = min(loss_chunk or settings.text_length, settings.text_length)
     logits = 3 * 4 * rows * positions * part.padded_vocab_size / mesh.shape["tensor"]
     s, platform = settings, mesh.devices.flat[0].platform
@@ -105,12 +109,36 @@ def _part(model: ModelConfig, tensor: int) -> ModelConfig:
     )
 
 
-@functools.lru_cache(maxsize=64)
 def kept_bytes(
     model: ModelConfig, groups: Groups, rows: int, text: int, images: int, loss_chunk: int = 0, platform: str = "cpu"
 ) -> int:
     """Bytes that all layers keep of `rows` rows of `text` tokens and `images` slots for the backward pass, under the
     model's `remat_policy`: what the loops of the forward pass stack, in the jaxpr of loss and gradients."""
+    jaxpr = _gradient(model, groups, rows, text, images, loss_chunk, platform)
+    forward = [scan for scan in flops.scans(jaxpr) if not scan.params["reverse"]]
+    stacked = [out.aval for scan in forward for out in scan.outvars[scan.params["num_carry"] :]]
+    return sum(aval.size * aval.dtype.itemsize for aval in stacked)
+
+
+def traffic_bytes(model: ModelConfig, settings: StageConfig, mesh: Mesh, loss_chunk: int = 0) -> int:
+    """Bytes that a device reads and writes in a step for what the state is not: operands and results of every product
+    and kernel, each once, and what is kept for the backward pass twice. What stands between products is taken to be
+    fused into them, so that this is the least.
+
+    Args: as for `step_bytes`.
+    """
+    s, part = settings, _part(model, mesh.shape["tensor"])
+    rows = s.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * s.accumulation)
+    of_step = part, s.groups, rows, s.text_length, s.max_images, loss_chunk, mesh.devices.flat[0].platform
+    products = sum(product.bytes for product in flops.products(_gradient(*of_step)))
+    return s.accumulation * (products + 2 * kept_bytes(*of_step))
+
+
+@functools.lru_cache(maxsize=16)
+def _gradient(
+    model: ModelConfig, groups: Groups, rows: int, text: int, images: int, loss_chunk: int, platform: str
+) -> Any:
+    """The jaxpr of loss and gradients of `rows` rows."""
     # `flash`, which can be traced anywhere, keeps what other kernels keep.
     if model.attention_impl != "xla":
         dtype = "float32" if model.dtype == "float32" else "bfloat16"
@@ -119,10 +147,4 @@ def kept_bytes(
     trainable, frozen = jax.eval_shape(lambda params: split(params, groups), abstract_params(model))
     gradient = jax.value_and_grad(sums_of(model, loss_chunk), has_aux=True)
     with nn.logical_axis_rules(()), on_platform(platform):
-        jaxpr = jax.make_jaxpr(gradient)(trainable, frozen, batch).jaxpr
-    stacked = [out.aval for scan in flops.scans(jaxpr) if not scan.params["reverse"] for out in _stacked(scan)]
-    return sum(aval.size * aval.dtype.itemsize for aval in stacked)
-
-
-def _stacked(scan: Any) -> Sequence[Any]:
-    return scan.outvars[scan.params["num_carry"] :]
+        return jax.make_jaxpr(gradient)(trainable, frozen, batch).jaxpr

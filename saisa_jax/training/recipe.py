@@ -20,7 +20,8 @@ from saisa_jax.training.start import names_step
 # Sections and fields that do not decide which numbers a run computes, or only in the last bits.
 FREE = (
     "name", "stages", "training", "mesh", "distributed", "profile", "evaluation", "allow_random_init",
-    "data.num_workers", "data.num_threads", "data.prefetch", "data.on_error", "data.max_drop",
+    "data.num_workers", "data.num_threads", "data.prefetch", "data.on_error", "data.max_drop", "data.cache_bytes",
+    "data.shuffle_block_size",  # the checkpoint says it where it matters
     "model.remat_policy", "model.attention_impl",
 )  # fmt: skip
 CONTENTS = ("init_from", "data.tokenizer")  # they may lie elsewhere (`check_same_contents`)

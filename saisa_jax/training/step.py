@@ -13,6 +13,7 @@ import optax
 from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.layers import constrain
+from saisa_jax.models.pairs import legal_share, visited_share
 from saisa_jax.models.saisa import Saisa
 from saisa_jax.training.loss import chunked_cross_entropy
 from saisa_jax.training.optimizer import Optimizer, merge
@@ -30,7 +31,7 @@ def make_train_step(
     A step whose loss or gradient is not finite changes nothing but the step counter.
 
     Metrics: loss, tokens (sum of loss weights), grad_norm (before clipping), lr, skipped (1.0: nothing was changed),
-    and what the batch held (`held_by`).
+    what the batch held (`held_by`), and how much of attention's pairs was legal and how much was computed (0..1).
 
     Args:
       config: the model.
@@ -65,6 +66,8 @@ def make_train_step(
             "lr": optimizer.learning_rate(state.opt_state),
             "skipped": 1.0 - good,
             **held_by(batch),
+            "attention_legal": legal_share(config, batch),
+            "attention_visited": visited_share(config, batch),
         }
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 

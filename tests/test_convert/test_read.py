@@ -43,7 +43,7 @@ VISION = {
 
 
 def model(layout: str) -> ModelConfig:
-    alignment, sharing = ("saisa", "per_layer") if layout == "saisa" else ("llava", "shared")
+    alignment, sharing = ("saisa", "per_layer") if layout in ("saisa", "hf") else ("llava", "shared")
     return dataclasses.replace(CONFIG, alignment=alignment, projector=ProjectorConfig(sharing=sharing))
 
 

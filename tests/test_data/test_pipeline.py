@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,3 +370,62 @@ def test_words_that_the_tokenizer_does_not_know_are_told_of(tokenizer, monkeypat
         _ = pipeline.StageData(_config(), "finetune", tokenizer).rows
     text = r"finetune: 7.1% of 42 text tokens .* are '<unk>'.* is data.tokenizer='easy_vqa' the model's own"
     assert bool(re.search(text, caplog.text)) == told
+
+
+START = """
+import dataclasses, json, resource, sys, time
+from pathlib import Path
+import numpy as np
+from etils import epath
+from saisa_jax.config import SourceConfig
+from saisa_jax.data.pipeline import StageData
+from saisa_jax.data.rows.counts import fingerprint
+from saisa_jax.data.sources.shards import Index, Shard
+from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.planning.lengths import llava_finetune
+from saisa_jax.testing.configs import packed_config
+
+number, folder, config = int(sys.argv[1]), Path(sys.argv[2]), packed_config()
+stage = dataclasses.replace(
+    config.finetune, sources=(SourceConfig("arrayrecord", str(folder)),), steps=None, text_length=2048, max_images=8,
+    batch_size=16,
+)
+config = dataclasses.replace(config, finetune=stage, model=dataclasses.replace(config.model, max_length=8192))
+tokenizer = load_tokenizer(config.data.tokenizer)
+if not folder.exists():  # an index as `data prepare` writes it, and files of the sizes that it says
+    folder.mkdir()
+    shards = []
+    for start in range(0, number, 4096):
+        shards.append(Shard(f"{start}.arrayrecord", min(4096, number - start), 8))
+        (folder / shards[-1].name).write_bytes(b"no shard")
+    small = llava_finetune(1_000_000, 62_500)
+    tokens, images = (np.tile(count, -(-number // len(count)))[:number] for count in small)
+    digests = tuple(["0" * 16] * len(shards))
+    index = Index(tuple(shards), fingerprint(config, "finetune", tokenizer), {}, tokens, images, digests)
+    index.write(epath.Path(folder))
+    sys.exit()
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+imports, began, wall = memory(), time.process_time(), time.monotonic()
+data = StageData(config, "finetune", tokenizer, "unused")
+steps, mark = data.steps, data.mark
+batches = data.batches()
+state = batches.get_state()
+first = data.rows.plans.at(0)
+print(json.dumps({"steps": steps, "seconds": time.process_time() - began, "wall": time.monotonic() - wall,
+                  "MiB": memory() - imports, "rows": len(first.rows)}))
+"""
+
+
+def start_with(samples: int, folder: Path) -> dict[str, float]:
+    """What everything before the first step takes with a prepared set of so many samples."""
+    command = [sys.executable, "-c", START, str(samples), str(folder)]
+    subprocess.run(command, check=True)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_start_with_ten_million_samples(tmp_path) -> None:
+    """CPU seconds and memory grow far slower than the samples: 100 million take under 60 and 2 GiB (docs/data.md)."""
+    small, large = (start_with(samples, tmp_path / str(samples)) for samples in (1_000_000, 10_000_000))
+    assert large["steps"] == pytest.approx(10 * small["steps"], rel=0.01)
+    assert large["seconds"] < min(30, 4 * small["seconds"]) and large["MiB"] < 700

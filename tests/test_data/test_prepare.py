@@ -76,7 +76,7 @@ def test_what_goes_in_comes_out(mine, tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert "24 samples with 16 images" in out and "'format': 'arrayrecord'" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "index.json", "report.jsonl", *(f"shard-0000{i}-of-00003.arrayrecord" for i in range(3)),
+        "counts.npz", "index.json", "report.jsonl", *(f"shard-0000{i}-of-00003.arrayrecord" for i in range(3)),
     ]  # fmt: skip
     assert (tmp_path / "out" / "report.jsonl").read_text() == ""
 
@@ -227,7 +227,7 @@ def test_data_that_was_mended_is_prepared_anew(tmp_path, capsys, form) -> None:
         assert "its data has changed since it was prepared: all is made anew" in capsys.readouterr().out
         assert _answers(tmp_path) == [a for n, a in enumerate(answers) if n not in missing]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"index.json", "report.jsonl", "shard-00000-of-00001.arrayrecord"}
+    assert names == {"counts.npz", "index.json", "report.jsonl", "shard-00000-of-00001.arrayrecord"}
 
 
 def test_a_stopped_one_that_goes_on_with_mended_data_is_not_half_old(tmp_path, monkeypatch, capsys) -> None:
@@ -319,17 +319,30 @@ def test_damaged_shards(mine, tmp_path) -> None:
     text = index.read_text()
     for broken, message in (
         (text[:-20], "cannot be read"),
-        ("[]", "is of format None, and this version reads 1"),
-        (text.replace('"format": 1', '"format": 9'), "is of format 9"),
-        (
-            text.replace('"tokens": [', '"tokens": [1, ').replace('"images": [', '"images": [1, '),
-            "is damaged: it counts 25 samples",
-        ),
+        ("[]", "is of format None, and this version reads 2"),
+        (text.replace('"format": 2', '"format": 9'), "is of format 9"),
+        (text.replace('"samples": 12', '"samples": 13'), "is damaged: it counts 24 samples"),
+        (text.replace('"counts": "', '"counts": "0'), "counts.npz is not the one that index.json was written with"),
         (text.replace('"fingerprint"', '"finger"', 1), "is damaged"),
     ):
         index.write_text(broken)
         with pytest.raises(DataError, match=message):
             open_shards(tmp_path)
+
+
+def test_a_set_of_an_earlier_version_is_read(mine, tmp_path) -> None:
+    """Its index.json holds the counts."""
+    assert main(["data", "prepare", *arguments(mine, tmp_path, "--shards=2")]) == 0
+    new, path = open_shards(tmp_path).contents, tmp_path / "index.json"
+    document = json.loads(path.read_text()) | {
+        "format": 1,
+        "tokens": new.tokens.tolist(),
+        "images": new.images.tolist(),
+    }
+    path.write_text(json.dumps(document))
+    (tmp_path / "counts.npz").unlink()
+    old = open_shards(tmp_path).contents
+    assert old.tokens.tolist() == new.tokens.tolist() and old.images.tolist() == new.images.tolist()
 
 
 def test_threads_share_it(mine, tmp_path) -> None:
@@ -351,7 +364,8 @@ def test_shards_in_a_bucket(mine, bucket, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["data", "prepare", *arguments(mine, "gs://bucket/mine", "--shards=2")]) == 0
     assert sorted(path.name for path in (bucket / "mine").iterdir()) == [
-        "index.json", "report.jsonl", "shard-00000-of-00002.arrayrecord", "shard-00001-of-00002.arrayrecord",
+        "counts.npz", "index.json", "report.jsonl",
+        "shard-00000-of-00002.arrayrecord", "shard-00001-of-00002.arrayrecord",
     ]  # fmt: skip
     samples = open_shards("gs://bucket/mine")
     assert not list(tmp_path.rglob("*.arrayrecord"))
@@ -359,6 +373,34 @@ def test_shards_in_a_bucket(mine, bucket, tmp_path, monkeypatch) -> None:
     assert [path.name for path in tmp_path.rglob("*.arrayrecord")] == ["shard-00000-of-00002.arrayrecord"]
     assert [sample.id for sample in pickle.loads(pickle.dumps(samples))] == [f"s{i}" for i in range(SAMPLES)]
     assert len(list(tmp_path.rglob("*"))) == 4  # two folders, two shards, no parts
+
+
+def test_copies_of_a_bucket_s_shards_come_in_order_and_go_when_used(mine, bucket, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["data", "prepare", *arguments(mine, "gs://bucket/ahead", "--shards=6")]) == 0
+    samples = open_shards("gs://bucket/ahead")
+    block = [np.arange(start, start + 8) for start in (0, 8, 16)]  # two shards each
+    room = sum(sorted((shard.bytes for shard in samples.contents.shards), reverse=True)[:4])
+
+    def copies(expected: str) -> str:
+        """The numbers of the shards that are copied, when they are those that are expected or in 10 s."""
+        until = time.monotonic() + 10
+        while True:
+            found = "".join(sorted(path.name[10] for path in tmp_path.rglob("*.arrayrecord*")))
+            if found == expected or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+
+    samples.expect(block[0], block[1], room)
+    assert copies("0123") == "0123"
+    assert samples[0].id == "s0" and samples[23].id == "s23"  # one that was not expected takes another one's place
+    assert len(copies("")) <= 4
+    samples.expect(block[1], block[2], room)
+    assert copies("2345") == "2345"
+    assert not [link for link in Path("/proc/self/fd").iterdir() if "shard-00000" in str(link.resolve())]
+    assert samples[3].id == "s3"  # late: it is copied once more
+    with pytest.raises(DataError, match=r"room for 100 \(--config.data.cache_bytes\): raise it, or lower"):
+        samples.expect(block[2], block[0], 100)
 
 
 def test_a_tokenizer_in_a_bucket(demo, bucket, tmp_path) -> None:

@@ -6,23 +6,26 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int32
+from jaxtyping import Integer
 from transformers import PreTrainedTokenizerFast
 
 from saisa_jax import buckets
 from saisa_jax.config import Config, SourceConfig
 from saisa_jax.data.rows.counting import Effort, counted
+from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.rows.unusable import SHOWN, Unusable, check_unusable
 from saisa_jax.data.sample import DataError, Samples, TooLongError
 from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.templates import find_template
 
-Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens (0: unusable) and images
+# Text tokens (0: unusable) and images, in integers of any size: of 100 million samples each byte counts.
+Counts = tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]
 
+SLICE = 2**22  # counts that are worked on together
+LOOKED_AT = 2**15  # samples that may not fit a row are read before training, at most; others when it is their turn
 RULES = 2  # raised when the same sample becomes other tokens
 
 
@@ -80,6 +83,8 @@ def counts_of_sources(
         parts.append((part.tokens, part.images))
         unusable.number += len(part.unusable)
         unusable.first += part.first[: SHOWN - len(unusable.first)]
+    if len(parts) == 1:  # a copy may be large
+        return parts[0], unusable
     tokens, images = (np.concatenate(part) for part in zip(*parts, strict=True))
     return (tokens, images), unusable
 
@@ -90,7 +95,7 @@ def _stamp(name: str) -> tuple[int, int] | None:
     return (path.stat().st_mtime_ns, path.stat().st_size) if name and path.is_file() else None
 
 
-def room_needed(counts: Counts, samples: Any, encoder: Encoder, unusable: Unusable) -> Counts:
+def room_needed(counts: Counts, samples: Concatenated, encoder: Encoder, unusable: Unusable) -> Counts:
     """The room that samples need in a row, at most: counts after truncation, and 0 tokens for what is left out.
 
     Args:
@@ -102,22 +107,32 @@ def room_needed(counts: Counts, samples: Any, encoder: Encoder, unusable: Unusab
     Raises:
       DataError: as `check_unusable`, of those that were known and of what does not fit a row.
     """
-    tokens, images = counts
     config, settings = encoder.config, encoder.config.stage(encoder.stage)
-    room = np.minimum(settings.text_length, config.model.max_length - images * config.model.vision.num_patches)
-    long, left_out = tokens > room, np.zeros(len(tokens), bool)
-    if config.data.on_long == "drop":
-        left_out |= long
-    for number in np.flatnonzero((long | (images > settings.max_images)) & ~left_out).tolist():
-        try:
-            encoder(samples[number])  # it says what does not fit, or that no answer is left of it
-        except DataError as error:
-            if isinstance(error, TooLongError) and config.data.on_error == "drop":
-                raise  # `data.on_long` is raise
-            unusable.add(error)
-            left_out[number] = True
-    check_unusable(unusable, len(tokens), config.data, encoder.stage)
-    if config.data.on_long == "drop" and long.any():
-        logging.warning("%s: %d samples that do not fit a row are left out", encoder.stage, long.sum())
-    tokens = np.where(left_out, 0, tokens)
-    return np.minimum(tokens, settings.text_length), np.minimum(images, settings.max_images)
+    total = len(counts[0])
+    tokens = np.zeros(total, np.min_scalar_type(settings.text_length))
+    images = np.zeros(total, np.min_scalar_type(settings.max_images))
+    dropped, may_look = 0, LOOKED_AT if not samples.copied else 0  # at random, it would copy file after file
+    for first in range(0, total, SLICE):
+        part = slice(first, first + SLICE)
+        all_tokens, all_images = (count[part].astype(np.int32) for count in counts)
+        room = np.minimum(settings.text_length, config.model.max_length - all_images * config.model.num_visual_tokens)
+        long, left_out = all_tokens > room, np.zeros(len(all_tokens), bool)
+        if config.data.on_long == "drop":
+            left_out |= long
+            dropped += int(long.sum())
+        unfit = np.flatnonzero((long | (all_images > settings.max_images)) & ~left_out)[:may_look]
+        may_look -= len(unfit)
+        for number in unfit.tolist():
+            try:
+                encoder(samples[first + number])  # it says what does not fit, or that no answer is left of it
+            except DataError as error:
+                if isinstance(error, TooLongError) and config.data.on_error == "drop":
+                    raise  # `data.on_long` is raise
+                unusable.add(error)
+                left_out[number] = True
+        tokens[part] = np.where(left_out, 0, np.minimum(all_tokens, settings.text_length))
+        images[part] = np.minimum(all_images, settings.max_images)
+    check_unusable(unusable, total, config.data, encoder.stage)
+    if dropped:
+        logging.warning("%s: %d samples that do not fit a row are left out", encoder.stage, dropped)
+    return tokens, images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,9 @@ from saisa_jax.batch import Batch
 from saisa_jax.config import Config
 from saisa_jax.data.images import ImageLoader, augment
 from saisa_jax.data.rows.collate import Example, pack_rows
-from saisa_jax.data.rows.counts import Counts
-from saisa_jax.data.rows.order import Concatenated, Order
-from saisa_jax.data.rows.packing import PackingPlan, group, one_each, pack
+from saisa_jax.data.rows.order import Concatenated
+from saisa_jax.data.rows.packing import PackingPlan
+from saisa_jax.data.rows.plans import BlockPlan, RowPlans, Start
 from saisa_jax.data.sample import DataError, EmptyAnswerError, Sample, SourceChangedError, TooLongError
 from saisa_jax.data.text.encoder import Encoder
 
@@ -95,23 +95,26 @@ class Reader:
         return Example(encoded, images), cut
 
 
-@dataclass
 class StageRows:
-    """The rows of a stage, endless, by number; may be shared by threads and handed to other processes."""
+    """The rows of a stage, endless, by number; may be shared by threads and handed to other processes.
 
-    reader: Reader
-    samples: Concatenated
-    order: Order
-    counts: Counts | None  # of all samples; None: rows are not planned by them
-    text_length: int
-    max_images: int
-    batch_size: int
-    _first_rows: list[int] = field(default_factory=lambda: [0])  # of each epoch so far, and of the next
-    _lock: Any = field(default_factory=threading.Lock)
-    _epochs: dict[int, tuple[np.ndarray, PackingPlan]] = field(default_factory=dict)
+    Args:
+      reader: of the stage.
+      samples: of its sources.
+      plans: of its rows.
+
+    Attributes:
+      end: the row after the last one that is read: nothing behind it is planned, or copied.
+    """
+
+    def __init__(self, reader: Reader, samples: Concatenated, plans: RowPlans) -> None:
+        self.reader, self.samples, self.plans = reader, samples, plans
+        self.settings, self.end = reader.config.stage(reader.encode.stage), ENDLESS
+        self._reached = -1  # the first row of the last block that is read
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lock": None, "_epochs": {}}
+        return self.__dict__ | {"_lock": None, "_reached": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -120,107 +123,79 @@ class StageRows:
         return ENDLESS
 
     def __getitem__(self, row: int) -> BatchRow:
-        epoch, order, places = self._places(int(row))
-        samples = [(int(order[place]), np.random.default_rng([self.order.seed, 1, epoch, place])) for place in places]
+        plan = self.plans.at(int(row))
+        self._reach(plan)
+        (epoch, block, first, _), seed = plan.start, self.plans.order.seed
+        before = self.plans.order.before(epoch, block) if block else 0
+        samples = [
+            (int(plan.order[place]), np.random.default_rng([seed, 1, epoch, before + place]))
+            for place in plan.rows[int(row) - first].tolist()
+        ]
         return self.reader.row(samples, *self.shape(int(row)), self.samples)
+
+    def go_to(self, start: Start) -> None:
+        """Reads on from another block."""
+        self.plans.go_to(start)
+        self._reached = -1
 
     def names(self, first: int) -> list[str]:
         """The samples of the batch that starts with a row; nothing of them is decoded."""
         names = []
-        for row in range(first, first + self.batch_size):
-            _, order, places = self._places(row)
-            for number in order[places].tolist():
+        for row in range(first, first + self.settings.batch_size):
+            plan = self.plans.at(row)
+            for number in plan.order[plan.rows[row - plan.start.row]].tolist():
                 try:
                     names.append(self.samples[number].id)
                 except DataError:
                     names.append(f"number {number}")
         return names
 
-    def epoch(self, epoch: int) -> tuple[np.ndarray, PackingPlan]:
-        """The order of an epoch's samples, and the rows that they make."""
-        with self._lock:
-            if epoch not in self._epochs:
-                while len(self._epochs) > 1:  # the one before is still being read
-                    del self._epochs[min(self._epochs)]
-                self._epochs[epoch] = self._plan(epoch)
-            return self._epochs[epoch]
-
-    def rows_in(self, epochs: float) -> int:
-        """Rows of the first so many epochs."""
-        whole, part = int(epochs), epochs - int(epochs)
-        self._extend(whole + (part > 0))
-        return self._first_rows[whole] + (int(part * self._rows_of(whole)) if part else 0)
-
-    def samples_before(self, row: int) -> int:
-        """Samples in the rows before this one, dropped ones too."""
-        epoch, within = self._locate(row)
-        return sum(len(self.epoch(e)[1].places) for e in range(epoch)) + int(self.epoch(epoch)[1].starts[within])
-
     def describe(self, steps: int) -> str:
         """A sentence about what `steps` steps read."""
-        rows = steps * self.batch_size
-        samples = self.samples_before(rows)
+        rows, several = steps * self.settings.batch_size, self.plans.order.blocks(0) > 1
+        samples = self.plans.samples_about(rows)
         left_out = (
             f"; {self.left_out:,} of {len(self.samples):,} samples cannot be used and are left out"
             if self.left_out
             else ""
         )
         return (
-            f"{steps:,} steps read {samples:,} samples in {rows:,} rows, {samples / steps:.1f} samples a step{left_out}"
+            f"{steps:,} steps read {'about ' if several else ''}{samples:,} samples in {rows:,} rows, "
+            f"{samples / steps:.1f} samples a step{left_out}"
         )
 
     @property
     def left_out(self) -> int:
         """Samples that no row has, since they cannot be used."""
-        return 0 if self.counts is None else int((self.counts[0] == 0).sum())
+        return 0 if self.plans.counts is None else int((self.plans.counts[0] == 0).sum())
 
     def shape(self, row: int) -> tuple[int, int]:
         """(T, M) of a row: the stage's, or with `data.group_by_length` what its batch needs."""
-        if not self.reader.config.data.group_by_length or self.counts is None:
-            return self.text_length, self.max_images
-        epoch, within = self._locate(row)
-        order, plan = self.epoch(epoch)
-        first = within // self.batch_size * self.batch_size
-        numbers = order[plan.places[first : first + self.batch_size]]
-        tokens, images = (counts[numbers].max() for counts in self.counts)
-        lengths = [self.text_length // part for part in (8, 4, 2)]  # few, since each is a program of its own
-        length = next((length for length in lengths if tokens <= length), self.text_length)
-        return length, self.max_images if images else 0
+        text_length, max_images = self.settings.text_length, self.settings.max_images
+        if not self.reader.config.data.group_by_length or self.plans.counts is None:
+            return text_length, max_images
+        plan, size = self.plans.at(row), self.settings.batch_size
+        first = (row - plan.start.row) // size * size
+        numbers = plan.order[plan.rows.places[first : first + size]]
+        tokens, images = (counts[numbers].max() for counts in self.plans.counts)
+        lengths = [text_length // part for part in (8, 4, 2)]  # few, since each is a program of its own
+        length = next((length for length in lengths if tokens <= length), text_length)
+        return length, max_images if images else 0
 
-    def _rows_of(self, epoch: int) -> int:
-        # Without a plan by counts the number is known before any order is made.
-        return self.order.size(epoch) if self.counts is None else len(self.epoch(epoch)[1])
+    def _reach(self, plan: BlockPlan) -> None:
+        """When a block is read for the first time: plans the next one, and tells the sources what is read."""
+        first, room = plan.start.row, self.reader.config.data.cache_bytes
+        with self._lock:
+            if first <= self._reached:
+                return
+            self._reached = first
+            self.samples.expect(plan.order[plan.rows.places], plan.order[:0], room)
+        if plan.stop >= self.end:
+            return
 
-    def _extend(self, epochs: int) -> None:
-        while len(self._first_rows) <= epochs:
-            epoch = len(self._first_rows) - 1
-            size = self._rows_of(epoch)
-            if not size and self.order.size(epoch):
-                raise DataError(f"epoch {epoch} has no row: fewer samples than a batch of {self.batch_size}")
-            with self._lock:
-                if len(self._first_rows) == epoch + 1:
-                    self._first_rows.append(self._first_rows[-1] + size)
+        def tell(planned: Future[tuple[np.ndarray, PackingPlan]]) -> None:
+            order, rows = planned.result()
+            if first == self._reached:
+                self.samples.expect(plan.order[plan.rows.places], order[rows.places], room)
 
-    def _places(self, row: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """A row's epoch, the order of that epoch's samples, and which of its places are in the row."""
-        epoch, within = self._locate(row)
-        order, plan = self.epoch(epoch)
-        return epoch, order, plan[within]
-
-    def _locate(self, row: int) -> tuple[int, int]:
-        while self._first_rows[-1] <= row:
-            self._extend(len(self._first_rows))
-        epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return epoch, row - self._first_rows[epoch]
-
-    def _plan(self, epoch: int) -> tuple[np.ndarray, PackingPlan]:
-        order, data = self.order(epoch), self.reader.config.data
-        if self.counts is None:
-            return order, one_each(len(order))
-        order = order[self.counts[0][order] > 0]
-        tokens, images = (counts[order] for counts in self.counts)
-        seed = [self.order.seed, 2, epoch]
-        if data.packing:
-            return order, pack(tokens, images, self.text_length, self.max_images, seed)
-        order = order[group(tokens, images, self.batch_size, seed)]
-        return order, one_each(len(order))
+        self.plans.after(plan).add_done_callback(tell)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+_SHARE = 0.8  # of the free disk, where no bound is given
 
 
 def cache_folder() -> Path:
@@ -23,3 +28,80 @@ def write_copy(source: Any, target: Path) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def copy_once(source: Callable[[], Any], target: Path, size: int) -> None:
+    """As `write_copy`, of a file of a known size; of the processes of this host one copies, the others wait for it.
+
+    Args:
+      source: opens it.
+      target: the copy.
+      size: bytes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    with part.open("ab") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: each copies its own, and the last one stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not is_copy(target, size):  # another process has not made it meanwhile
+            file.truncate(0)
+            with source() as read:
+                shutil.copyfileobj(read, file, 2**24)
+            file.flush()
+            os.replace(part, target)
+        elif part.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+            part.unlink()
+
+
+def is_copy(target: Path, size: int) -> bool:
+    """Whether a whole copy is there."""
+    try:
+        return target.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def room_for_copies(bound: int | None, suffix: str) -> int:
+    """Bytes that this host's copies of a kind may take: the bound, or a share of what the disk could hold of them."""
+    if bound is not None:
+        return bound
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return int(_SHARE * (shutil.disk_usage(folder).free + sum(size for _, size, _ in _copies(suffix))))
+
+
+def make_room(size: int, bound: int | None, suffix: str, keep: Collection[Path], force: bool) -> bool:
+    """Removes the copies of this host that were opened longest ago until there is room for another one.
+
+    A file that a process has open can be read to its end.
+
+    Args:
+      size: bytes of the new copy.
+      bound: bytes of all copies together; None: a share of the disk.
+      suffix: of the copies' names.
+      keep: copies that are removed last, and only with `force`.
+      force: whether the new copy cannot wait.
+
+    Returns:
+      Whether there is room.
+    """
+    room, copies = room_for_copies(bound, suffix) - size, sorted(_copies(suffix))
+    used = sum(size for _, size, _ in copies)
+    for kept in (False, True) if force else (False,):
+        for _, bytes_, path in copies:
+            if used <= room:
+                return True
+            if (path in keep) is kept:
+                path.unlink(missing_ok=True)
+                used -= bytes_
+    return used <= room
+
+
+def _copies(suffix: str) -> list[tuple[int, int, Path]]:
+    """When each copy was last opened, its bytes, and its path."""
+    found = []
+    for path in cache_folder().glob(f"*/*{suffix}"):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            seen = path.stat()
+            found.append((seen.st_mtime_ns, seen.st_size, path))
+    return found

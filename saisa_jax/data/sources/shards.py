@@ -1,18 +1,21 @@
 """Samples as ArrayRecord files: what `data prepare` writes, and the source that reads it.
 
-    DIR/index.json                            the files, tokens and images of every sample; written last
+    DIR/counts.npz                            tokens and images of every sample
+    DIR/index.json                            the files; written last
     DIR/shard-00000-of-00016.arrayrecord      records of samples: ids, turns, and the images as encoded files
     DIR/report.jsonl                          what was left out: {"id", "reason"} a line
 
 A directory without index.json is not finished. ArrayRecord knows local files alone (it waits for ever for a gs:// one),
-so that a shard in a bucket is copied to the local cache (`cache.py`) when its first record is read; it has to hold the
-whole set.
+so that a shard in a bucket is copied to the local cache (`cache.py`): those of the block that is read, then those of
+the next one, and others go when their room is needed.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -25,20 +28,23 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from jaxtyping import Int32
+from jaxtyping import Int64, Integer
 
 from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, Sample, SourceChangedError, Turn
 from saisa_jax.data.sources import SOURCES
-from saisa_jax.data.sources.cache import cache_folder, write_copy
+from saisa_jax.data.sources.cache import cache_folder, copy_once, is_copy, make_room, room_for_copies
 from saisa_jax.data.sources.record_files import records_digest
 
-FORMAT = 1  # of records and index; raised when older programs could not read them
-INDEX = "index.json"
+FORMAT = 2  # of records and index; raised when older programs could not read them. In the first, index.json had counts
+INDEX, COUNTS = "index.json", "counts.npz"
+SUFFIX = ".arrayrecord"
+COPIERS = 8  # shards that are copied at the same time
 
 
 @dataclass(frozen=True)
@@ -52,27 +58,31 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What index.json says."""
+    """What index.json and counts.npz say."""
 
     shards: tuple[Shard, ...]
     fingerprint: str  # of what the tokens were counted with
     plan: dict[str, Any]  # what was asked for
-    tokens: Int32[np.ndarray, " n"]
-    images: Int32[np.ndarray, " n"]
+    tokens: Integer[np.ndarray, " n"]
+    images: Integer[np.ndarray, " n"]
     contents: tuple[str, ...] = ()  # `records_digest` of each file; sets of earlier versions say none
     version: str = field(default="", compare=False)  # of what was read, and from where
 
-    def to_json(self) -> str:
+    def write(self, directory: epath.Path) -> None:
+        """Writes both files, index.json last."""
+        counts = io.BytesIO()
+        small = lambda count: count.astype(np.min_scalar_type(count.max(initial=0)))  # noqa: E731
+        np.savez(counts, tokens=small(self.tokens), images=small(self.images))
+        (directory / COUNTS).write_bytes(counts.getvalue())
         document = {
             "format": FORMAT,
             "shards": [asdict(shard) for shard in self.shards],
             "fingerprint": self.fingerprint,
             "plan": self.plan,
-            "tokens": self.tokens.tolist(),
-            "images": self.images.tolist(),
+            "counts": hashlib.sha256(counts.getvalue()).hexdigest(),
             "contents": list(self.contents),
         }
-        return json.dumps(document)
+        buckets.write_text(directory / INDEX, json.dumps(document))
 
     @classmethod
     def read(cls, directory: epath.Path) -> Index:
@@ -93,21 +103,36 @@ class Index:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         seen = document.get("format") if isinstance(document, dict) else None
-        if seen != FORMAT:
+        if seen not in (1, FORMAT):
             raise DataError(f"{path} is of format {seen}, and this version reads {FORMAT}; run `data prepare` again")
         try:
             shards = tuple(Shard(**shard) for shard in document["shards"])
-            counts = {name: np.array(document[name], np.int32) for name in ("tokens", "images")}
+            counts = _read_counts(directory, document)
             contents = tuple(map(str, document.get("contents", ())))
             version = hashlib.sha256(f"{directory}\n{text}".encode()).hexdigest()[:16]
             index = cls(shards, document["fingerprint"], document["plan"], **counts, contents=contents, version=version)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, DataError):  # a ValueError, too
+                raise
             raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if sum(shard.samples for shard in shards) != len(index.tokens) or len(index.tokens) != len(index.images):
             raise DataError(
                 f"{path} is damaged: it counts {len(index.tokens)} samples, and its files hold another number"
             )
         return index
+
+
+def _read_counts(directory: epath.Path, document: Any) -> dict[str, Integer[np.ndarray, " n"]]:
+    if document["format"] == 1:
+        return {name: np.array(document[name], np.int32) for name in ("tokens", "images")}
+    content = (directory / COUNTS).read_bytes()
+    if hashlib.sha256(content).hexdigest() != document["counts"]:
+        raise DataError(
+            f"{directory / COUNTS} is not the one that {INDEX} was written with: copy both again, or delete {INDEX} "
+            "and run `data prepare` again"
+        )
+    with np.load(io.BytesIO(content)) as stored:
+        return {name: stored[name] for name in ("tokens", "images")}
 
 
 @SOURCES.register("arrayrecord")
@@ -123,15 +148,21 @@ class ShardedSamples:
         self.config = config
         self.directory = buckets.place(config.path)
         self.contents = Index.read(self.directory)
-        self._ends = np.cumsum([shard.samples for shard in self.contents.shards])
+        self.copied = buckets.is_remote(self.directory)
+        self.pieces = np.cumsum([shard.samples for shard in self.contents.shards])
         self._readers: list[ArrayRecordDataSource | None] = [None] * len(self.contents.shards)
         self._opened: dict[int, tuple[str, os.stat_result]] = {}  # what the open files were then
         self._locks = [threading.Lock() for _ in self.contents.shards]
+        self._room: int | None = None  # `data.cache_bytes`
+        self._keep: frozenset[Path] = frozenset()  # the copies of what is read now and next
+        self._ahead: collections.deque[int] = collections.deque()  # shards that are copied before they are read
+        sizes = buckets.sizes(self.directory)
         for shard in self.contents.shards:
-            path = self.directory / shard.name
-            size = path.stat().length if path.exists() else None
+            size = sizes.get(shard.name)
             if size != shard.bytes:
-                seen = "is missing" if size is None else f"has {size:,} bytes, not {shard.bytes:,}"
+                path, seen = self.directory / shard.name, "is missing"
+                if size is not None:
+                    seen = f"has {size:,} bytes, not {shard.bytes:,}"
                 raise DataError(f"{path} {seen}; copy it again, or delete {INDEX} and run `data prepare` again")
 
     def __len__(self) -> int:
@@ -140,9 +171,9 @@ class ShardedSamples:
     def __getitem__(self, index: int) -> Sample:
         """Raises DataError if the record is damaged."""
         index = range(len(self))[index]
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = int(np.searchsorted(self.pieces, index, side="right"))
         shard = self.contents.shards[number]
-        place = index - int(self._ends[number]) + shard.samples
+        place = index - int(self.pieces[number]) + shard.samples
         try:
             record = self._reader(number)[place]
             self._check_version(number)
@@ -153,7 +184,7 @@ class ShardedSamples:
             self._check_version(number)
             raise DataError(f"cannot be read: {error}", f"{self.directory / shard.name}:{place}") from error
 
-    def counts(self, fingerprint: str) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]] | None:
+    def counts(self, fingerprint: str) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]] | None:
         """Text tokens and images of every sample, if they were counted with that template and tokenizer."""
         same = self.contents.fingerprint == fingerprint
         return (self.contents.tokens, self.contents.images) if same else None
@@ -164,7 +195,7 @@ class ShardedSamples:
         A set of an earlier version that lies in a bucket tells lengths, and what its plan says of the data.
         """
         index, digests = self.contents, []
-        written = None if buckets.is_remote(self.directory) else os.stat(self.directory / INDEX).st_mtime_ns
+        written = None if self.copied else os.stat(self.directory / INDEX).st_mtime_ns
         for number, shard in enumerate(index.shards):
             path = self.directory / shard.name
             if written is not None and (not index.contents or os.stat(path).st_mtime_ns > written):
@@ -181,7 +212,7 @@ class ShardedSamples:
             reader = self._readers[number]
             if reader is None:
                 shard = self.contents.shards[number]
-                local = self._local(shard)
+                local = str(self._local(shard))
                 self._opened[number] = local, os.stat(local)
                 reader = ArrayRecordDataSource(local)
                 if len(reader) != shard.samples:
@@ -200,16 +231,74 @@ class ShardedSamples:
             if opened and now and opened.st_ino == now.st_ino and _version(opened) != _version(now):
                 raise SourceChangedError(f"{path} has changed since it was opened; start again")
 
-    def _local(self, shard: Shard) -> str:
-        """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there."""
+    def expect(self, now: Int64[np.ndarray, " n"], then: Int64[np.ndarray, " m"], room: int | None) -> None:
+        """Closes the shards that are no longer read; copies those that are, in the order of their first samples.
+
+        Args:
+          now: the samples that are read now, in their order.
+          then: likewise, what follows.
+          room: `data.cache_bytes`.
+
+        Raises:
+          DataError: the shards of `now` have no room.
+        """
+        wanted = [self._shards_of(numbers) for numbers in (now, then)]
+        kept = {*wanted[0], *wanted[1]}
+        for number in [number for number in list(self._opened) if number not in kept]:
+            self._readers[number] = None
+            self._opened.pop(number, None)
+        if not self.copied:
+            return
+        shards, bound = self.contents.shards, room_for_copies(room, SUFFIX)
+        size = sum(shards[number].bytes for number in wanted[0])
+        if size > bound:
+            raise DataError(
+                f"{self.directory}: the shards of one block of the order have {size:,} bytes, and their copies in "
+                f"{cache_folder()} room for {bound:,} (--config.data.cache_bytes): raise it, or lower "
+                "--config.data.shuffle_block_size"
+            )
+        self._room, self._keep = room, frozenset(self._copy_of(shards[number]) for number in kept)
+        self._ahead = collections.deque(dict.fromkeys([*wanted[0], *wanted[1]]))
+        for _ in range(min(COPIERS, len(self._ahead))):
+            threading.Thread(target=self._copy_ahead, daemon=True).start()
+
+    def _shards_of(self, numbers: Int64[np.ndarray, " n"]) -> list[int]:
+        found, first = np.unique(np.searchsorted(self.pieces, numbers, side="right"), return_index=True)
+        return found[np.argsort(first)].tolist()
+
+    def _copy_ahead(self) -> None:
+        """Copies one shard after the other, until there is no other one or no room."""
+        with contextlib.suppress(IndexError):
+            while True:
+                number = self._ahead.popleft()
+                try:
+                    with self._locks[number]:
+                        if self._local(self.contents.shards[number], ahead=True) is None:
+                            return
+                except Exception as error:  # its reader will meet it again, and say which sample it needs
+                    logging.warning("%s was not copied: %s", self.directory / self.contents.shards[number].name, error)
+
+    def _copy_of(self, shard: Shard) -> Path:
+        return cache_folder() / self.contents.version / shard.name
+
+    def _local(self, shard: Shard, ahead: bool = False) -> str | None:
+        """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there.
+
+        Args:
+          shard: of this set.
+          ahead: it is not needed yet; None is returned where copies that are needed would have to go for it.
+        """
         path = self.directory / shard.name
-        if not buckets.is_remote(path):
+        if not self.copied:
             return os.fspath(path)
-        cached = cache_folder() / self.contents.version / shard.name
-        if not cached.exists() or cached.stat().st_size != shard.bytes:
-            with path.open("rb") as source:
-                write_copy(source, cached)
-        return str(cached)
+        copy = self._copy_of(shard)
+        if not is_copy(copy, shard.bytes):
+            if not make_room(shard.bytes, self._room, SUFFIX, self._keep, force=not ahead) and ahead:
+                return None
+            copy_once(lambda: path.open("rb"), copy, shard.bytes)
+        elif not ahead:
+            os.utime(copy)  # it goes later than those that are not opened
+        return str(copy)
 
     def __reduce__(self) -> tuple[type, tuple[SourceConfig]]:
         return type(self), (self.config,)

@@ -12,6 +12,7 @@ from etils import epath
 
 from saisa_jax import buckets
 from saisa_jax.config import Config, to_dict
+from saisa_jax.flops import StepFlops
 from saisa_jax.training import processes
 from saisa_jax.training.telemetry.goodput import Goodput
 from saisa_jax.training.telemetry.meter import Meter
@@ -47,18 +48,18 @@ class Journal:
         self.remembered: dict[str, Any] = {"dropped": 0, "unusable": 0, "cut_tokens": 0, "last_loss": None}
 
     @contextlib.contextmanager
-    def open(self, first: int, flops: float, devices: list[Any]) -> Iterator[None]:
+    def open(self, first: int, work: StepFlops, devices: list[Any]) -> Iterator[None]:
         """While it is entered, steps can be recorded.
 
         Args:
           first: the last step that was done before.
-          flops: that a step needs.
+          work: FLOPs of a step.
           devices: that it runs on, of all processes.
         """
         settings, alone = self._config.training, processes.is_first()
         wandb = settings.wandb if alone else None
         self._first, self._skipped = first, SkippedSteps(self._directory, first)
-        self._meter = Meter(self._clock, self._config.stage(self._name), self._steps, flops, devices)
+        self._meter = Meter(self._clock, self._config.stage(self._name), self._steps, work, devices)
         with (
             MetricsWriter(
                 processes.own(self._directory),
@@ -80,7 +81,8 @@ class Journal:
           lost: by all processes together.
           dropped: samples of this process's rows that could not be used, and why.
         """
-        self._meter.add(values["samples"], values["text_fill"])
+        held = ("samples", "text_fill", "attention_legal", "attention_visited")
+        self._meter.add(**{name: values[name] for name in held})
         self.remembered["dropped"] += lost.dropped
         self.remembered["unusable"] += lost.unusable
         self.remembered["cut_tokens"] += lost.cut_tokens

@@ -12,6 +12,7 @@ import jax
 
 from saisa_jax.chips import peak_flops
 from saisa_jax.config import StageConfig
+from saisa_jax.flops import StepFlops
 from saisa_jax.training.telemetry.goodput import Goodput
 
 PAUSES = ("save", "eval")  # the clock's; training waits meanwhile
@@ -20,19 +21,20 @@ PAUSES = ("save", "eval")  # the clock's; training waits meanwhile
 class Meter:
     """Rates of the steps between two readings. The first step, which holds the compilation, is left out.
 
-    Rates are by the seconds of training: saves and evaluations do not count. The FLOPs of a step are those that its
-    forward and backward passes need (`flops.train_step`), recomputed ones left out, padding included.
+    Rates are by the seconds of training: saves and evaluations do not count. MFU is by the FLOPs that forward and
+    backward passes need, with the legal pairs of attention alone and padding included; HFU by those that the program
+    executes, recomputed ones and masked pairs that attention does not skip among them.
 
     Args:
       clock: of the stage.
       settings: of the stage; say how much room a step has.
       steps: of the stage.
-      flops: of a step.
+      work: FLOPs of a step.
       devices: that it runs on, of all processes.
     """
 
-    def __init__(self, clock: Goodput, settings: StageConfig, steps: int, flops: float, devices: Sequence[Any]):
-        self._clock, self._flops, self._steps_in_all = clock, flops, steps
+    def __init__(self, clock: Goodput, settings: StageConfig, steps: int, work: StepFlops, devices: Sequence[Any]):
+        self._clock, self._work, self._steps_in_all = clock, work, steps
         self._text_room = settings.batch_size * settings.text_length
         self._peak = peak_flops(devices)
         self._devices = [device for device in devices if device.process_index == jax.process_index()]
@@ -40,8 +42,8 @@ class Meter:
         self._all_steps, self._seconds_per_step = 0, 0.0
         self._restart()
 
-    def add(self, samples: float, text_fill: float) -> None:
-        """Counts a step when its results are there, with what its batch held (`step.held_by`)."""
+    def add(self, samples: float, text_fill: float, attention_legal: float, attention_visited: float) -> None:
+        """Counts a step when its results are there, with what its batch held (metrics of `make_train_step`)."""
         if not self._begun:
             self._begun = True
             self._restart()
@@ -49,22 +51,24 @@ class Meter:
         self._steps += 1
         self._samples += samples
         self._text_tokens += text_fill * self._text_room
+        self._useful += self._work.useful(attention_legal)
+        self._done += self._work.done(attention_visited)
 
     def read(self, step: int) -> dict[str, float]:
         """Rates of the steps since the last reading, up to `step`.
 
         Returns:
-          seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu (0..1), or
-          tflops_per_second of all devices if their peak is unknown; data_wait (0..1); seconds_left of the stage,
-          saves and evaluations included. Nothing of these if no step was added. And device_memory_bytes, the most that
-          a device of this process has held so far, or process_memory_bytes.
+          seconds_per_step; samples_per_second; tokens_per_second (of text, without padding); mfu and hfu (0..1), or
+          tflops_per_second (of those that mfu counts) of all devices if their peak is unknown; data_wait (0..1);
+          seconds_left of the stage, saves and evaluations included. Nothing of these if no step was added. And
+          device_memory_bytes, the most that a device of this process has held so far, or process_memory_bytes.
         """
         return {**self._rates(step), **peak_memory(self._devices)}
 
     def _rates(self, step: int) -> dict[str, float]:
         steps, seconds = self._steps, self._training_seconds() - self._since
         data = self._clock["data"] - self._data_before
-        samples, text_tokens = self._samples, self._text_tokens
+        samples, text_tokens, useful, done = self._samples, self._text_tokens, self._useful, self._done
         self._restart()
         if not steps:
             return {}
@@ -73,18 +77,19 @@ class Meter:
         self._all_steps += steps
         self._seconds_per_step += (1.0 if first else 0.3) * (seconds / steps - self._seconds_per_step)
         pauses = sum(self._clock[kind] for kind in PAUSES) / self._all_steps
-        speed = self._flops * steps / seconds
+        peak = self._peak
+        speed = {"mfu": useful / seconds / peak, "hfu": done / seconds / peak} if peak else {}
         return {
             "seconds_per_step": seconds / steps,
             "samples_per_second": samples / seconds,
             "tokens_per_second": text_tokens / seconds,
-            **({"mfu": speed / self._peak} if self._peak else {"tflops_per_second": speed / 1e12}),
+            **(speed or {"tflops_per_second": useful / seconds / 1e12}),
             "data_wait": data / seconds,
             "seconds_left": (self._steps_in_all - step) * (self._seconds_per_step + pauses),
         }
 
     def _restart(self) -> None:
-        self._steps, self._samples, self._text_tokens = 0, 0.0, 0.0
+        self._steps, self._samples, self._text_tokens, self._useful, self._done = 0, 0.0, 0.0, 0.0, 0.0
         self._since, self._data_before = self._training_seconds(), self._clock["data"]
 
     def _training_seconds(self) -> float:

@@ -194,6 +194,7 @@ SHOWN: dict[str, Callable[[float], str]] = {  # in a line of progress, in this o
     "samples_per_second": _rate("samples"),
     "tokens_per_second": _rate("tokens"),
     "mfu": "MFU {:.1%}".format,
+    "hfu": "HFU {:.1%}".format,
     "tflops_per_second": lambda value: f"{value:.3g} TFLOP/s" if value >= 1 else f"{1e3 * value:.3g} GFLOP/s",
     "data_wait": "data wait {:.0%}".format,
     "dropped": lambda value: f"{value:,.0f} samples dropped" if value else "",

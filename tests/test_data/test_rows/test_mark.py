@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.rows.mark import content_mark, same_content
 from saisa_jax.data.sample import Sample, Turn
 from saisa_jax.data.sources import record_files
 from saisa_jax.data.sources.record_files import records_digest
-from saisa_jax.data.sources.shards import INDEX, Index, Shard, ShardedSamples, encode_record, write_shard
+from saisa_jax.data.sources.shards import Index, Shard, ShardedSamples, encode_record, write_shard
 
 
 def records(changed: int | None = None) -> list[bytes]:
@@ -35,7 +34,7 @@ def write_set(folder: Path, changed: int | None = None, with_contents: bool = Tr
     shards = tuple(Shard(f"{n}.arrayrecord", len(part), written[n][0]) for n, part in enumerate(parts))
     ones = np.ones(300, np.int32)
     contents = tuple(digest for _, digest in written) if with_contents else ()
-    buckets.write_text(epath.Path(folder / INDEX), Index(shards, "f", {}, ones, 0 * ones, contents).to_json())
+    Index(shards, "f", {}, ones, 0 * ones, contents).write(epath.Path(folder))
     return open_set(folder)
 
 

@@ -17,6 +17,7 @@ from saisa_jax.data import pipeline, sources
 from saisa_jax.data.rows import counting, counts
 from saisa_jax.data.rows.order import Order
 from saisa_jax.data.rows.packing import group, pack
+from saisa_jax.data.rows.plans import RowPlans
 from saisa_jax.data.sample import DataError, Sample, Turn
 from saisa_jax.data.text.tokenizer import load_tokenizer
 
@@ -87,6 +88,10 @@ def iterator(config: Config, tokenizer, **shard) -> pipeline.TrainIterator:
     return pipeline.StageData(config, "finetune", tokenizer).batches(**shard)
 
 
+def epoch_rows(config: Config, tokenizer) -> int:
+    return pipeline.StageData(config, "finetune", tokenizer).rows.plans.rows_in(1)
+
+
 def take(batches, count: int) -> list[HostBatch]:
     return [next(batches) for _ in range(count)]
 
@@ -142,6 +147,47 @@ def test_an_epoch_takes_of_each_source_what_its_weight_says() -> None:
     assert sum(Order((1000,), (0.1,), 0).size(epoch) for epoch in range(10)) == 1000
 
 
+def test_an_epoch_of_one_block_is_in_the_order_of_earlier_versions() -> None:
+    """Runs that were begun with them go on to the bit."""
+    rng = lambda *key: np.random.default_rng([3, *key])  # noqa: E731
+    second_half = rng(2, 0, 1).permutation(8)[4:] + 10
+    numbers = np.concatenate([rng(1, 1, 1).permutation(10), second_half])
+    expected = numbers[rng(1).permutation(14)]
+    assert Order((10, 8), (1.0, 0.5), 3)(1).tolist() == expected.tolist()
+    tokens, images = np.arange(18, dtype=np.int32) % 5 + 20, np.arange(18, dtype=np.int32) % 3
+    plans = RowPlans(Config(), Order((10, 8), (1.0, 0.5), 3), (tokens, images), 100, 4, 2)
+    packed = pack(tokens[expected], images[expected], 100, 4, [3, 2, 1])
+    assert plans.at(plans.rows_in(1)).rows.places.tolist() == packed.places.tolist()
+
+
+def test_an_epoch_of_several_blocks() -> None:
+    """Each sample once, every block with its share of every source, and with few of the files of a large one."""
+    ends = np.arange(10, 401, 10)  # files of 10 samples
+    order = Order((400, 30), (1.0, 2.0), 0, 100, (ends, None))
+    blocks = [[order(epoch, block) for block in range(order.blocks(epoch))] for epoch in (0, 1)]
+    assert [len(block) for block in blocks[0]] == [92] * 5 == [order.size(0, block) for block in range(5)]
+    for epoch in (0, 1):
+        assert Counter(np.concatenate(blocks[epoch]).tolist()) == {n: 1 if n < 400 else 2 for n in range(430)}
+        for number, block in enumerate(blocks[epoch]):
+            assert (block >= 400).sum() == 12 and order.before(epoch, number) == 92 * number
+            assert len(set(block[block < 400] // 10)) == 8  # 80 samples
+            assert (np.diff(block) != 1).mean() > 0.9
+    assert blocks[0][0].tolist() != blocks[1][0].tolist()
+
+
+def test_an_epoch_of_several_blocks_is_reckoned() -> None:
+    rng = np.random.default_rng(0)
+    tokens, images = rng.integers(1, 300, 30000).astype(np.int32), rng.integers(0, 3, 30000).astype(np.int32)
+    tokens[::100] = 0  # cannot be used
+    plans = RowPlans(Config(), Order((30000,), (1.0,), 0, 8192), (tokens, images), 512, 4, 2)
+    rows = plans.rows_in(1)
+    stop = 0
+    for _ in range(plans.order.blocks(0)):
+        stop = plans.at(stop).stop
+    assert plans.at(stop).start[:2] == (1, 0) and abs(rows / stop - 1) < 0.01
+    assert plans.samples_before(stop) == 29700 and abs(plans.samples_about(stop) - 29700) < 300
+
+
 def test_weights_that_sum_to_nothing() -> None:
     with pytest.raises(ConfigError, match=r"sources: weights \[0.0, 0.0\] sum to nothing"):
         StageConfig(sources=(SourceConfig("easy_vqa", weight=0.0),) * 2)
@@ -177,12 +223,16 @@ def test_packed_epochs(tokenizer) -> None:
     config = make_config(epochs=2.0)
     rows = pipeline.StageData(config, "finetune", tokenizer).rows
     ids = [
-        [name for row in range(rows.rows_in(e), rows.rows_in(e + 1)) for name in rows[row].sample_ids] for e in (0, 1)
+        [name for row in range(rows.plans.rows_in(e), rows.plans.rows_in(e + 1)) for name in rows[row].sample_ids]
+        for e in (0, 1)
     ]
     assert sorted(ids[0]) == sorted(ids[1]) == sorted(f"s/{i}" for i in range(40)) and ids[0] != ids[1]
-    assert pipeline.StageData(config, "finetune", tokenizer).steps == rows.rows_in(2) // 3
-    assert rows.samples_before(rows.rows_in(1)) == 40 and rows.samples_before(rows.rows_in(2) - 1) < 80
-    assert rows.rows_in(0.5) == rows.rows_in(1) // 2
+    assert pipeline.StageData(config, "finetune", tokenizer).steps == rows.plans.rows_in(2) // 3
+    assert (
+        rows.plans.samples_before(rows.plans.rows_in(1)) == 40
+        and rows.plans.samples_before(rows.plans.rows_in(2) - 1) < 80
+    )
+    assert rows.plans.rows_in(0.5) == rows.plans.rows_in(1) // 2
 
 
 def test_turns_chosen_anew_cannot_be_packed() -> None:
@@ -231,6 +281,36 @@ def test_resume_after_any_number_of_batches(tokenizer, table) -> None:
         second.set_state({"next_row": 7})
 
 
+@pytest.mark.parametrize("kind", [{}, {"packing": False}, {"packing": False, "group_by_length": True}])
+def test_resume_in_any_block(tokenizer, monkeypatch, kind) -> None:
+    """Nothing of the blocks before is planned."""
+    config = make_config(**kind, shuffle_block_size=9)
+    reference = iterator(config, tokenizer)
+    hosts, states = [], [reference.get_state()]
+    for _ in range(30):
+        hosts.append(next(reference))
+        states.append(json.loads(json.dumps(reference.get_state())))
+    assert max(state["block"][0] for state in states) >= 1 and max(state["block"][1] for state in states) == 4
+    planned = []
+    make = RowPlans._make
+    monkeypatch.setattr(RowPlans, "_make", lambda *key: planned.append(key[1:]) or make(*key))
+    for stop in (1, 11, 29):
+        data = pipeline.StageData(config, "finetune", tokenizer)
+        resumed, _ = data.batches(), planned.clear()
+        resumed.set_state(states[stop])
+        assert_same(hosts[stop : stop + 1], take(resumed, 1))
+        resumed.close()
+        assert min(planned) >= tuple(states[stop]["block"][:2])
+
+
+def test_another_size_of_blocks_is_another_order(tokenizer, tmp_path) -> None:
+    marks = [
+        pipeline.StageData(make_config(shuffle_block_size=size), "finetune", tokenizer, str(tmp_path)).mark
+        for size in (9, 20, 40, 2**20)
+    ]
+    assert marks[0] != marks[1] and marks[2] == marks[3] and "shuffle_block_size" not in marks[3]
+
+
 def test_resume_with_other_workers_and_hosts(tokenizer) -> None:
     """One worker process, then two, then none; one host, then two."""
     make = lambda workers: make_config(4, sources=(SourceConfig("easy_vqa", task="vqa"),), num_workers=workers)  # noqa: E731
@@ -255,7 +335,7 @@ def test_counts_are_kept_from_one_start_to_the_next(tokenizer, tmp_path, monkeyp
     reference = pipeline.StageData(make_config(), "finetune", tokenizer, str(tmp_path)).rows
     monkeypatch.setattr(counting, "count", None)  # may not be called
     again = pipeline.StageData(make_config(), "finetune", tokenizer, str(tmp_path)).rows
-    assert again.epoch(0)[1].places.tolist() == reference.epoch(0)[1].places.tolist()
+    assert again.plans.at(0).rows.places.tolist() == reference.plans.at(0).rows.places.tolist()
     other = dataclasses.replace(make_config(), data=dataclasses.replace(make_config().data, system_prompt="be kind"))
     assert counts.fingerprint(other, "finetune", tokenizer) != counts.fingerprint(make_config(), "finetune", tokenizer)
 
@@ -276,7 +356,7 @@ def test_dropped_samples_leave_empty_segments(tokenizer, table, packing: bool) -
     broken(table)
     config = make_config(4, packing=packing, on_error="drop", max_drop=0.1)
     rows = pipeline.StageData(config, "finetune", tokenizer).rows
-    hosts = take(iterator(config, tokenizer), rows.rows_in(1) // 4)
+    hosts = take(iterator(config, tokenizer), rows.plans.rows_in(1) // 4)
     dropped = [reason for host in hosts for reason in host.dropped]
     known = ["s/4"] if packing else ["s/4", "s/7", "s/9"]  # packed: the others are not in the plan
     for name in known:
@@ -305,12 +385,16 @@ def test_long_samples(tokenizer, table, packing: bool) -> None:
     long = " ".join(["red"] * 150)
     table["vqa"][5] = Sample("s/5", (Turn("user", "what?"), Turn("assistant", long)), ())
     config = make_config(4, packing=packing)
-    hosts = take(iterator(config, tokenizer), pipeline.StageData(config, "finetune", tokenizer).rows.rows_in(1) // 4)
+    hosts = take(
+        iterator(config, tokenizer), pipeline.StageData(config, "finetune", tokenizer).rows.plans.rows_in(1) // 4
+    )
     assert sum(host.cut_tokens for host in hosts) > 50
     with pytest.raises(DataError, match=r"sample 's/5': .* raise the stage's text_length"):
         take(iterator(make_config(4, packing=packing, on_long="raise"), tokenizer), 10)
     config = make_config(4, packing=packing, on_long="drop")
-    hosts = take(iterator(config, tokenizer), pipeline.StageData(config, "finetune", tokenizer).rows.rows_in(1) // 4)
+    hosts = take(
+        iterator(config, tokenizer), pipeline.StageData(config, "finetune", tokenizer).rows.plans.rows_in(1) // 4
+    )
     assert not any(host.cut_tokens for host in hosts)
     assert sum("s/5" in reason for host in hosts for reason in host.dropped) == (0 if packing else 1)
 
@@ -319,7 +403,7 @@ def test_more_images_than_slots(tokenizer) -> None:
     with pytest.raises(DataError, match=r"2 images in a row of 1 slots; raise finetune.max_images"):
         iterator(make_config(max_images=1), tokenizer)
     rows = pipeline.StageData(make_config(max_images=1, on_error="drop", max_drop=0.5), "finetune", tokenizer).rows
-    assert len(rows.epoch(0)[1].places) == 27
+    assert len(rows.plans.at(0).rows.places) == 27
 
 
 def test_all_that_cannot_be_used_is_told_at_the_start(tokenizer, table, tmp_path, caplog) -> None:

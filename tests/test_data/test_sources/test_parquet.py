@@ -235,7 +235,7 @@ def test_threads_and_workers_read_the_same(data, tokenizer) -> None:
 def test_content_is_marked_and_counts_are_made_anew_when_it_changes(data, tokenizer, tmp_path) -> None:
     def state(root: Path) -> tuple[Any, list[int]]:
         stage = StageData(make_config(source(root)), "finetune", tokenizer, str(tmp_path / "cache"))
-        return stage.mark, stage.rows.epoch(0)[1].places.tolist()
+        return stage.mark, stage.rows.plans.at(0).rows.places.tolist()
 
     a, b = tmp_path / "a", tmp_path / "b"
     for root in (a, b):

@@ -118,13 +118,13 @@ def test_plain_lines():
         progress.update(11, loss=2.5, lr=1e-3, grad_norm=12.345, process_memory_bytes=3 * 2.0**30, tokens=16.0)
         progress.update(
             20, loss=2.25, lr=1e-3, grad_norm=1.5, tokens=16.0, samples_per_second=12.34, tokens_per_second=2000.0,
-            mfu=0.4123, data_wait=0.031, text_fill=0.94, image_fill=0.885, device_memory_bytes=1.26 * 2**30,
+            mfu=0.4123, hfu=0.5, data_wait=0.031, text_fill=0.94, image_fill=0.885, device_memory_bytes=1.26 * 2**30,
             seconds_left=480.0,
         )  # fmt: skip
         progress.update(30, loss=2.0, tflops_per_second=0.0123, seconds_left=39.0)
     assert stream.getvalue().splitlines() == [
         "pretrain: step 11/100  loss 2.5  lr 0.001  grad 12.3  3.0 GiB of memory  ? left",
-        "pretrain: step 20/100  loss 2.25  lr 0.001  grad 1.5  12.3 samples/s  2,000 tokens/s  MFU 41.2%  "
+        "pretrain: step 20/100  loss 2.25  lr 0.001  grad 1.5  12.3 samples/s  2,000 tokens/s  MFU 41.2%  HFU 50.0%  "
         "data wait 3%  text 94% full  images 88% full  1.3 GiB a device  8m 00s left",
         "pretrain: step 30/100  loss 2  12.3 GFLOP/s  39s left",
     ]

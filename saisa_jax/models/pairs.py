@@ -1,0 +1,71 @@
+"""How much of attention's square of queries and keys is legal, and how much of it a kernel computes.
+
+Axes: B batch, T queries, S keys, M image slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from saisa_jax.batch import Batch
+from saisa_jax.config import ModelConfig
+from saisa_jax.models.attention_tpu import needed_tiles
+from saisa_jax.models.mask import PackedPositions, may_attend
+from saisa_jax.models.streams import visual_positions
+
+
+class Square(NamedTuple):
+    """Queries and keys of so many layers alike."""
+
+    layers: int
+    queries: PackedPositions
+    keys: PackedPositions
+
+
+def squares(config: ModelConfig, batch: Batch) -> Iterator[Square]:
+    """The squares of a batch, of which `images` and tokens are not read."""
+    text = PackedPositions(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
+    slots = batch["image_segment_ids"].shape[1]
+    roles = config.visual_roles if slots else ("none",) * config.num_layers
+    together, alone = roles.count("queries"), roles.count("none")
+    if alone < len(roles):
+        visual = visual_positions(batch, slots * config.num_visual_tokens)
+        both = PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True)))
+        if together:
+            yield Square(together, both, both)
+        if together + alone < len(roles):
+            yield Square(len(roles) - together - alone, text, both)
+    if alone:
+        yield Square(alone, text, text)
+
+
+def legal_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:
+    """Pairs of a query and a key that may attend, of all pairs of the layers' squares (0..1)."""
+
+    def share(square: Square) -> Array:
+        return jnp.mean(may_attend(*square.queries, *square.keys, config.sliding_window))
+
+    return _over_layers(config, batch, share)
+
+
+def visited_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:
+    """What attention's implementation computes of the layers' squares (0..1): `flash` tiles with a legal pair."""
+    if config.attention_impl != "flash":
+        return jnp.ones(())
+    return _over_layers(
+        config, batch, lambda square: jnp.mean(needed_tiles(square.queries, square.keys, config.sliding_window))
+    )
+
+
+def _over_layers(config: ModelConfig, batch: Batch, share: Callable[[Square], Array]) -> Float[Array, ""]:
+    """The mean of a share of each square, by how many pairs its layers have."""
+    parts = [
+        (square.layers * square.queries.positions.shape[1] * square.keys.positions.shape[1], share(square))
+        for square in squares(config, batch)
+    ]
+    total = sum(pairs for pairs, _ in parts)
+    return sum((pairs / total * part for pairs, part in parts), start=jnp.zeros(()))
