@@ -18,8 +18,10 @@ from etils import epath
 from saisa_jax import buckets, flops, parallel
 from saisa_jax.checkpoints import (
     CheckpointError,
+    LocalCheckpoints,
     RunCheckpointer,
     checksums,
+    committed_steps,
     copy_sidecar,
     is_model,
     local_model,
@@ -40,7 +42,7 @@ from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.recipe import check_same_contents, check_same_recipe
 from saisa_jax.training.setup import setup_stage
-from saisa_jax.training.start import check_projectors, check_stages, starting_params
+from saisa_jax.training.start import check_projectors, check_stages, frozen_params, start_source, starting_params
 from saisa_jax.training.state import (
     TrainState,
     abstract_saved,
@@ -122,12 +124,20 @@ class StageTrainer:
         setup = setup_stage(config, name, self.steps)
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup
         self.batch = setup.abstract_batch()
-        start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)
-        self.source, s = start.source, self.settings
-        with parallel.use(self.mesh, self.rules):
-            self.state = create_state(
-                start.make, start.argument, s.groups, self.optimizer, self.shardings, donate=start.source != "random"
-            )
+        disk, s = config.training.local_checkpoints, self.settings
+        self.local = LocalCheckpoints(disk, self.directory) if disk else None
+        self.source = start_source(config, name, workdir)
+        saved = committed_steps(self.directory / "checkpoints") or (self.local and self.local.newest(None) is not None)
+        self.resumes = bool(saved)
+        self.state = setup.abstract_state()  # a checkpoint fills it, but for what is frozen
+        frozen = frozen_params(self.source, self.state.frozen) if self.resumes else None
+        if frozen is not None:
+            self.state = self.state._replace(frozen=frozen)
+        else:
+            start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)
+            donate = self.source != "random"
+            with parallel.use(self.mesh, self.rules):
+                self.state = create_state(start.make, start.argument, s.groups, self.optimizer, self.shardings, donate)
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
@@ -146,13 +156,13 @@ class StageTrainer:
         with (
             parallel.use(self.mesh, self.rules),
             contextlib.ExitStack() as closing,
-            RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
+            RunCheckpointer(directory, self.config.training.keep_checkpoints, local=self.local) as checkpointer,
         ):
             own = parallel.own_rows(self.mesh, self.settings.batch_size)
             data = self.data.batches(own)
             closing.callback(data.close)
             with processes.exit_on_lost_process():
-                if checkpointer.latest_step() is None:
+                if not self.resumes:
                     random = f"random weights (seed {self.config.seed})"
                     logging.info("%s starts from %s", self.name, random if self.source == "random" else self.source)
                 else:
@@ -163,6 +173,8 @@ class StageTrainer:
                     raise TrainingError(f"{error}. {self._what_next(checkpointer)}") from error
         if finished:
             self._finish()
+            if self.local is not None:
+                self.local.remove()
         return finished
 
     def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
@@ -225,6 +237,7 @@ class StageTrainer:
             self.model, self.optimizer, self.shardings, self.settings.accumulation, options.loss_chunk
         )
         evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
+        alarm = processes.Alarm(options.checkpoint_every_minutes)
         with (
             self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
@@ -246,16 +259,17 @@ class StageTrainer:
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
-                sent = sync.send(bool(stop.requested), host.lost, batch_size)
+                sent = sync.send(bool(stop.requested), host.lost, batch_size, alarm.rings())
                 profiler.started(step, metrics)
                 if waiting:
                     self._settle(sync, *waiting)
                 waiting = step, metrics, host.dropped, sent
                 stopping, last, over = sync.stopping, step == self.steps, self._dropped_too_many() != ""
-                save = stopping or last or over or step % options.checkpoint_every == 0
+                save = stopping or last or over or sync.saving or step % options.checkpoint_every == 0
+                locally = self.local is not None and step % options.local_checkpoint_every == 0 and not save
                 due = self._due(evaluations, step)
                 self.evaluation_due = bool(due) and stopping
-                if save or due:
+                if save or locally or due:
                     self._settle(sync, *waiting)
                     waiting, over = None, self._dropped_too_many() != ""
                 if due and not stopping:
@@ -267,6 +281,12 @@ class StageTrainer:
                         checkpointer.save(step, saved_part(self.state), data, self._metadata())
                         if stopping or last or over:
                             checkpointer.wait()
+                    sync.saving = False
+                    alarm.wind()
+                if locally and self.local is not None:
+                    with clock("save"):
+                        self.journal.upload()
+                        self.local.save(step, saved_part(self.state), data, self._metadata())
                 if over:
                     raise DataError(self._dropped_too_many())
                 if stopping:
@@ -471,5 +491,9 @@ class StageTrainer:
         if self.model.lora.rank:
             save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
         final = local_model(self.directory.parent, self.name)
-        attach = None if self.source == "random" else copy_sidecar(self.source)
+        attach = None
+        if is_model(self.source):
+            attach = copy_sidecar(self.source)
+        elif self.source != "random":
+            logging.warning("%s is no longer there: %s has nothing of its sidecar", self.source, final)
         save_model(final, self._plain_params(), self.config, self.tokenizer, summary, attach)

@@ -82,7 +82,7 @@ class Journal:
           dropped: samples of this process's rows that could not be used, and why.
         """
         held = ("samples", "text_fill", "attention_legal", "attention_visited")
-        self._meter.add(**{name: values[name] for name in held})
+        self._meter.add(**{name: values[name] for name in held}, waits=lost.waits)
         self.remembered["dropped"] += lost.dropped
         self.remembered["unusable"] += lost.unusable
         self.remembered["cut_tokens"] += lost.cut_tokens
