@@ -44,6 +44,7 @@ RULES: Rules = (
     ("vision_mlp", "tensor"),
     ("vision_heads", "tensor"),
     ("visual_hidden", "tensor"),
+    ("visual_heads", "tensor"),
     # activations
     ("activation_batch", BATCH_AXES),
     ("activation_lookup", "data"),  # rows, while each device looks up its columns of the embedding table
@@ -104,6 +105,11 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     vision = config.vision
+    of_projector = [("hidden_dim", config.projector_dim)]
+    if config.projector.kind == "low_rank":
+        of_projector.append(("rank", config.projector.rank))
+    if config.projector.kind == "resampler":
+        of_projector = [("num_heads", config.projector.num_heads)]
     if vision.kind == "vit":
         of_encoder = [("num_heads", vision.num_heads, "tensor"), ("mlp_dim", vision.mlp_dim, "tensor")]
     else:
@@ -112,7 +118,7 @@ def make_rules(config: ModelConfig, mesh: Mesh) -> Rules:
         ("model.num_heads", config.num_heads, "tensor", tensor),
         ("model.vocab_size, padded,", config.padded_vocab_size, "tensor", tensor),
         ("model.mlp_dim", config.mlp_dim, "tensor", tensor),
-        ("model.projector.hidden_dim", config.projector_dim, "tensor", tensor),
+        *((f"model.projector.{name}", size, "tensor", tensor) for name, size in of_projector),
         *((f"model.vision.{name}", size, axis, mesh.shape[axis]) for name, size, axis in of_encoder),
         ("model.embed_dim", config.embed_dim, "fsdp", fsdp),
         ("model.vision.embed_dim", vision.embed_dim, "fsdp", fsdp),
@@ -276,6 +282,13 @@ def agree(value: int, what: str) -> None:
         seen = np.asarray(multihost_utils.process_allgather(np.asarray(value, np.uint32)))
         if len(np.unique(seen)) > 1:
             raise ConfigError(f"the processes have different {what}: start the same command with the same files on all")
+
+
+def least(value: int) -> int:
+    """The smallest number of all processes, rounded down to a multiple of 2**20 where there are several."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.min(multihost_utils.process_allgather(np.asarray(value >> 20, np.int32)))) << 20
 
 
 def from_first(value: np.ndarray) -> np.ndarray:

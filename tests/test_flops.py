@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,11 +36,15 @@ from saisa_jax.models.layers import dense
 from saisa_jax.models.projectors import PROJECTORS
 from saisa_jax.models.projectors.mlp import MLPProjector
 from saisa_jax.models.saisa import Saisa, abstract_params
+from saisa_jax.testing.configs import PROJECTORS as TINY_PROJECTORS
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training.optimizer import flatten
 from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.step import make_train_step
 
 TEXT = 16
+ROOT = Path(__file__).parents[1]
+SHARED = ProjectorConfig(sharing="shared")
 
 
 def seven_b(alignment: str, **overrides: Any) -> ModelConfig:
@@ -80,8 +86,12 @@ VARIANTS = {
     "saisa, one projector": small(projector=ProjectorConfig(sharing="shared")),
     "saisa, some layers": small(visual_layers=(1,), tie_embeddings=True),
     "saisa, convnext": small(vision=CONVNEXT),
+    "low rank": small(projector=ProjectorConfig("low_rank", hidden_dim=40, rank=24)),
+    "resampler": small(projector=ProjectorConfig("resampler", num_tokens=5, num_layers=3)),
     "naavit": small("naavit"),
+    "llava, resampler": small("llava", projector=ProjectorConfig("resampler", "shared", num_tokens=7)),
     "llava": small("llava", num_kv_heads=4),
+    "llava, switched": small("llava", naavit_layers=(0,), frozen_visual_layers=(2,)),
 }
 
 
@@ -92,24 +102,35 @@ def closed_form(config: ModelConfig, text: int, images: int = 1, head_rows: int 
     costs
 
         part          llava           naavit          saisa
-        projectors    -               -               2v(C*D + D*D)      its own; a shared one counts once for the model
+        projectors    -               -               2v(C*D + D*D)      its own; a shared one counts once for all;
+                                                      4vD*rank           low_rank, beside the shared one
+                                                      a resampler's queries also read M*(patches + P) features C wide
         q             2(t+v)DA        2tDA            2tDA
         kv            4(t+v)D*K*H     4(t+v)D*K*H     4(t+v)D*K*H        t alone in a layer that does not see the image
         o             2(t+v)AD        2tAD            2tAD
         attention     4(t+v)(t+v)A    4t(t+v)A        4t(t+v)A           scores and values, in full
         mlp           6(t+v)DF        6(t+v)DF        6tDF
     """
-    c, visual = config, images * config.vision.num_patches
+    c, visual = config, images * config.num_visual_tokens
     queries, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    sees = len(c.visible_layers) if images else 0
+    sees = sum(role != "none" for role in c.visual_roles) if images else 0
     parts = dict.fromkeys(flops.PARTS, 0)
     parts["vision"] = images * closed_form_of_encoder(c.vision)
     projector = 2 * visual * (c.vision.embed_dim * c.projector_dim + c.projector_dim * c.embed_dim)
     parts["projectors"] = projector * (sees if c.per_layer_projectors else 1)
+    if c.projector.kind == "resampler":
+        width, read = c.vision.embed_dim, images * c.vision.num_patches + visual
+        attends = 4 * visual * width**2 + 4 * read * width**2  # q and o of the queries, k and v of what they read
+        attends += 4 * visual * (c.vision.num_patches + c.num_visual_tokens) * width
+        one = c.projector.num_layers * (attends + 16 * visual * width**2) + 2 * visual * width * c.embed_dim
+        parts["projectors"] = one * (sees if c.per_layer_projectors else 1)
+    if c.projector.kind == "low_rank":
+        parts["projectors"] = projector + sees * 4 * visual * c.embed_dim * c.projector.rank
     parts["head"] = 2 * head_rows * c.embed_dim * c.padded_vocab_size
-    for layers, seen in ((sees, visual), (c.num_layers - sees, 0)):
-        asking = text + (seen if c.alignment == "llava" else 0)
-        through_mlp = text + (seen if c.alignment != "saisa" else 0)
+    roles = [(c.visual_roles.count(role), visual, role) for role in ("keys", "mlp", "queries")] if images else []
+    for layers, seen, role in (*roles, (c.num_layers - sees, 0, "none")):
+        asking = text + (seen if role == "queries" else 0)
+        through_mlp = text + (seen if role in ("mlp", "queries") else 0)
         parts["q"] += layers * 2 * asking * c.embed_dim * queries
         parts["kv"] += layers * 4 * (text + seen) * c.embed_dim * kv_heads
         parts["attention"] += layers * 4 * asking * (text + seen) * queries
@@ -196,6 +217,38 @@ def test_images_projectors_and_layers() -> None:
     assert text_only.total == flops.prefill(seven_b("llava"), text=64, images=0).total
 
 
+def test_the_family_at_7b() -> None:
+    """Low-rank parts cost a twelfth of a projector for each layer; ViCA reads the image in eight layers of 32."""
+    low_rank = flops.prefill(seven_b("saisa", projector=ProjectorConfig("low_rank")), text=64, convention="paper")
+    vica = seven_b("saisa", projector=SHARED, visual_layers=(0, 1, 7, 8, 9, 10, 11, 14))
+    assert (round(low_rank.projectors / 1e12, 3), round(low_rank.total / 1e12, 2)) == (0.063, 2.15)
+    assert round(flops.prefill(vica, text=64, convention="decoder").total / 1e12, 2) == 1.17
+    frozen = seven_b("llava", frozen_visual_layers=tuple(range(13, 32)))
+    assert round(flops.prefill(frozen, text=64, convention="paper").total / 1e12, 1) == 4.7  # as ShortV prints it
+
+
+def test_the_documentations_table_of_the_family() -> None:
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "family.md").read_text().splitlines() if "|" in line]
+    found = {row[0].strip(): [cell.strip() for cell in row[1:5]] for row in rows if len(row) == 6}
+    for name, change in {
+        "LLaVA-1.5": {"alignment": "llava"},
+        "NAAViT": {"alignment": "naavit"},
+        "SAISA": {},
+        "SAISA, shared": {"projector": SHARED},
+        "SAISA, low rank": {"projector": ProjectorConfig("low_rank")},
+        "SAISA, resampler": {"projector": ProjectorConfig("resampler", num_tokens=64)},
+        "ViCA": {"projector": SHARED, "visual_layers": (0, 1, 7, 8, 9, 10, 11, 14), "frozen_prefix": True},
+    }.items():
+        config = presets.make("vicuna-7b", "clip-vit-l-336", **change)
+        params = {path: leaf.size for path, leaf in flatten(abstract_params(config)).items()}
+        projector = sum(size for path, size in params.items() if "visual_proj" in path)
+        prefill = flops.prefill(config, text=64, convention="decoder").total
+        train = flops.train_step(config, TRAIN_ALL_BUT_VISION, 1, 512, 1)
+        shape = (len(config.visible_layers), 2, config.num_kv_heads, config.num_visual_tokens, config.head_dim, 2)
+        cache = "-" if config.alignment == "llava" else f"{math.prod(shape) / 1e6:.0f}"
+        assert found[name] == [f"{projector / 1e6:.1f}", f"{prefill / 1e12:.2f}", f"{train / 1e12:.1f}", cache], name
+
+
 def test_an_unknown_convention_is_an_error() -> None:
     with pytest.raises(ValueError, match="convention='papers' is not one of"):
         flops.prefill(small(), text=TEXT, convention="papers")
@@ -246,9 +299,16 @@ def test_positions_that_are_resampled_are_counted_once_a_batch() -> None:
     assert added == flops.prefill(small(vision=vision), TEXT, 1).vision - flops.prefill(small(), TEXT, 1).vision
 
 
-@pytest.mark.parametrize("alignment", ["llava", "naavit", "saisa"])
-def test_xla_counts_the_same_in_our_prefill_at_7b(alignment: str) -> None:
-    config = seven_b(alignment)
+@pytest.mark.parametrize(
+    "config",
+    [
+        seven_b("llava"),
+        seven_b("naavit"),
+        seven_b("saisa"),
+        seven_b("saisa", projector=ProjectorConfig("low_rank"), visual_layers=(0, 1, 7, 8)),
+    ],
+)
+def test_xla_counts_the_same_in_our_prefill_at_7b(config: ModelConfig) -> None:
     assert flops.xla_prefill(config, text=64) == pytest.approx(flops.prefill(config, text=64).total, rel=0.02)
 
 
@@ -344,7 +404,7 @@ def step_flops(config: Config, stage: str) -> tuple[int, int]:
     return executed, flops.train_step(p.model, s.groups, s.batch_size, s.text_length, s.max_images)
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", *TINY_PROJECTORS])
 @pytest.mark.parametrize(("stage", "groups"), [("pretrain", TRAIN_PROJECTOR), ("finetune", TRAIN_ALL_BUT_VISION)])
 def test_a_train_step_executes_what_it_needs(alignment: str, stage: str, groups: Groups) -> None:
     config = tiny_config(alignment)

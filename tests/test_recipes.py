@@ -36,7 +36,14 @@ def projector(vision: int, embed: int) -> int:
 
 
 ONE = projector(1024, 4096)
-DECODERS = {"saisa_vicuna_13b": VICUNA_13B, "saisa_llama3_8b": LLAMA3_8B, "saisa_mistral_7b": MISTRAL_7B}
+# Two layers of attention, MLP and three norms; queries; the last norm and the map to the decoder.
+RESAMPLER = 2 * (4 * (1024**2 + 1024) + 8 * 1024**2 + 5 * 1024 + 6 * 1024) + 64 * 1024 + 2 * 1024 + 1025 * 4096
+DECODERS = {
+    "saisa_vicuna_13b": VICUNA_13B,
+    "vica_vicuna_13b": VICUNA_13B,
+    "saisa_llama3_8b": LLAMA3_8B,
+    "saisa_mistral_7b": MISTRAL_7B,
+}
 FINETUNE = {  # parameters in stage 2: (trainable, frozen)
     "saisa_vicuna_7b": (VICUNA_7B + 32 * ONE, CLIP),
     "saisa_vicuna_13b": (VICUNA_13B + 40 * projector(1024, 5120), CLIP),
@@ -46,6 +53,10 @@ FINETUNE = {  # parameters in stage 2: (trainable, frozen)
     "saisa_vicuna_7b_convnext": (VICUNA_7B + 32 * projector(2048, 4096), CONVNEXT),
     "ablation_shared_projector": (VICUNA_7B + ONE, CLIP),
     "ablation_half_the_layers": (VICUNA_7B + 16 * ONE, CLIP),
+    "saisa_vicuna_7b_low_rank": (VICUNA_7B + ONE + 32 * 2 * 128 * 4096, CLIP),
+    "vica_vicuna_7b": (VICUNA_7B + ONE, CLIP),
+    "vica_vicuna_13b": (VICUNA_13B + projector(1024, 5120), CLIP),
+    "ablation_resampler": (VICUNA_7B + 32 * RESAMPLER, CLIP),
     "llava_vicuna_7b": (VICUNA_7B + ONE, CLIP),
     "naavit_vicuna_7b": (VICUNA_7B + ONE, CLIP),
 }
@@ -73,7 +84,7 @@ def test_recipe_has_the_papers_numbers_and_the_known_number_of_parameters(name: 
         sizes[stage] = tuple(map(count, parts))
         find_template(config.stage(stage).template)
     assert sizes["finetune"] == FINETUNE[name]
-    one = projector(config.model.vision.embed_dim, config.model.embed_dim)
+    one = RESAMPLER if "resampler" in name else projector(config.model.vision.embed_dim, config.model.embed_dim)
     assert sizes["pretrain"] == (one, DECODERS.get(name, VICUNA_7B) + FINETUNE[name][1])
 
     assert config.stages == ("pretrain", "finetune")

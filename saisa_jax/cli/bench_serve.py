@@ -44,17 +44,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--clients={flags.clients}: each must be at least 1")
     model = load(flags.checkpoint, mesh=devices.mesh_of(flags), dtype=flags.dtype)
     device = jax.devices()[0].device_kind
-    table = Table(title=f"{model.config.name}, {flags.rows} rows, answers of {flags.tokens} tokens, on {device}",
-                  caption="one by one: without a server; ratio: requests/s against it; first: the first token")  # fmt: skip
-    for name in (
-        "clients",
-        "questions about",
-        "requests/s",
-        "tokens/s",
-        "against one by one",
-        "first token, ms",
-        "p95",
-    ):
+    table = Table(
+        title=f"{model.config.name}, {flags.rows} rows, answers of {flags.tokens} tokens, on {device}",
+        caption="one by one: without a server; ratio: requests/s against it; first: the first token",
+    )
+    for name in ("clients", "questions about", "requests/s", "tokens/s", "ratio", "first, ms", "p95"):
         table.add_column(name, justify="left" if name == "questions about" else "right", no_wrap=True)
     before, alone = os.getloadavg()[0], 1.0
     for each in serve.bench(

@@ -154,13 +154,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max_new_tokens={flags.max_new_tokens} must be at least 1")
     console = Console()
     with console.status("loading"):
-        model = load(
-            flags.checkpoint,
-            mesh=devices.mesh_of(flags),
-            dtype=flags.dtype,
-            quantize=flags.quantize,
-            allow_urls=flags.allow_urls,
-        )
+        model = load(flags.checkpoint, quantize=flags.quantize, allow_urls=flags.allow_urls, **devices.placed(flags))
     chat = Chat(model)
     with console.status("looking at the picture (the first one compiles)"):
         for image in flags.image:

@@ -18,15 +18,16 @@ import jax
 import transformers
 
 from saisa_jax.checkpoints import read_account
-from saisa_jax.cli.parser import Parser
+from saisa_jax.cli.parser import Parser, layer_numbers
 from saisa_jax.config import ALIGNMENTS, DTYPES
 from saisa_jax.convert.export_checkpoint import export_checkpoint
-from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.files.hub import check_push, push, resolve
 from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
 from saisa_jax.convert.inspection import inspect
 from saisa_jax.convert.layouts import LAYOUTS
 from saisa_jax.convert.memory import allowance, peak_bytes
 from saisa_jax.data.text.templates import NAMES
+from saisa_jax.report.model_card import model_card
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +61,16 @@ def _parser() -> Parser:
     action.add_argument("--template", choices=NAMES, help="default: told from the tokenizer")
     action.add_argument("--system_prompt", help="default: that of the tokenizer's chat template, or the template's")
     action.add_argument("--tokenizer", help="a directory, or none (default: the source's own)")
-    action.add_argument("--alignment", choices=ALIGNMENTS, default="saisa", help="what --llm and --vision become")
+    said = (
+        "what the model is (default: what its layout says, saisa of --llm and --vision): a LLaVA can be read as SAISA"
+    )
+    action.add_argument("--as", "--alignment", dest="alignment", choices=ALIGNMENTS, help=said)
+    action.add_argument(
+        "--visual_layers", type=layer_numbers, help="of SAISA, the layers that see images: 0,1,7 (default: all)"
+    )
+    action.add_argument(
+        "--frozen_prefix", action="store_true", help="text before the first image gets no attention: ViCA's 7B"
+    )
     action.add_argument("--select_layer", type=int, help="the tower's hidden state to use (default -2; ConvNeXt -1)")
     action.add_argument("--image_size", type=int, help="pixels of a side (default: what the tower was trained on)")
     action.add_argument("--seed", type=int, default=0, help="of the fresh projectors")
@@ -73,6 +83,8 @@ def _parser() -> Parser:
     action.add_argument("--layout", choices=LAYOUTS, required=True)
     action.add_argument("--to", required=True, help="a directory that does not exist yet")
     action.add_argument("--dtype", choices=DTYPES, help="default: that of the import, or of the parameters")
+    action.add_argument("--push", metavar="ORG/NAME", help="upload it to the hub as well, with a model card")
+    action.add_argument("--public", action="store_true", help="with --push: for everybody to see (default: private)")
 
     action = actions.add_parser("inspect", help="what is in there, and what would be ignored or missing")
     action.add_argument("source", metavar="PATH", help=f"{where}, or a finished model")
@@ -84,7 +96,16 @@ def _parser() -> Parser:
 def _import(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     names = ("source", "vision", "layout", "dtype", "template", "system_prompt", "tokenizer", "alignment")
-    others = ("select_layer", "image_size", "seed", "allow_nonfinite", "base", "projector")
+    others = (
+        "visual_layers",
+        "frozen_prefix",
+        "select_layer",
+        "image_size",
+        "seed",
+        "allow_nonfinite",
+        "base",
+        "projector",
+    )
     plan = import_checkpoint(ImportOptions(**{name: getattr(args, name) for name in (*names, *others)}), args.to)
     document, config = read_account(args.to)
     seconds = time.perf_counter() - started
@@ -92,6 +113,9 @@ def _import(args: argparse.Namespace) -> None:
     kept = [key for piece in plan.pieces for key in piece.match.ignored]
     print(f"tensors that the model never reads, kept in the sidecar: {len(kept)}")
     print(f"template {config.stage(plan.stage).template}; alignment {config.model.alignment}; stage {plan.stage}")
+    if config.model.visual_layers is not None:
+        seen = ",".join(map(str, config.model.visual_layers))
+        print(f"layers that see images: {seen} of {config.model.num_layers} (model.visual_layers)")
     if "vision" in plan.parts:
         vision = config.model.vision
         unused = vision.num_layers - vision.num_used_layers
@@ -111,7 +135,10 @@ def _print_peak(leaves: Mapping[str, Any]) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    exported = export_checkpoint(args.source, args.layout, args.to, dtype=args.dtype)
+    if args.push:
+        check_push(args.push)
+    readme = model_card(args.source, args.layout, args.push) if args.push else ""
+    exported = export_checkpoint(args.source, args.layout, args.to, dtype=args.dtype, readme=readme)
     print(f"{args.to}: {', '.join(exported.files)}")
     if exported.restored:
         print(f"tensors written back from the sidecar: {len(exported.restored)}")
@@ -123,6 +150,8 @@ def _export(args: argparse.Namespace) -> None:
     for note in exported.notes:
         print(f"NOTE: {note}")
     _print_peak(read_account(args.source)[0]["leaves"])
+    if args.push:
+        print(f"pushed to {push(Path(args.to), args.push, public=args.public)}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"dropped: {reason}")
     shown = range(min(options.limit, len(host.sample_ids)))
     for row in shown:
-        for line in describe_row(host, row, tokenizer, config.model.vision.num_patches):
+        for line in describe_row(host, row, tokenizer, config.model.num_visual_tokens):
             console.print(line if console.is_terminal else _marked(line))
     if host.batch["images"].shape[1]:
         contact_sheet(host, shown).save(options.output, "PNG")

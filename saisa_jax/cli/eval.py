@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tasks", default="", help="benchmarks, with commas between; these and the next three are "
                         "as the run's config says")  # fmt: skip
     parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--batch_size", type=int, help="questions answered at once")
+    parser.add_argument("--batch_size", type=int, help="questions answered at once, over all devices (default: the "
+                        "recipe's, or what the memory has room for)")  # fmt: skip
+    parser.add_argument("--image_cache_bytes", type=lambda size: int(float(size)), metavar="BYTES", help="of pictures "
+                        "that stay on each device, such as 4e9 (default: what the memory has room for)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, help="the most tokens of an answer")
     parser.add_argument("--quantize", choices=("int8",), help="answers with 8-bit weights (needs qwix)")
     devices.add_model_flags(parser)
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     stop = command.Stop(several=bool(options.coordinator))
     try:
         devices.join(options)
-        placed = {"quantize": options.quantize, "dtype": options.dtype, "mesh": devices.mesh_of(options)}
+        placed = {"quantize": options.quantize, **devices.placed(options)}
         checkpoint = options.checkpoint or command.model_of(options.workdir)
         if options.question:
             print(command.ask(checkpoint, options.question, options.image, options.max_new_tokens, **placed))
@@ -85,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
                 images=options.images,
                 limit=options.limit,
                 batch_size=options.batch_size,
+                image_cache_bytes=options.image_cache_bytes,
                 max_new_tokens=options.max_new_tokens,
                 prompts=options.prompts or "llava",
                 stop=stop,

@@ -92,6 +92,18 @@ class Parser(argparse.ArgumentParser):
         return options, read_config([*recipe, *settings])
 
 
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """A flag's list of layers, `0,1,7`.
+
+    Raises:
+      ArgumentTypeError: something else.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers like 0,1,7") from None
+
+
 def cache_choice(args: Sequence[str]) -> str:
     """What a command line says of `--compilation_cache`; "" if nothing. To be read before jax is imported."""
     flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -152,11 +152,28 @@ class ProjectorConfig:
     kind: str = "mlp"  # a module of `models/projectors/`
     sharing: str = "per_layer"  # one projector for each decoder layer (SAISA's stage 2), or one for all
     hidden_dim: int | None = None  # None: embed_dim, as in LLaVA-1.5 and SAISA
+    rank: int = 128  # low_rank: of each layer's part
+    num_tokens: int | None = None  # P, visual tokens of an image, of a kind that chooses it (resampler)
+    num_layers: int = 2  # resampler
+    num_heads: int = 8  # resampler
 
     def __post_init__(self) -> None:
         choice("model.projector.sharing", self.sharing, SHARINGS)
         if self.hidden_dim is not None:
             positive("model.projector.hidden_dim", self.hidden_dim)
+        for name in ("rank", "num_layers", "num_heads"):
+            positive(f"model.projector.{name}", getattr(self, name))
+        if self.num_tokens is not None:
+            positive("model.projector.num_tokens", self.num_tokens)
+        check(
+            self.kind != "resampler" or self.num_tokens is not None,
+            "model.projector.kind=resampler reads an image into a number of tokens: set model.projector.num_tokens",
+        )
+        check(
+            self.kind not in ("mlp", "low_rank") or self.num_tokens is None,
+            f"model.projector.num_tokens={self.num_tokens} is a choice of model.projector.kind=resampler: "
+            f"{self.kind!r} makes one of each patch",
+        )
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,11 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2
     sliding_window: int | None = None  # Mistral; None: full causal attention
     visual_layers: tuple[int, ...] | None = None  # SAISA: which layers attend to the image; None: all
+    # LLaVA: layers in which visual tokens are no queries, but go through the MLP (as under NAAViT in all), and layers
+    # which leave them as they are (ShortV, arXiv 2504.00502): for weights that were trained without.
+    naavit_layers: tuple[int, ...] = ()
+    frozen_visual_layers: tuple[int, ...] = ()
+    frozen_prefix: bool = False  # text before its sample's first image gets nothing of attention (ViCA's 7B)
     end_token_ids: tuple[int, ...] = ()  # tokens that end an answer besides the template's, as an import's files say
     dtype: str = "bfloat16"  # of activations
     param_dtype: str = "float32"
@@ -261,6 +283,11 @@ class ModelConfig:
         )
         if self.sliding_window is not None:
             positive("model.sliding_window", self.sliding_window)
+        check(
+            self.projector.kind != "resampler" or self.vision.embed_dim % self.projector.num_heads == 0,
+            f"model.vision.embed_dim={self.vision.embed_dim} is not divisible by "
+            f"model.projector.num_heads={self.projector.num_heads}",
+        )
         if self.alignment != "saisa":
             check(
                 self.projector.sharing == "shared",
@@ -268,21 +295,42 @@ class ModelConfig:
                 "finetune.sharing=shared",
             )
             check(
+                self.projector.kind != "low_rank",
+                f"model.projector.kind=low_rank has a part for each layer, and model.alignment={self.alignment!r} one "
+                "projector: set model.projector.kind=mlp",
+            )
+            check(
                 self.visual_layers is None,
                 f"model.visual_layers is a choice of model.alignment=saisa, not of {self.alignment!r}",
             )
-        if self.visual_layers is not None:
-            layers = self.visual_layers
+        check(
+            self.alignment != "llava" or not self.frozen_prefix,
+            "model.frozen_prefix is a choice of model.alignment=saisa or naavit, not of 'llava'",
+        )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Lists of layers are increasing and in range, and belong to the alignment."""
+        for name in ("visual_layers", "naavit_layers", "frozen_visual_layers"):
+            layers = getattr(self, name)
+            if layers is None or (layers == () and name != "visual_layers"):
+                continue
             bad = [i for i in layers if not 0 <= i < self.num_layers]
             check(
                 not bad,
-                f"model.visual_layers names {bad}, out of range for model.num_layers={self.num_layers} "
+                f"model.{name} names {bad}, out of range for model.num_layers={self.num_layers} "
                 f"(legal: 0..{self.num_layers - 1})",
             )
             check(
                 len(layers) > 0 and list(layers) == sorted(set(layers)),
-                f"model.visual_layers={layers} must be a non-empty, strictly increasing list of layers",
+                f"model.{name}={layers} must be a non-empty, strictly increasing list of layers",
             )
+            check(
+                name == "visual_layers" or self.alignment == "llava",
+                f"model.{name} is a choice of model.alignment=llava, not of {self.alignment!r}",
+            )
+        both = sorted({*self.naavit_layers} & {*self.frozen_visual_layers})
+        check(not both, f"model.naavit_layers and model.frozen_visual_layers both name {both}: a layer is one of them")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -293,9 +341,27 @@ class ModelConfig:
         return self.projector.hidden_dim or self.embed_dim
 
     @property
+    def num_visual_tokens(self) -> int:
+        """P, visual tokens of an image: as many as patches, or what the projector makes of them."""
+        return self.projector.num_tokens or self.vision.num_patches
+
+    @property
     def visible_layers(self) -> tuple[int, ...]:
         """The layers that attend to the image."""
         return tuple(range(self.num_layers)) if self.visual_layers is None else self.visual_layers
+
+    @property
+    def visual_roles(self) -> tuple[str, ...]:
+        """What visual tokens are in each layer: `none` (not seen), `keys`, `mlp` (keys that then go through the MLP)
+        or `queries` (of one stream with the text)."""
+        if self.alignment == "saisa":
+            seen = set(self.visible_layers)
+            return tuple("keys" if layer in seen else "none" for layer in range(self.num_layers))
+        roles = ["mlp" if self.alignment == "naavit" else "queries"] * self.num_layers
+        for role, layers in (("mlp", self.naavit_layers), ("keys", self.frozen_visual_layers)):
+            for layer in layers:
+                roles[layer] = role
+        return tuple(roles)
 
     @property
     def per_layer_projectors(self) -> bool:

@@ -61,6 +61,11 @@ class Config:
             f"model.projector.sharing={self.model.projector.sharing} is not what stage 2 trains, "
             f"finetune.sharing={self.finetune.sharing}: set both alike",
         )
+        check(
+            self.model.projector.kind != "low_rank" or self.finetune.sharing == "per_layer",
+            "model.projector.kind=low_rank trains a part for each layer in stage 2: set finetune.sharing=per_layer and "
+            "model.projector.sharing=per_layer, or model.projector.kind=mlp",
+        )
         check(self.model.lora.rank == 0, "model.lora belongs to a stage: set finetune.lora")
         if self.model.alignment != "saisa":
             for stage in self.stages:

@@ -179,6 +179,6 @@ class ProfileConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     tasks: tuple[str, ...] = ()  # benchmarks of `eval.py` without --tasks, by the names of `evaluation/tasks/`
-    batch_size: int = 64
+    batch_size: int | None = None  # questions answered at once; None: what the devices' memory has room for
     max_new_tokens: int = 16
     limit: int | None = None  # evaluate the first so many questions only

@@ -58,7 +58,9 @@ class ImportOptions:
       template: None: told from the tokenizer.
       system_prompt: None: the one in the tokenizer's chat template, or else the template's.
       tokenizer: a directory, or "easy_vqa"; None: the source's own; "none": the model has none.
-      alignment: what an LLM and a tower are to become.
+      alignment: what the model is to be; None: what its layout says, or SAISA of an LLM and a tower.
+      visual_layers: of SAISA, the layers that see the image; None: all.
+      frozen_prefix: as `ModelConfig.frozen_prefix`.
       select_layer: the tower's hidden state that is used, where the source does not say.
       image_size: of the pictures, if other than the tower was trained on: its positions are resampled.
       seed: of the fresh projectors.
@@ -74,7 +76,9 @@ class ImportOptions:
     template: str | None = None
     system_prompt: str | None = None
     tokenizer: str | None = None
-    alignment: str = "saisa"
+    alignment: str | None = None
+    visual_layers: tuple[int, ...] | None = None
+    frozen_prefix: bool = False
     select_layer: int | None = None
     image_size: int | None = None
     seed: int = 0
@@ -117,15 +121,8 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     model = settle_head(tensors, model, layout)
     if options.image_size:
         model = dataclasses.replace(model, vision=resized(model.vision, options.image_size))
-    stage = STAGES[-1]
-    if layout == "hf-llm":
-        sharing = "per_layer" if options.alignment == "saisa" else "shared"
-        try:
-            projector = ProjectorConfig(sharing=sharing)
-            model = dataclasses.replace(model, alignment=options.alignment, projector=projector)
-        except ConfigError as error:
-            raise ConvertError(str(error)) from error
-        stage = STAGES[0] if vision else stage
+    model = _aligned(model, layout, options)
+    stage = STAGES[0] if layout == "hf-llm" and vision else STAGES[-1]
     pieces = find_pieces(tensors, model, layout, vision, options.dtype)
     if options.projector:
         if layout != "hf-llm" or vision is None:
@@ -134,6 +131,32 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     exact = np.dtype(options.dtype or stored_dtype(pieces[0])).name
     activations = exact if exact in COMPUTE_DTYPES else "float32"
     return ImportPlan(dataclasses.replace(model, dtype=activations), stage, pieces)
+
+
+def _aligned(model: ModelConfig, layout: str, options: ImportOptions) -> ModelConfig:
+    """The model as the one that it is to be: a layout says how many projectors there are, and not what reads them.
+
+    Raises:
+      ConvertError: the layout's projectors are not those of that alignment, or other options do not fit it.
+    """
+    alignment, projector = options.alignment or model.alignment, model.projector
+    if layout == "hf-llm":
+        projector = ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared")
+    elif model.per_layer_projectors and alignment != "saisa":
+        raise ConvertError(
+            f"--as={alignment}: {options.source} has a projector for each layer, which only saisa reads; leave out --as"
+        )
+    layers = model.visual_layers if options.visual_layers is None else options.visual_layers
+    try:
+        return dataclasses.replace(
+            model,
+            alignment=alignment,
+            projector=projector,
+            visual_layers=layers,
+            frozen_prefix=options.frozen_prefix or model.frozen_prefix,
+        )
+    except ConfigError as error:
+        raise ConvertError(str(error)) from error
 
 
 def _projector_piece(path: Path, model: ModelConfig, dtype: str | None) -> Piece:

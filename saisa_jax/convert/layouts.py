@@ -238,6 +238,7 @@ def _reasons_of_our_class(config: ModelConfig) -> Iterator[str]:
         yield f"model.alignment={config.alignment!r}: it is saisa and naavit; LLaVA has a class of its own, llava-hf"
     if config.projector.kind != "mlp":
         yield f"model.projector.kind={config.projector.kind!r}: its projectors are 'mlp'"
+    yield from _prefix_reasons(config)
     if config.vision.num_used_layers == 0:
         yield f"model.vision.select_layer={config.vision.select_layer}: features of an encoder without any layer"
 
@@ -251,6 +252,15 @@ def _alignment_reasons(config: ModelConfig, name: str) -> Iterator[str]:
             f"model.visual_layers={list(config.visual_layers)}: its readers let every layer see the image, and make up "
             "the projectors that are missing"
         )
+    yield from _prefix_reasons(config)
+    for name in ("naavit_layers", "frozen_visual_layers"):
+        if getattr(config, name):
+            yield f"model.{name}={list(getattr(config, name))}: to its readers visual tokens are the same in all layers"
+
+
+def _prefix_reasons(config: ModelConfig) -> Iterator[str]:
+    if config.frozen_prefix:
+        yield "model.frozen_prefix=True: its readers let text before an image attend to what is before it"
 
 
 def _projector_reasons(config: ModelConfig) -> Iterator[str]:

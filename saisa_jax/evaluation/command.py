@@ -45,6 +45,7 @@ def run(
     images: str = "",
     limit: int | None = None,
     batch_size: int | None = None,
+    image_cache_bytes: int | None = None,
     max_new_tokens: int | None = None,
     prompts: str = "llava",
     stop: Callable[[], bool] = lambda: False,
@@ -56,7 +57,7 @@ def run(
 
     Args:
       stop: whether this process was asked to stop (`Stop`).
-      placed: where the parameters go, and as what: `mesh`, `dtype` and `quantize` of `load`.
+      placed: where the parameters go, and as what: `mesh`, `dtype`, `quantize` and `switches` of `load`.
 
     Raises:
       UserError: nothing can be evaluated; the message names the flag that fixes it.
@@ -77,6 +78,7 @@ def run(
         )
     settings = runner.Settings(
         batch_size=defaults.batch_size if batch_size is None else batch_size,
+        image_cache_bytes=image_cache_bytes,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
         limit=defaults.limit if limit is None else limit,
         quantize=placed.get("quantize"),

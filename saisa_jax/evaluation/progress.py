@@ -54,10 +54,14 @@ class Progress:
         """At the rate of this start."""
         return (self.total - self._done) / self.rate
 
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(f"{self.name}: {line}", highlight=False, soft_wrap=True)
+
     def update(self, questions: int, score: float) -> None:
         """So many questions more were answered, with that sum of scores."""
         self._done, self._scores = self._done + questions, self._scores + score
-        share = f"{self.name}: {self._scores / self._done:.1%} right, {self.rate:.3g}/s"
+        share = f"{self.name}: {self._scores / self._done:.1%} right, {_rate(self.rate)}/s"
         if self._bar and self._row is not None:
             self._bar.update(self._row, completed=self._done, description=share)
             return
@@ -67,6 +71,10 @@ class Progress:
         self._last_line = now
         line = f"{share}, {self._done} of {self.total} questions, {_clock(self.seconds_left)} left"
         self._console.print(line, highlight=False)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _clock(seconds: float) -> str:

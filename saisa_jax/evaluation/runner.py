@@ -46,8 +46,9 @@ from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.evaluation import scoring
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.tasks import SCHOOLS, TASKS, Item, Task, TaskData
+from saisa_jax.inference import memory
 from saisa_jax.inference.batches import Prompt, make_prompt, plan_batches
-from saisa_jax.inference.generate import GREEDY
+from saisa_jax.inference.generate import GREEDY, bucket
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
 
 
@@ -56,7 +57,8 @@ class Settings:
     """How to run a benchmark.
 
     Attributes:
-      batch_size: questions that are answered at once.
+      batch_size: questions that are answered at once; None: as many as the devices' memory has room for.
+      image_cache_bytes: of keys and values of pictures that stay on each device; None: what the memory has room for.
       max_new_tokens: of an answer.
       limit: only the first so many questions; None: all.
       quantize: how the weights were rounded; for the record.
@@ -65,24 +67,28 @@ class Settings:
       prompts: the school of prompts and scores, one of `SCHOOLS`.
     """
 
-    batch_size: int = 64
+    batch_size: int | None = None
     max_new_tokens: int = 16
     limit: int | None = None
     quantize: str | None = None
     data: str = ""
     images: str = ""
     prompts: str = "llava"
+    image_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
+        for name in ("batch_size", "max_new_tokens", "image_cache_bytes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name}={value} must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit={self.limit} must be at least 1; leave it out for all questions")
         if self.prompts not in SCHOOLS:
             raise ConfigError(f"--prompts={self.prompts} is not one of {', '.join(SCHOOLS)}")
         if self.images and not self.data:
             raise ConfigError(f"--images={self.images} needs --data=FILE, whose pictures it holds")
+
+
+FREE = ("batch_size", "image_cache_bytes")  # settings on which no answer depends
 
 
 class Interrupted(RuntimeError):
@@ -206,7 +212,7 @@ def _identity(model: VisionLanguageModel, name: str, items: Sequence[Item], sett
     """What all answers of one evaluation have in common."""
     identity = {"config": to_dict(model.config), "stage": model.stage, "params": checksums(model.params)}
     asked = [(item.id, item.question, item.answers, [image_name(image) for image in item.images]) for item in items]
-    how = {field: value for field, value in dataclasses.asdict(settings).items() if field != "batch_size"}
+    how = {field: value for field, value in dataclasses.asdict(settings).items() if field not in FREE}
     return {
         "task": name,
         "settings": how,
@@ -254,12 +260,15 @@ def _answers(
     if first and (unasked := set(range(len(items))) - set(asked)):
         yield [_prediction(model, task, items[n], prompts[n], ()) for n in sorted(unasked)]
     items, prompts, before = [items[n] for n in asked], [prompts[n] for n in asked], before[asked]
-    batches = _left(prompts, before, settings.batch_size, model.row_ways)
+    size, cache_bytes, told = _sizes(model, prompts, settings)
+    batches = _left(prompts, before, size, model.row_ways)
     again = {n for batch in batches for n in batch}
     done = [rows[item.id] for n, item in enumerate(items) if n not in again and first]
     bar = Progress(name, len(items), before=(len(done), _sum(done))) if first else contextlib.nullcontext()
     with bar as progress:
-        answers = model.answer_batches(prompts, batches, settings.max_new_tokens, stop)
+        if progress and batches:
+            progress.say(told)
+        answers = model.answer_batches(prompts, batches, settings.max_new_tokens, cache_bytes, stop)
         for batch, outputs in zip(batches, answers, strict=False):  # fewer, if it was stopped
             if progress is None:
                 continue
@@ -270,6 +279,37 @@ def _answers(
             ]
             yield predicted
             progress.update(len(predicted), _sum(predicted))
+
+
+def _sizes(model: VisionLanguageModel, prompts: Sequence[Prompt], settings: Settings) -> tuple[int, int, str]:
+    """Questions of a batch, bytes for pictures on a device, and both in words; the same in all processes."""
+    shape = memory.Shape(
+        bucket(max((len(prompt.encoded.tokens) for prompt in prompts), default=1)),
+        bucket(settings.max_new_tokens),
+        max((len(prompt.images) for prompt in prompts), default=0),
+    )
+    free = parallel.least(memory.free_bytes(memory.devices_of(model.mesh)))
+    room = memory.room(model.model_config, model.mesh, shape, free)
+    rows, pictures = settings.batch_size or room.rows * model.row_ways, settings.image_cache_bytes
+    pictures = room.cache_bytes if pictures is None else pictures
+    return (
+        rows,
+        pictures,
+        (
+            f"batches of {min(rows, len(prompts))} questions{' (given)' if settings.batch_size else ''}, up to "
+            f"{pictures / 2**30:.2g} GiB of pictures on a device{' (given)' if settings.image_cache_bytes else ''}; "
+            f"{free / 2**30:.3g} GiB are free (--batch_size, --image_cache_bytes)"
+        ),
+    )
+
+
+def plan(
+    model: VisionLanguageModel, items: Sequence[Item], settings: Settings
+) -> tuple[list[Prompt], list[list[int | None]], int, str]:
+    """Prompts of the items that can be asked, all their batches, bytes for pictures, and the two sizes in words."""
+    prompts = [prompt for prompt in _prompts(model, items, settings.max_new_tokens) if isinstance(prompt, Prompt)]
+    size, cache_bytes, told = _sizes(model, prompts, settings)
+    return prompts, _left(prompts, np.zeros(len(prompts), bool), size, model.row_ways), cache_bytes, told
 
 
 def _prompts(model: VisionLanguageModel, items: Sequence[Item], max_new_tokens: int) -> list[Any]:

@@ -26,17 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from saisa_jax import parallel
 from saisa_jax.data.images import image_name
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.conversation import Encoded
-from saisa_jax.inference.generate import GREEDY, Generator, bucket
+from saisa_jax.inference.generate import bucket
+from saisa_jax.inference.memory import picture_bytes
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
-from saisa_jax.models.kv_cache import ImageKV, next_positions
-from saisa_jax.models.saisa import Saisa
+from saisa_jax.inference.programs import programs_of
 
 MOST_AT_ONCE = 16  # pictures that a way encodes in one program
 REASON_BYTES = 400  # of why a row has no answer, as it travels between processes
@@ -161,71 +161,6 @@ def schedule(rings: Sequence[Ring], at_once: int) -> list[list[list[tuple[int, i
 # --- answering -------------------------------------------------------------------------------------------------------
 
 
-class Programs:
-    """What is compiled to answer batches.
-
-    Args:
-      generator: of the model.
-      mesh: that holds it; None: one device does.
-      ways: over which rows are split.
-      max_new_tokens: of an answer.
-    """
-
-    def __init__(self, generator: Generator, mesh: Mesh | None, ways: int, max_new_tokens: int):
-        self._generator, self._ways, self._limit = generator, ways, max_new_tokens
-        everywhere = None if mesh is None else parallel.replicated(mesh)
-        self.encode = jax.jit(self._run_encode, donate_argnames="pool")
-        self.answer = jax.jit(self._run_answer)
-        self.collect = jax.jit(lambda tokens, words: (tokens, words.max(axis=1)), out_shardings=everywhere)
-
-    def of_pictures(self, params: Any, pixels: Any) -> Any:
-        """What the text reads of pictures [I, size, size, 3]: keys and values, or features [1, I, P, C]."""
-        if self._generator.caches_images:
-            return self._generator.image_kv(params, pixels)
-        return self._generator.apply(params, pixels, method=lambda model, x: model.encode_images(x[:, None]))[None]
-
-    def _run_encode(self, params: Any, pixels: Any, slots: Any, pool: Any) -> Any:
-        """The pool with pictures [W, E, size, size, 3] in `slots` [W, E]; slot C is none."""
-        new = self.of_pictures(params, pixels.reshape(-1, *pixels.shape[2:]))
-
-        def put(kept: Any, some: Any) -> Any:
-            some = some.reshape(some.shape[0], *slots.shape, *some.shape[2:])
-            into = lambda kept, some, slots: kept.at[:, slots].set(some.astype(kept.dtype), mode="drop")  # noqa: E731
-            return jax.vmap(into, in_axes=(1, 1, 0), out_axes=1)(kept, some, slots)
-
-        return jax.tree.map(put, pool, new)
-
-    def _run_answer(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
-        """Tokens [B, capacity]. `slots` [B, M] count within the row's way."""
-        features = image_kv = None
-        if pool is None:  # no pictures
-            features = jnp.zeros((slots.shape[0], 0, self._generator.config.vision.embed_dim), jnp.float32)
-        else:
-
-            def pick(kept: Any) -> Any:
-                """[A, W, C, ...] to [A, B, M, ...], without leaving the way."""
-                of_ways = slots.reshape(self._ways, -1, slots.shape[1])
-                picked = jax.vmap(lambda kept, slots: kept[:, slots], in_axes=(1, 0), out_axes=1)(kept, of_ways)
-                return picked.reshape(picked.shape[0], slots.shape[0], *picked.shape[3:])
-
-            picked = jax.tree.map(pick, pool)
-            if self._generator.caches_images:  # [Lv, B, M, K, P, H] to [Lv, B, K, V, H]
-                join = lambda x: (y := jnp.moveaxis(x, 2, 3)).reshape(*y.shape[:3], -1, y.shape[-1])  # noqa: E731
-                image_kv = ImageKV(*map(join, picked))
-            else:
-                features = picked[0].reshape(slots.shape[0], -1, picked.shape[-1])
-        room = bucket(self._limit)
-        logits, cache = self._generator.apply(params, batch, room, features, image_kv, method=Saisa.prefill)
-        padding = jnp.max(batch["segment_ids"], axis=1) == 0
-        positions, (temperature, top_p) = next_positions(cache), GREEDY
-        return self._generator.decode(
-            params, logits, cache, positions, padding, jax.random.key(0), self._limit, temperature, top_p, room
-        )
-
-
-programs_of = functools.lru_cache(maxsize=4)(Programs)  # the next task of a model compiles nothing of a like size
-
-
 class _Prepared(NamedTuple):
     """A batch as this process reads it: its own rows and ways."""
 
@@ -255,6 +190,8 @@ class Answerer:
       max_new_tokens: of an answer.
       cache_bytes: of what is kept of pictures, on each device.
       stop: whether this process was asked to stop; asked once a batch. All of them stop together.
+      watch: called with (what was just done, its result): "host" when a batch has been read, "encode" and "answer" when
+        programs have been started, "receive" when answers are here. For `bench eval`, which waits in it.
     """
 
     model: VisionLanguageModel
@@ -263,6 +200,7 @@ class Answerer:
     max_new_tokens: int
     cache_bytes: int
     stop: Callable[[], bool] = lambda: False
+    watch: Callable[[str, Any], None] = lambda what, result: None
 
     def __post_init__(self) -> None:
         model = self.model
@@ -289,7 +227,7 @@ class Answerer:
         different = max(len({key for keys in of_way for key in keys}) for of_way in needs)
         self._at_once = min(MOST_AT_ONCE, bucket(-(-different // len(self.batches)), smallest=1))
         ahead = 2 * self._at_once
-        fits = self.cache_bytes // self._bytes_of_picture()
+        fits = self.cache_bytes // picture_bytes(self.model.model_config, self.model.mesh)
         self._capacity = max(most + ahead, min(different + ahead, fits))
         self._rings = [simulate(of_way, self._capacity - ahead) for of_way in needs]
         self._calls = schedule(self._rings, self._at_once)
@@ -297,35 +235,10 @@ class Answerer:
             key: image for prompt in self.prompts for key, image in zip(prompt.keys, prompt.images, strict=True)
         }
 
-    def _abstract_pictures(self, count: int) -> Any:
-        """What is kept of `count` pictures, as shapes."""
-        size = self.model.model_config.vision.image_size
-        pixels = jax.ShapeDtypeStruct((count, size, size, 3), np.uint8)
-        return jax.eval_shape(self._programs.of_pictures, self.model.params, pixels)
-
-    def _bytes_of_picture(self) -> int:
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._abstract_pictures(1)))
-        split = 1 if self.model.mesh is None or self._heads() is None else self.model.mesh.shape["tensor"]
-        return -(-total // split)
-
-    def _heads(self) -> str | None:
-        """The axis of the mesh that splits a picture's heads."""
-        if self.model.mesh is None or not self.model.generator.caches_images:
-            return None
-        return dict(parallel.make_rules(self.model.model_config, self.model.mesh))["activation_kv_heads"]
-
     def _empty_pool(self) -> Any:
         """A ring of slots for every way: leaves [A, W, C, ...]."""
-
-        def zeros(leaf: Any) -> Any:
-            shape = (leaf.shape[0], self._ways, self._capacity, *leaf.shape[2:])
-            mesh = self.model.mesh
-            if mesh is None:
-                return jnp.zeros(shape, leaf.dtype)
-            sharding = NamedSharding(mesh, PartitionSpec(None, parallel.BATCH_AXES, None, self._heads()))
-            return jnp.zeros(shape, leaf.dtype, device=sharding)
-
-        return jax.tree.map(zeros, self._abstract_pictures(1))
+        abstract = self._programs.pool(self.model.model_config, self.model.params, self._capacity)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -342,12 +255,14 @@ class Answerer:
             working: _Sent | None = None
             for number in range(len(self.batches)):
                 ready = prepared.result()
+                self.watch("host", None)
                 if number + 1 < len(self.batches):
                     prepared = ahead.submit(self._prepare, number + 1, readers)
                 sent, pool = self._send(number, ready, pool)
                 stopping = False
                 if working is not None:
                     answers, stopping = self._receive(working)
+                    self.watch("receive", None)
                     yield answers
                 working = sent
                 if stopping:
@@ -412,9 +327,11 @@ class Answerer:
             for call in ready.calls:
                 pixels, slots = self._place(call, self._ways)
                 pool = programs.encode(params, pixels, slots, pool=pool)
+            self.watch("encode", pool)
             batch, slots = self._place((ready.batch, ready.slots), self._size)
             tokens = programs.answer(params, batch, slots, pool if ready.slots.shape[1] else None)
             tokens, words = programs.collect(tokens, self._words(ready.bad))
+            self.watch("answer", words)
         for result in (tokens, words):
             result.copy_to_host_async()
         return _Sent(number, tokens, words, ready.bad), pool

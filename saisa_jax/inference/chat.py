@@ -180,6 +180,11 @@ class Chat:
         limit = min(changed, default=1 << 30)
         kept = _common(list(zip(old.tokens, old.positions, strict=True)), list(zip(tokens, positions, strict=True)))
         kept = sum(position < limit for position in positions[:kept])
+        if self.model.model_config.frozen_prefix:
+            # Text has attended to nothing if an image came after it; it is read anew where that changes.
+            first = min((place for _, place in (*old.images[:1], *images[:1])), default=-1)
+            if old.images[:1] != images[:1] or kept < sum(position < first for position in positions):
+                return 0
         if not self.model.generator.caches_images:
             # LLaVA's visual tokens are in the cache themselves, and have attended to what precedes them.
             last = max((place for _, place in (*old.images, *images)), default=-1)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import jax
@@ -224,12 +224,17 @@ class VisionLanguageModel:
         prompts: Sequence[Prompt],
         batches: Sequence[Sequence[int | None]],
         max_new_tokens: int,
+        cache_bytes: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[Any]]:
-        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`)."""
+        """Greedy answers to many prompts, batch by batch, by all processes of the mesh (`inference/batches.py`).
+
+        `cache_bytes` of pictures stay on each device; None: as many as `image_cache` may have.
+        """
         from saisa_jax.inference.batches import Answerer  # which is written for this class
 
-        return iter(Answerer(self, prompts, batches, max_new_tokens, self.image_cache.max_bytes, stop))
+        cache_bytes = self.image_cache.max_bytes if cache_bytes is None else cache_bytes
+        return iter(Answerer(self, prompts, batches, max_new_tokens, cache_bytes, stop))
 
     def encode_images(self, images: Sequence[Any]) -> list[EncodedImage]:
         """Images, ready to be asked about any number of times: give them to `generate` in place of the pictures.
@@ -272,7 +277,7 @@ class VisionLanguageModel:
             [*(dataclasses.replace(turn, loss=False) for turn in turns[:-1]), turns[-1]],
             self.stage_config.template,
             self.tokenizer,
-            self.model_config.vision.num_patches,
+            self.model_config.num_visual_tokens,
             system_prompt=self.config.data.system_prompt if system is None else system,
             num_images=len(pixels),
         )
@@ -287,7 +292,7 @@ class VisionLanguageModel:
         batch = self.batch([Request(request.encoded, images)])
         with self.on_mesh():
             weights = np.asarray(_attention(self.model_config, self.params, batch))  # [L, 1, T, V + T]
-        return weights[:, 0, queries, : len(images) * self.model_config.vision.num_patches]
+        return weights[:, 0, queries, : len(images) * self.model_config.num_visual_tokens]
 
     # --- from questions to batches ------------------------------------------------------------------------------------
 
@@ -323,7 +328,7 @@ class VisionLanguageModel:
             turns,
             self.stage_config.template,
             self.tokenizer,
-            self.model_config.vision.num_patches,
+            self.model_config.num_visual_tokens,
             num_images=num_images,
             system_prompt=self.config.data.system_prompt if system is None else system,
             sample_id=name,
@@ -493,6 +498,7 @@ def load(
     quantize: str | None = None,
     image_cache_bytes: int = DEFAULT_BYTES,
     allow_urls: bool = False,
+    switches: Mapping[str, Any] | None = None,
 ) -> VisionLanguageModel:
     """Loads a model.
 
@@ -505,11 +511,13 @@ def load(
       quantize: "int8" keeps projections as 8-bit weights (needs qwix); None: as they are.
       image_cache_bytes: of keys and values of images that are kept for further questions about them.
       allow_urls: fetch pictures that are named by an http or https URL, within 20 s and 34 MB each.
+      switches: fields of its `ModelConfig` to run it with, which need no other parameters:
+        {"frozen_visual_layers": (20, 21)}.
 
     Raises:
       CheckpointError: no such directory, something else in it, or damaged files.
       ConvertError: foreign files that cannot be imported.
-      ConfigError: another dtype, or a model that does not divide by the mesh.
+      ConfigError: another dtype, switches that are not the model's, or a model that does not divide by the mesh.
     """
     dtype = None if dtype is None else dtype_name(dtype)
     mesh = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
@@ -524,6 +532,8 @@ def load(
     params, config, tokenizer, metadata = load_model(find_model(source), sharding=sharding, dtype=dtype)
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    if switches:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **switches))
     if quantize:
         params = quantize_params(params, quantize)
     return VisionLanguageModel(

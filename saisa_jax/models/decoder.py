@@ -78,11 +78,11 @@ class Block(nn.Module):
         if c.per_layer_projectors:
             self.visual_proj = PROJECTORS[c.projector.kind](c)
 
-    def visual_kv(self, visual: Float[Array, "B V _"]) -> tuple[Float[Array, "B K V H"], Float[Array, "B K V H"]]:
+    def visual_kv(self, visual: Float[Array, "B _ _"]) -> tuple[Float[Array, "B K V H"], Float[Array, "B K V H"]]:
         """Keys (not rotated) and values of visual tokens: k, v of RMSNorm_in(V_l).
 
         Args:
-          visual: raw features Z [B, V, C] where each layer has its own projector; else tokens V [B, V, D].
+          visual: what the layer's own projector reads, mostly raw features Z [B, V, C]; without one, tokens [B, V, D].
         """
         tokens = self.visual_proj(visual) if self.config.per_layer_projectors else visual
         return self.attn.keys_values(self.input_norm(tokens))

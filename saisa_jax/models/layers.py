@@ -90,6 +90,7 @@ def dense(
     param_dtype: Any = jnp.float32,
     name: str | None = None,
     float32_output: bool = False,
+    kernel_init: Callable[..., Any] | None = None,
 ) -> nn.DenseGeneral:
     """A projection with logical axes `axes`, one name for each dimension of its kernel."""
     features = (features,) if isinstance(features, int) else tuple(features)
@@ -101,7 +102,7 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=named(nn.initializers.lecun_normal(), *axes),
+        kernel_init=named(kernel_init or nn.initializers.lecun_normal(), *axes),
         bias_init=named(nn.initializers.zeros, *axes[-len(features) :]),
         dot_general=dot,
         name=name,

@@ -17,6 +17,7 @@ Axes: B batch, T queries, S keys, K key/value heads, H head_dim. `attention.py` 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import struct
@@ -64,6 +65,11 @@ def make_mask(queries: Any, keys: Any, window: int | None = None) -> Mask:
     """
     q, k = (PackedPositions(x.positions, x.segment_ids) for x in (queries, keys))
     return Mask(q, k, may_attend(*q, *k, window), window)
+
+
+def without(mask: Mask, pairs: Bool[Array, "*pairs"]) -> Mask:
+    """The mask without some pairs of query and key; for `xla` alone, since positions do not say so."""
+    return dataclasses.replace(mask, allowed=mask.allowed & ~pairs)
 
 
 def may_attend(

@@ -30,13 +30,17 @@ def squares(config: ModelConfig, batch: Batch) -> Iterator[Square]:
     """The squares of a batch, of which `images` and tokens are not read."""
     text = PackedPositions(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
     slots = batch["image_segment_ids"].shape[1]
-    seen = len(config.visible_layers) if slots else 0
-    if seen:
-        visual = visual_positions(batch, slots * config.vision.num_patches)
+    roles = config.visual_roles if slots else ("none",) * config.num_layers
+    together, alone = roles.count("queries"), roles.count("none")
+    if alone < len(roles):
+        visual = visual_positions(batch, slots * config.num_visual_tokens)
         both = PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True)))
-        yield Square(seen, both if config.alignment == "llava" else text, both)
-    if seen < config.num_layers:
-        yield Square(config.num_layers - seen, text, text)
+        if together:
+            yield Square(together, both, both)
+        if together + alone < len(roles):
+            yield Square(len(roles) - together - alone, text, both)
+    if alone:
+        yield Square(alone, text, text)
 
 
 def legal_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ The mask is one line, in `mask.py`. An alignment says what the visual tokens do 
     naavit      one projector          no             yes                 residual stream
     saisa       a projector per layer  no             no                  nothing: projected anew for each layer
 
-So there are two streams, never one sequence with holes: the query stream (text; under LLaVA joined by the visual
+So there are two streams, never one sequence with holes: the query stream (text; in layers of LLaVA joined by the visual
 tokens) and the visual stream. Positions and segments alone say where an image stands.
 
 Axes: B batch, T text, V visual tokens of a row, M image slots, P visual tokens of an image, C vision width, D embed,
@@ -25,13 +25,13 @@ N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the i
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
@@ -56,11 +56,19 @@ from saisa_jax.models.layers import (
     with_scales,
 )
 from saisa_jax.models.lora import in_dtype, with_adapters
-from saisa_jax.models.mask import KeyBlock, make_mask
-from saisa_jax.models.projectors import PROJECTORS
-from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups, visual_positions
+from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask, without
+from saisa_jax.models.projectors import PROJECTORS, base_of, shared_projector
+from saisa_jax.models.streams import (
+    CachedVisual,
+    LayerGroup,
+    Stream,
+    StreamedVisual,
+    joined,
+    layer_groups,
+    visual_positions,
+)
 
-STACKED_CAPTURES = ("hidden", "attention")  # one entry a layer
+STACKED_CAPTURES = ("hidden", "attention", "image_attention")  # one entry a layer
 CAPTURES = (*STACKED_CAPTURES, "features", "final_norm")
 
 
@@ -83,8 +91,8 @@ class Saisa(nn.Module):
         self.vision = ENCODERS[c.vision.kind](c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
         self.block = with_adapters(self.block_class(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
         self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
-        if not c.per_layer_projectors:
-            self.visual_proj = PROJECTORS[c.projector.kind](c)
+        if projector := shared_projector(c):
+            self.visual_proj = projector(c)
         self.final_norm = RMSNorm(c.norm_eps, param_dtype)
         if not c.tie_embeddings:
             self.lm_head = dense(
@@ -96,9 +104,7 @@ class Saisa(nn.Module):
         layers_key, projector_key = jax.random.split(key)
         layers = init_stack(self.block, c.num_layers, *example_inputs(c))(layers_key)
         if c.per_layer_projectors:
-            example = jnp.zeros((1, 1, c.vision.embed_dim))
-            projector = init_stack(PROJECTORS[c.projector.kind](c, parent=None), len(c.visible_layers), example)
-            layers["visual_proj"] = projector(projector_key)
+            layers["visual_proj"] = _init_projectors(c, projector_key)
         return layers
 
     # --- Whole sequences: training, scoring, captures ----------------------------------------------------------------
@@ -118,26 +124,38 @@ class Saisa(nn.Module):
             features [B, V, C]; final_norm [B, T, D];
             hidden [1 + L, B, T, D]: the text's residual stream, before the first and after every layer;
             visual_hidden [1 + L, B, V, D]: the same of the visual tokens (llava and naavit);
-            attention [L, B, N, T, V + T], float32: columns are visual tokens, then text.
+            attention [L, B, N, T, V + T], float32: columns are visual tokens, then text;
+            image_attention [L, B, T]: the share of it that is on visual tokens, averaged over heads.
         """
         hidden, aux = self.hidden(batch, features, capture)
         return self.head(hidden), aux
 
     def hidden(
-        self, batch: Batch, features: Float[Array, "B V C"] | None = None, capture: tuple[str, ...] = ()
+        self,
+        batch: Batch,
+        features: Float[Array, "B V C"] | None = None,
+        capture: tuple[str, ...] = (),
+        unseen: Bool[Array, " L"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """As `__call__`, but without the head: the input of the head."""
+        """As `__call__`, but without the head: the input of the head.
+
+        With `unseen` the text does not attend to the image in the layers that it marks (under the attention `xla`).
+        """
         self._check_capture(capture)
         features = self.encode_images(batch["images"]) if features is None else features
         stream, visual = self._streams(batch, features)
-        source = None
-        if visual is not None:
-            source = StreamedVisual(visual, stream, self.config, self.projectors_of, self.visual_kv)
-        stacked = tuple(name for name in capture if name in STACKED_CAPTURES)
-        x, captured = self._run_layers(stream, source, capture=stacked, impl=self.config.attention_impl)
-        length = batch["tokens"].shape[1]
-        x = self.final_norm(x[:, -length:])  # under LLaVA visual tokens stand first
-        captured = self._name_captured(captured, length)
+        x, captured = self._run_layers(
+            stream,
+            self._streamed(visual, stream),
+            asking=self._asking_of(stream, batch),
+            unseen=unseen,
+            capture=tuple(name for name in capture if name in STACKED_CAPTURES),
+            impl=self.config.attention_impl,
+        )
+        x = self.final_norm(x)
+        if "hidden" in captured:
+            captured["hidden"], visual_hidden = captured["hidden"]
+            captured |= {} if visual_hidden is None else {"visual_hidden": visual_hidden}
         captured |= {name: value for name, value in (("features", features), ("final_norm", x)) if name in capture}
         return x, captured
 
@@ -145,7 +163,7 @@ class Saisa(nn.Module):
         unknown = set(capture) - set(CAPTURES)
         if unknown:
             raise ValueError(f"capture={sorted(unknown)} is unknown; known: {', '.join(CAPTURES)}")
-        if "attention" in capture and self.config.attention_impl not in ("xla", "auto"):
+        if {"attention", "image_attention"} & set(capture) and self.config.attention_impl not in ("xla", "auto"):
             raise ValueError(
                 f"model.attention_impl={self.config.attention_impl} never holds the attention that capture asks for; "
                 "set model.attention_impl=xla"
@@ -172,18 +190,18 @@ class Saisa(nn.Module):
 
     # --- Generation --------------------------------------------------------------------------------------------------
 
-    def image_kv(self, features: Float[Array, "I P C"]) -> ImageKV:
+    def image_kv(self, features: Float[Array, "I _ C"]) -> ImageKV:
         """Keys and values of images for every layer; they depend on no text and on no position.
 
         The same `Block.visual_kv` as in training, scanned alone. LLaVA has no equivalent: its visual tokens
         attend to whatever precedes them.
         """
-        x = features if self.config.per_layer_projectors else self.visual_proj(features)
+        x = self._before_layers(features)
         outs = []
         for group in layer_groups(self.config):
-            if group.sees_image:
-                layers = self._layers_of(group), self.projectors_of(group)
-                x, kv = self._scan(lambda x, layer: self.visual_kv(layer[0], layer[1], x), x, layers)
+            if group.reads_keys:
+                layers, role = (self._layers_of(group), self.projectors_of(group)), group.role
+                x, kv = self._scan(lambda x, layer, role=role: self.visual_kv(layer[0], layer[1], x, role), x, layers)
                 outs.append(kv)
         return ImageKV(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs))
 
@@ -206,21 +224,25 @@ class Saisa(nn.Module):
             features = self.encode_images(batch["images"]) if features is None else features
             if self.config.alignment != "llava" and features.shape[1] > 0:
                 image_kv = self.image_kv(features)
-        if features is not None and self.config.alignment == "llava":
-            stream, _ = self._streams(batch, features)
-        else:
-            stream = self._embed(batch)
         visual = None if image_kv is None else self.place_images(image_kv, batch)
-        x, captured = self._run_layers(stream, self._cached(visual, stream), capture=("kv",))
+        if features is not None and self.config.alignment == "llava":
+            stream, tokens = self._streams(batch, features)
+            held, source = (stream if tokens is None else joined(tokens, stream)), self._streamed(tokens, stream)
+        else:
+            held = stream = self._embed(batch)
+            source = self._cached(visual, stream)
+        x, captured = self._run_layers(stream, source, asking=self._asking_of(stream, batch), capture=("kv",))
         k, v = captured["kv"]
-        cache = kv_cache.allocate(k, v, stream.positions, stream.segment_ids, visual, extra)
+        cache = kv_cache.allocate(k, v, held.positions, held.segment_ids, visual, extra)
         return self._last_logits(x, stream), cache
 
     def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
         """Keys and values [Lv, B, K, V, H] rotated, once, to the positions of their rows' slots."""
         positions, segment_ids = visual_positions(batch, image_kv.k.shape[3])
         rope = rotation(positions, self.config)
-        return VisualKV(rotate_keys(image_kv.k, rope), image_kv.v, positions, segment_ids)
+        # Layer by layer, since they are float32 while they are rotated.
+        k = jax.lax.map(lambda k: rotate_keys(k, rope), image_kv.k)
+        return VisualKV(k, image_kv.v, positions, segment_ids)
 
     def extend(
         self,
@@ -234,7 +256,10 @@ class Saisa(nn.Module):
         Rows are padded on the right, to the same number of tokens (segment 0); padding leaves no column behind.
         """
         stream = Stream(look_up(self.embed_tokens, tokens), positions, segment_ids)
-        x, captured = self._run_layers(stream, self._cached(cache.visual, stream), past=cache, capture=("kv",))
+        visual = cache.visual
+        asking = None if visual is None else self._asking(stream, visual.positions, visual.segment_ids)
+        source = self._cached(visual, stream)
+        x, captured = self._run_layers(stream, source, past=cache, asking=asking, capture=("kv",))
         k, v = captured["kv"]
         return self._last_logits(x, stream), kv_cache.append(cache, k, v, positions, segment_ids)
 
@@ -245,10 +270,15 @@ class Saisa(nn.Module):
         segments = jnp.max(cache.segment_ids, axis=1, keepdims=True)  # a row of generation is one sample
         return self.extend(tokens[:, None], positions[:, None], segments, cache)
 
+    def _streamed(self, visual: Stream | None, stream: Stream) -> StreamedVisual | None:
+        if visual is None:
+            return None
+        return StreamedVisual(visual, stream, self.config, self.projectors_of, self.visual_kv)
+
     def _cached(self, visual: VisualKV | None, stream: Stream) -> CachedVisual | None:
         return None if visual is None else CachedVisual(visual, stream, self.config)
 
-    def _last_logits(self, x: Float[Array, "B S D"], stream: Stream) -> Float[Array, "B W"]:
+    def _last_logits(self, x: Float[Array, "B T D"], stream: Stream) -> Float[Array, "B W"]:
         # The last token is the one of the highest position, on whichever side the padding is.
         last = jnp.argmax(jnp.where(stream.segment_ids > 0, stream.positions, -1), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -262,19 +292,40 @@ class Saisa(nn.Module):
         # Padding is removed before any product, so that nothing in it can reach a result or a gradient.
         return Stream(jnp.where(segments[..., None] > 0, x, 0), jnp.asarray(batch["positions"]), segments)
 
+    def _asking(self, stream: Stream, positions: Any, segment_ids: Any) -> PackedPositions:
+        """Places of the text as queries: its own, but for text that `frozen_prefix` lets attend to nothing.
+
+        Args:
+          stream: the text.
+          positions: of images or of visual tokens [B, V].
+          segment_ids: likewise.
+        """
+        segments = stream.segment_ids
+        if self.config.frozen_prefix:
+            of_sample = segments[:, :, None] == segment_ids[:, None]  # [B, T, V]
+            after = positions[:, None] > stream.positions[:, :, None]
+            segments = jnp.where(of_sample.any(axis=2) & (after | ~of_sample).all(axis=2), 0, segments)
+        return PackedPositions(stream.positions, segments)
+
+    def _asking_of(self, stream: Stream, batch: Batch) -> PackedPositions:
+        places = jnp.asarray(batch["image_positions"]), jnp.asarray(batch["image_segment_ids"])
+        return self._asking(stream, *places)
+
     def _streams(self, batch: Batch, features: Any) -> tuple[Stream, Stream | None]:
-        """The query stream, and the visual stream (None: there is none, or it is part of the queries)."""
+        """The text, and the visual stream (None: there is no image)."""
         text = self._embed(batch)
         if features.shape[1] == 0:
             return text, None
-        positions, segments = visual_positions(batch, features.shape[1])
-        features = jnp.where(segments[..., None] > 0, features, 0)
+        slots = jnp.asarray(batch["image_segment_ids"])
+        positions, segments = visual_positions(batch, slots.shape[1] * self.config.num_visual_tokens)
+        held = jnp.repeat(slots > 0, features.shape[1] // slots.shape[1], axis=1)
+        features = jnp.where(held[..., None], features, 0)
         features = constrain(features, "activation_batch", "activation_visual", "activation_embed")
-        x = features if self.config.per_layer_projectors else self.visual_proj(features)
-        visual = Stream(x, positions, segments)
-        if self.config.alignment != "llava":
-            return text, visual
-        return Stream(*(jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True))), None
+        return text, Stream(self._before_layers(features), positions, segments)
+
+    def _before_layers(self, features: Any) -> Any:
+        """What the layers read: features, or the tokens of the projector that they share."""
+        return self.visual_proj(features) if shared_projector(self.config) else features
 
     # --- The layers --------------------------------------------------------------------------------------------------
 
@@ -289,10 +340,10 @@ class Saisa(nn.Module):
             return {}
         return {"visual_proj": take_layers(self.layers["visual_proj"], *group.projectors)}
 
-    def visual_kv(self, params: Params, projector: Params, x: Any) -> tuple[Any, tuple[Any, Any]]:
+    def visual_kv(self, params: Params, projector: Params, x: Any, role: str) -> tuple[Any, tuple[Any, Any]]:
         """One layer's keys (not rotated) and values of the visual stream, and the stream for the next layer."""
         kv = self._block(params | projector, "visual_kv", x)
-        return self._block(params, "update_visual", x) if self.config.alignment == "naavit" else x, kv
+        return self._block(params, "update_visual", x) if role == "mlp" else x, kv
 
     def _block(self, params: Params, method: str, *args: Any) -> Any:
         dtype = jnp.dtype(self.config.dtype)
@@ -308,64 +359,82 @@ class Saisa(nn.Module):
         stream: Stream,
         visual: StreamedVisual | CachedVisual | None,
         past: KVCache | None = None,
+        asking: PackedPositions | None = None,
+        unseen: Bool[Array, " L"] | None = None,
         capture: tuple[str, ...] = (),
         impl: str = "xla",
     ) -> tuple[Any, dict[str, Any]]:
-        """The query stream through all layers.
+        """The text through all layers.
 
         Args:
-          stream: the queries.
-          visual: keys and values of the image, layer by layer; None: there is no image.
+          stream: the text.
+          visual: visual tokens, or their keys and values, layer by layer; None: there is no image.
           past: keys and values of the tokens before.
-          capture: what to stack over the layers: hidden, attention, kv (the stream's own keys, rotated, and values).
+          asking: places of the text as queries; None: those that it has as keys.
+          unseen: layers in which the text does not attend to the image.
+          capture: what to stack over the layers: hidden, attention, image_attention, kv (the query stream's own keys,
+            rotated, and values; under LLaVA those of visual tokens before them).
           impl: of attention.
         """
-        c = self.config
-        rope, mask = rotation(stream.positions, c), make_mask(stream, stream, c.sliding_window)
-        past_mask = None if past is None else make_mask(stream, past, c.sliding_window)
+        c, source = self.config, cast(Any, visual)
+        tokens = 0 if visual is None else visual.places.positions.shape[1]  # V
+        asking = asking or PackedPositions(*stream[1:])
+        past_mask = None if past is None else make_mask(asking, past, c.sliding_window)
+        of_text = rotation(stream.positions, c), make_mask(asking, stream, c.sliding_window)
 
-        def layer(sees_image: bool, carry: Any, inputs: Any) -> Any:
-            (x, visual_state), (params, visual_inputs, past_kv) = carry, inputs
+        def layer(role: str, rope: Any, mask: Mask, carry: Any, inputs: Any) -> Any:
+            (x, state), (params, of_visual, past_kv, hides) = carry, inputs
             others = []
-            if visual is not None and sees_image:
-                visual_state, image = visual.read(params, visual_state, visual_inputs)
-                others.append(image)
+            if role in ("keys", "mlp"):
+                state, image = source.read(params, state, of_visual, role)
+                others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
+            elif role == "queries" and hides is not None:
+                from_text = jnp.arange(x.shape[1])[:, None] >= tokens
+                mask = without(mask, hides & from_text & (jnp.arange(x.shape[1]) < tokens))
             if past_mask is not None:
                 others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
             x, kv, attention = self._block(params, "__call__", x, rope, mask, others, impl)
-            if (
-                "attention" in capture and visual is not None and not sees_image
-            ):  # columns for the image, which it does not attend to
-                attention = jnp.pad(attention, [(0, 0)] * 3 + [(visual.length, 0)])
-            available = {"hidden": (x, visual_state), "attention": attention, "kv": kv}
-            return (x, visual_state), {name: available[name] for name in capture}
+            if c.alignment == "llava" and role in ("keys", "mlp"):  # in one cache with the other layers'
+                kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(others[0][:2], kv, strict=True))
+            available = {"hidden": (x, state), "kv": kv}
+            if {"attention", "image_attention"} & set(capture):
+                available |= _attention_of_text(attention, tokens, role)
+            return (x, state), {name: available[name] for name in capture}
 
-        carry = first = (stream.x, None if visual is None else visual.state)
-        outs = []
+        x, state = stream.x, None if visual is None else source.state
+        states, outs = [(x[None], None if state is None else state[None])], []
         for group in layer_groups(c, visual is not None):
-            of_image = visual.inputs(group) if visual is not None and group.sees_image else None
-            of_past = None if past is None else take_layers((past.k, past.v), group.start, group.stop)
-            body = functools.partial(layer, group.sees_image)
-            carry, out = self._scan(body, carry, (self._layers_of(group), of_image, of_past))
+            places, together = of_text, group.role == "queries"
+            if together:
+                both = PackedPositions(
+                    *(jnp.concatenate(p, axis=1) for p in zip(source.places, stream[1:], strict=True))
+                )
+                places = rotation(both.positions, c), make_mask(both, both, c.sliding_window)
+                x, state = jnp.concatenate([state, x], axis=1), None
+            of_visual = source.inputs(group) if group.reads_keys else None
+            of_layers = ((past.k, past.v) if past is not None else None, unseen)
+            of_layers = take_layers(of_layers, group.start, group.stop)
+            body = functools.partial(layer, group.role, *places)
+            (x, state), out = self._scan(body, (x, state), (self._layers_of(group), of_visual, *of_layers))
+            if together:
+                state, x = x[:, :tokens], x[:, tokens:]
+            if "hidden" in out:
+                hidden, of_image = out.pop("hidden")
+                states.append((hidden[:, :, tokens:], hidden[:, :, :tokens]) if together else (hidden, of_image))
             outs.append(out)
-        captured = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
-        if "hidden" in captured:
-            captured["hidden"] = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, captured["hidden"])
-        return carry[0], captured
+        stack = lambda *parts: jnp.concatenate(parts)  # noqa: E731
+        captured = jax.tree.map(stack, *outs)
+        return x, captured | ({"hidden": jax.tree.map(stack, *states)} if "hidden" in capture else {})
 
-    def _name_captured(self, captured: dict[str, Any], text_length: int) -> dict[str, Any]:
-        """Captured arrays under their public names and shapes, LLaVA's joined stream split again."""
-        aux: dict[str, Any] = {}
-        if "hidden" in captured:
-            x, stream = captured["hidden"]
-            aux["hidden"] = x[:, :, -text_length:]
-            if self.config.alignment == "llava" and x.shape[2] > text_length:
-                aux["visual_hidden"] = x[:, :, :-text_length]
-            elif self.config.alignment == "naavit" and stream is not None:
-                aux["visual_hidden"] = stream
-        if "attention" in captured:
-            aux["attention"] = captured["attention"][:, :, :, -text_length:]
-        return aux
+
+def _attention_of_text(attention: Float[Array, "B N S K"], tokens: int, role: str) -> dict[str, Any]:
+    """A layer's attention as it is captured: rows of the text, columns of all visual tokens, then text."""
+    if role == "queries":
+        attention = attention[:, :, tokens:]
+    elif role == "none":  # columns for the image, which it does not attend to
+        attention = jnp.pad(attention, [(0, 0)] * 3 + [(tokens, 0)])
+    of_image = jnp.mean(jnp.sum(attention[..., :tokens], axis=-1), axis=1)
+    return {"attention": attention, "image_attention": of_image}
 
 
 def init_params(config: ModelConfig, key: Any) -> Params:
@@ -383,13 +452,26 @@ def _tiny_batch(config: ModelConfig) -> Batch:
     return jax.tree.map(jnp.asarray, empty_batch(1, 1, 1, config.vision.image_size))
 
 
-def share_to_per_layer(params: Params, config: ModelConfig) -> Params:
+def _init_projectors(config: ModelConfig, key: Any) -> Params:
+    """The projectors of all layers that see the image, stacked."""
+    patches, vision = config.vision.num_patches, config.vision.embed_dim
+    example = jnp.zeros((1, patches, config.embed_dim if base_of(config) else vision))
+    return init_stack(PROJECTORS[config.projector.kind](config, parent=None), len(config.visible_layers), example)(key)
+
+
+def share_to_per_layer(params: Params, config: ModelConfig, seed: int = 0) -> Params:
     """Stage 1's tree as stage 2's: every layer that sees the image starts from a copy of the shared projector.
+
+    A kind with a `base` keeps the shared one and gets, for each layer, what makes no difference at first.
 
     Args:
       params: a tree with one `visual_proj` at the top level.
       config: the model with `projector.sharing = "per_layer"`.
+      seed: of what is new.
     """
+    if base_of(config):
+        fresh = meta.unbox(_init_projectors(config, jax.random.key(seed)))
+        return {**params, "layers": {**params["layers"], "visual_proj": fresh}}
     copies = len(config.visible_layers)
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), params["visual_proj"])
     rest = {name: value for name, value in params.items() if name != "visual_proj"}

@@ -30,13 +30,23 @@ class Stream(NamedTuple):
     segment_ids: Any
 
 
+def joined(first: Stream, second: Stream) -> Stream:
+    """Two streams as one."""
+    return Stream(*(jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True)))
+
+
 class LayerGroup(NamedTuple):
-    """Layers start..stop that all attend to the image, or all do not; their projectors start at first_projector."""
+    """Layers start..stop in which visual tokens are the same (`ModelConfig.visual_roles`)."""
 
     start: int
     stop: int
-    sees_image: bool
+    role: str
     first_projector: int
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether the image's keys and values stand beside the queries' own."""
+        return self.role in ("keys", "mlp")
 
     @property
     def projectors(self) -> tuple[int, int]:
@@ -45,13 +55,13 @@ class LayerGroup(NamedTuple):
 
 
 def layer_groups(config: ModelConfig, has_image: bool = True) -> Iterator[LayerGroup]:
-    """Maximal groups of layers of one kind: a single group if all layers attend to the image."""
+    """Maximal groups of layers of one kind: a single group if visual tokens are the same in all layers."""
     start = projector = 0
-    visible = set(config.visible_layers) if has_image else set()
-    for sees, layers in itertools.groupby(range(config.num_layers), key=visible.__contains__):
+    roles = config.visual_roles if has_image else ("none",) * config.num_layers
+    for role, layers in itertools.groupby(roles):
         stop = start + len(list(layers))
-        yield LayerGroup(start, stop, sees, projector)
-        projector += stop - start if sees else 0
+        yield LayerGroup(start, stop, role, projector)
+        projector += 0 if role == "none" else stop - start
         start = stop
 
 
@@ -67,11 +77,12 @@ class StreamedVisual:
     """Keys and values of the image, made as the layers run: V_l is projected anew (SAISA), or carried on (NAAViT).
 
     Args:
-      visual: the visual stream: raw features where each layer has its own projector, else tokens.
+      visual: the visual stream: what the layers' own projectors read, or tokens where one before them serves all.
       queries: the stream that attends to it.
       config: the model.
       projectors_of: the projectors of a group of layers, as parameters of its blocks.
-      visual_kv: (a layer's parameters, its projector, the visual stream) -> (the stream after the layer, (k, v)).
+      visual_kv: (a layer's parameters, its projector, the visual stream, its role) -> (the stream after the layer,
+        (k, v)).
     """
 
     def __init__(
@@ -80,20 +91,20 @@ class StreamedVisual:
         queries: Stream,
         config: ModelConfig,
         projectors_of: Callable[[LayerGroup], Params],
-        visual_kv: Callable[[Params, Params, Any], tuple[Any, tuple[Any, Any]]],
+        visual_kv: Callable[[Params, Params, Any, str], tuple[Any, tuple[Any, Any]]],
     ) -> None:
         self.inputs = projectors_of  # what each layer of a group needs
-        self.length = visual.positions.shape[1]  # V
+        self.places = PackedPositions(visual.positions, visual.segment_ids)
         # What no layer changes stays out of the scan's carry, of which the backward pass keeps a copy for every layer.
-        self.state = visual.x if config.alignment == "naavit" else None
+        self.state = None if config.alignment == "saisa" else visual.x
         self._features = visual.x
         self._visual_kv = visual_kv
         self._rope = rotation(visual.positions, config)
         self._mask = make_mask(queries, visual, config.sliding_window)
 
-    def read(self, params: Params, state: Any, projector: Params) -> tuple[Any, KeyBlock]:
+    def read(self, params: Params, state: Any, projector: Params, role: str) -> tuple[Any, KeyBlock]:
         """One layer: the state for the next one, and its keys (rotated) and values."""
-        after, (k, v) = self._visual_kv(params, projector, self._features if state is None else state)
+        after, (k, v) = self._visual_kv(params, projector, self._features if state is None else state, role)
         return None if state is None else after, KeyBlock(rotate_keys(k, self._rope), v, self._mask)
 
 
@@ -109,7 +120,7 @@ class CachedVisual:
     state = None
 
     def __init__(self, visual: VisualKV, queries: Stream, config: ModelConfig) -> None:
-        self.length = visual.positions.shape[1]  # V
+        self.places = PackedPositions(visual.positions, visual.segment_ids)
         self._kv = visual.k, visual.v
         self._mask = make_mask(queries, visual, config.sliding_window)
 
@@ -117,6 +128,6 @@ class CachedVisual:
         """What each layer of a group needs: its keys and values."""
         return take_layers(self._kv, *group.projectors)
 
-    def read(self, params: Params, state: None, kv: tuple[Any, Any]) -> tuple[None, KeyBlock]:
+    def read(self, params: Params, state: None, kv: tuple[Any, Any], role: str) -> tuple[None, KeyBlock]:
         """One layer: nothing for the next one, and its keys and values."""
         return None, KeyBlock(kv[0], kv[1], self._mask)

@@ -93,7 +93,7 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
     arguments = prepared.abstract_state(), prepared.abstract_batch()  # before the mesh, on which nothing can run
     with parallel.use(prepared.mesh, prepared.rules):
         traced = step.trace(*arguments)
-        memory, refused, hlo = _compiled(traced.lower(), GPU_OPTIONS if topology.on_gpu else {})
+        memory, refused, hlo = compiled(traced.lower(), GPU_OPTIONS if topology.on_gpu else {})
     return Program(
         topology=topology,
         prepared=prepared,
@@ -114,8 +114,8 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
     )
 
 
-def _compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str, str]:
-    """Memory, what the compiler said against it, and the program's text."""
+def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Memory | None, str, str]:
+    """Memory of a lowered program, what the compiler said against it, and the program's text."""
     try:
         compiled = lowered.compile(options)
     except Exception as error:  # its type depends on the compiler's plugin

@@ -31,7 +31,7 @@ def attention_shares(model: ModelConfig, settings: StageConfig, packing: bool) -
     if counts is None:
         return AttentionShares(1.0, 1.0)
     before = BEFORE_IMAGE.get(settings.template, SYSTEM_PROMPT)
-    rows = packed_rows(some(counts), settings.text_length, settings.max_images, model.vision.num_patches, before)
+    rows = packed_rows(some(counts), settings.text_length, settings.max_images, model.num_visual_tokens, before)
 
     def of_row(row: Batch) -> tuple[jax.Array, jax.Array]:
         row = jax.tree.map(lambda x: x[None], row)

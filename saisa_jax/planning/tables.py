@@ -79,7 +79,7 @@ def table(plans: Sequence[Plan]) -> Table:
 
 def _batch(plan: Plan) -> dict[str, str]:
     s, model = plan.program.settings, plan.program.prepared.model
-    visual = s.batch_size * s.max_images * model.vision.num_patches
+    visual = s.batch_size * s.max_images * model.num_visual_tokens
     return {
         "rows of a step": f"{s.batch_size} in {s.accumulation} part(s)",
         "attention, remat policy": f"{model.attention_impl}, {model.remat_policy}",
@@ -121,7 +121,7 @@ def _work(plan: Plan) -> dict[str, str]:
 
 def _time(plan: Plan) -> dict[str, str]:
     line, settings = plan.roofline, plan.program.settings
-    visual = settings.batch_size * settings.max_images * plan.program.prepared.model.vision.num_patches
+    visual = settings.batch_size * settings.max_images * plan.program.prepared.model.num_visual_tokens
     text = settings.batch_size * settings.text_length
     rows = {
         "arithmetic at peak, s": f"{line.compute:.3f}",

@@ -59,6 +59,8 @@ def _attention(run: Run, predictions: Sequence[examples.Prediction]) -> tuple[li
     """The attention of some answers, or why it cannot be shown."""
     if run.config.data.blind:
         return [], ["a blind run sees no image, so no attention is shown"]
+    if run.model.num_visual_tokens != run.model.vision.num_patches:
+        return [], ["a resampler's visual tokens stand nowhere in the picture, so no attention is shown"]
     directory = run.model_directory
     if directory is None:
         train = f"python train.py --config=... --workdir={run.directory}"

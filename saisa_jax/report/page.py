@@ -126,8 +126,9 @@ def _header(title: str, content: Content) -> str:
     vision = model.vision
     layers = "stages" if vision.kind == "convnext" else "layers"
     text = (
-        f"A decoder of {model.num_layers} layers of width {model.embed_dim} reads each image as {vision.num_patches} "
-        f"visual tokens from a vision encoder of {vision.num_used_layers} {layers} of width {vision.embed_dim}."
+        f"A decoder of {model.num_layers} layers of width {model.embed_dim} reads each image as "
+        f"{model.num_visual_tokens} visual tokens from a vision encoder of {vision.num_used_layers} {layers} of width "
+        f"{vision.embed_dim}."
     )
     return f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(text)}</p>'
 

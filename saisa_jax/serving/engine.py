@@ -321,7 +321,7 @@ class Engine:
         assert kv is not None
         self.rows.place(row, slot, kv, int(encoded.image_positions[slot]))
         new = cache.misses > misses
-        held.cached += 0 if new else self.model.model_config.vision.num_patches
+        held.cached += 0 if new else self.model.model_config.num_visual_tokens
         return new
 
     def _read(self, row: int, held: _Row) -> None:

@@ -65,7 +65,7 @@ def attention(model: VisionLanguageModel, body: dict[str, Any], limits: PictureL
     stream = TextStream(model.tokenizer)
     highest = np.maximum(weights.max(axis=-1, keepdims=True, initial=0), 1e-9)
     maps = np.rint(255 * weights / highest).astype(np.uint8).swapaxes(0, 1)
-    grid = vision.patches_per_side**2 == vision.num_patches
+    grid = vision.patches_per_side**2 == model.model_config.num_visual_tokens
     seen = vision.patches_per_side * vision.patch_size if grid else vision.image_size
     return {
         "pieces": [stream.push(token) for token in tokens],

@@ -83,7 +83,7 @@ class Rows:
         if count < 1:
             raise ConfigError(f"--rows={count} must be at least 1")
         sees = "vision" in variables_of(model.params)["params"] and not model.config.data.blind
-        self.max_images = max(0, min(max_images, (config.max_length - 1) // config.vision.num_patches)) if sees else 0
+        self.max_images = max(0, min(max_images, (config.max_length - 1) // config.num_visual_tokens)) if sees else 0
         self.count, self.pieces = count, pieces
         self.levels = make_levels(config.max_length, self.max_images, pieces[-1])
         self._model, self._config = model, config
@@ -209,7 +209,7 @@ class Rows:
 
         visual = state.visual
         if visual is not None:
-            visual = sized(visual, level.images * self._config.vision.num_patches)
+            visual = sized(visual, level.images * self._config.num_visual_tokens)
         return sized(state._replace(visual=None), level.columns)._replace(visual=visual)
 
 
@@ -230,7 +230,7 @@ def _empty(model: VisionLanguageModel, rows: int, level: Level) -> KVCache:
     places = functools.partial(jnp.zeros, dtype=jnp.int32)
     text, visual = (c.num_layers, rows, c.num_kv_heads, level.columns, c.head_dim), None
     if level.images:
-        tokens = level.images * c.vision.num_patches
+        tokens = level.images * c.num_visual_tokens
         of_images = (len(c.visible_layers), rows, c.num_kv_heads, tokens, c.head_dim)
         visual = VisualKV(zeros(of_images), zeros(of_images), places((rows, tokens)), places((rows, tokens)))
     columns = places((rows, level.columns)), places((rows, level.columns))

@@ -57,7 +57,7 @@ def make_packed_batch(
             position, positions, starts = 0, [], []
             for token in layout:
                 (starts if token == IMAGE else positions).append(position)
-                position += config.vision.num_patches if token == IMAGE else 1
+                position += config.num_visual_tokens if token == IMAGE else 1
             where, at = slice(at, at + len(text)), at + len(text)
             batch["tokens"][i, where] = text
             batch["targets"][i, where] = [*text[1:], 0]

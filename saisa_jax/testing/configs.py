@@ -24,14 +24,20 @@ from saisa_jax.config import (
     to_config_dict,
 )
 
+PROJECTORS = {  # of SAISA, by the name of the variant
+    "low_rank": ProjectorConfig("low_rank", rank=8),
+    "resampler": ProjectorConfig("resampler", num_tokens=5),
+}
+
 
 def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
     """Two layers of width 32 on 32 x 32 pixel images of easy-VQA; three steps of eight rows in each stage, float32.
 
     Args:
-      alignment: saisa | naavit | llava.
+      alignment: saisa | naavit | llava, or a name in PROJECTORS.
       blind: leave every image slot empty.
     """
+    name, alignment = alignment, "saisa" if alignment in PROJECTORS else alignment
     sharing = "per_layer" if alignment == "saisa" else "shared"
     vision = VisionConfig(
         image_size=32,
@@ -55,11 +61,11 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
         max_length=128,
         dtype="float32",
         vision=vision,
-        projector=ProjectorConfig(sharing=sharing),
+        projector=PROJECTORS.get(name, ProjectorConfig(sharing=sharing)),
     )
     optimizer = OptimizerConfig(lr=1e-3)
     return Config(
-        name=f"tiny-{alignment}",
+        name=f"tiny-{name}",
         allow_random_init=True,
         model=model,
         data=DataConfig(packing=False, turns_per_sample=1, blind=blind, num_threads=0, prefetch=1),
@@ -106,7 +112,10 @@ def packed_config() -> Config:
 
 
 def get_config(variant: str = "saisa") -> ConfigDict:
-    """The same as a recipe for `--config`; `variant` is an alignment, `blind` for SAISA without images, or `packed`."""
+    """The same as a recipe for `--config`.
+
+    `variant` is an alignment or a name in PROJECTORS, `blind` for SAISA without images, or `packed`.
+    """
     if variant == "packed":
         return to_config_dict(packed_config())
     blind = variant == "blind"

@@ -79,7 +79,7 @@ def step_bytes(model: ModelConfig, settings: StageConfig, mesh: Mesh, state: Any
     rows = settings.batch_size // (ways * settings.accumulation)
     part = _part(model, mesh.shape["tensor"])
     width = jax.numpy.dtype(model.dtype).itemsize
-    visual = settings.max_images * part.vision.num_patches
+    visual = settings.max_images * part.num_visual_tokens
     asking = settings.text_length + (visual if part.alignment == "llava" else 0)
 
     floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), state.trainable)

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from saisa_jax import parallel
 from saisa_jax.checkpoints import is_model, load_model, local_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
-from saisa_jax.config import STAGES, Config, ConfigError, ModelConfig
+from saisa_jax.config import ADAPTER_PATTERN, PROJECTOR_PATTERN, STAGES, Config, ConfigError, ModelConfig
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.text.conversation import end_token_id
-from saisa_jax.models.lora import is_adapter
+from saisa_jax.models.projectors import PROJECTORS, base_of
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
 from saisa_jax.training.state import param_shardings
@@ -63,7 +63,7 @@ def starting_params(
             f"set it to {source}/tokenizer"
         )
     if config.stage(stage).lora.rank:
-        return Start(lambda params: _with_fresh_adapters(convert(params), config, stage), params, source)
+        return Start(lambda params: _with_fresh(convert(params), config, stage, ADAPTER_PATTERN), params, source)
     return Start(convert, params, source)
 
 
@@ -89,7 +89,7 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
       ConfigError: they do not fit.
     """
     model = config.model_for(stage)
-    document, _ = read_account(source)
+    document, account = read_account(source)
     params = unflatten(
         {path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in document["leaves"].items()}
     )
@@ -101,25 +101,43 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
             f"{source} holds no {' and no '.join(absent)}, so that training cannot start from it; import the LLM "
             "together with an encoder: python -m saisa_jax convert import --llm=... --vision=... --to=..."
         )
-    shared = "visual_proj" in params
+    shared, sharing = "visual_proj" not in params["layers"], model.projector.sharing
+    stored = dataclasses.replace(model.projector, sharing="shared" if shared else "per_layer")
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
-    if model.per_layer_projectors and shared:
-        convert = functools.partial(share_to_per_layer, config=model)
-    elif not model.per_layer_projectors and not shared:
+    if _has_untrained_other(document, account.model, model):
+        stored = dataclasses.replace(account.model.projector, sharing="shared")
+        convert = functools.partial(_with_fresh, config=config, stage=stage, pattern=PROJECTOR_PATTERN)
+    elif model.per_layer_projectors and shared:
+        convert = functools.partial(share_to_per_layer, config=model, seed=config.seed)
+    elif not shared and sharing == "shared":
         raise ConfigError(
             f"{source} has a projector for each layer, and {stage}.sharing=shared wants one: "
             f"set --config.{stage}.sharing=per_layer"
         )
+    elif base_of(model) and "visual_proj" not in params:
+        raise ConfigError(
+            f"{source} has a projector for each layer, and model.projector.kind={model.projector.kind} starts from one "
+            "for all: name a model of stage 1 with --config.init_from, or set --config.model.projector.kind=mlp"
+        )
     lines = differences(describe(jax.eval_shape(convert, params)), describe(abstract_params(model)), dtypes=False)
     if lines:
         raise ConfigError(f"{source} does not fit --config.model: {'; '.join(lines)}")
-    sharing = "shared" if shared else "per_layer"
-    return convert, dataclasses.replace(model, projector=dataclasses.replace(model.projector, sharing=sharing))
+    return convert, dataclasses.replace(model, projector=stored)
 
 
-def _with_fresh_adapters(params: Any, config: Config, stage: str) -> Any:
+def _has_untrained_other(document: Any, imported: ModelConfig, model: ModelConfig) -> bool:
+    """Whether the projector is the random one of an import, and of another kind than the model's."""
+    account = document["metadata"].get("imported")
+    wanted = base_of(model) or PROJECTORS[model.projector.kind]
+    untrained = account is not None and "projector" not in account["parts"]
+    return untrained and PROJECTORS[imported.projector.kind] is not wanted
+
+
+def _with_fresh(params: Any, config: Config, stage: str, pattern: str) -> Any:
+    """The parameters with the stage's random ones in place of those whose paths match, or beside them."""
     fresh = flatten(init_params(config.trained_model(stage), jax.random.key(config.seed)))  # jit drops all the others
-    return unflatten({**flatten(params), **{path: leaf for path, leaf in fresh.items() if is_adapter(path)}})
+    kept = {path: leaf for path, leaf in flatten(params).items() if not re.fullmatch(pattern, path)}
+    return unflatten({**kept, **{path: leaf for path, leaf in fresh.items() if re.fullmatch(pattern, path)}})
 
 
 def _projects(params: Any) -> bool:

@@ -41,7 +41,12 @@ class HeldOutTasks:
         # Without parameters: each evaluation brings its own, and keeps the compiled programs.
         self._model = VisionLanguageModel(None, config, tokenizer, stage, {"stage": stage}, mesh, ImageCache(0))
         settings = config.evaluation
-        self._settings = runner.Settings(settings.batch_size, settings.max_new_tokens, config.training.eval_limit)
+        self._settings = runner.Settings(
+            settings.batch_size,
+            settings.max_new_tokens,
+            config.training.eval_limit,
+            image_cache_bytes=CACHE_BYTES,
+        )
 
     def __call__(self, params: Any, step: int) -> dict[str, float]:
         """{"easy_vqa": 0.31, "pope/f1": 0.4}: of each task the mean score and its further metrics.
@@ -50,7 +55,7 @@ class HeldOutTasks:
           params: of the plain model, without adapters.
           step: that they are of.
         """
-        model = dataclasses.replace(self._model, params=params, image_cache=ImageCache(CACHE_BYTES))
+        model = dataclasses.replace(self._model, params=params, image_cache=ImageCache(0))
         vars(model)["generator"] = self._model.generator
         output, values = self._directory / "tasks" / str(step), {}
         for name in self._names:

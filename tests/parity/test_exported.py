@@ -161,6 +161,24 @@ def test_torch_reads_the_official_layout(kind: str, tmp_path: Path, close: Calla
     close(ours(config.model, params, batch), expected, atol=1e-4)
 
 
+def test_a_llava_is_read_as_vica(tmp_path: Path, close: Callable[..., None]) -> None:
+    from safetensors.torch import load_file
+
+    from tests.parity import torch_saisa
+
+    raw = write_checkpoint(tmp_path / "in", "llava", parts=("decoder", "projector"))
+    write_checkpoint(tmp_path / "in" / "vision_tower", "hf-vision", dtype="F32")
+    options = ["--layout", "llava", "--as", "saisa", "--visual_layers=1", "--frozen_prefix", "--dtype", "float32"]
+    convert("import", "--from", tmp_path / "in", "--to", tmp_path / "ckpt", *options)
+    params, config, *_ = load_model(tmp_path / "ckpt")
+    batch, places, visual = row(config.model, True)
+    _, seen = jax.jit(lambda p, b: Saisa(config.model).apply({"params": p}, b, capture=("features",)))(params, batch)
+    weights = {key: held.float() for key, held in load_file(tmp_path / "in" / "model.safetensors").items()}
+    features, tokens = torch.tensor(np.asarray(seen["features"])[0]), torch.tensor(batch["tokens"][0])
+    expected = torch_saisa.logits(weights, raw, features, tokens, torch.tensor(places), torch.tensor(visual), vica=(1,))
+    close(ours(config.model, params, batch), expected.detach(), atol=1e-4)
+
+
 def test_the_restatement_in_torch_is_the_official_code(fixtures_dir: Path, close: Callable[..., None]) -> None:
     """On what the official code gave: else the test before this one would say little."""
     from safetensors.torch import load_file

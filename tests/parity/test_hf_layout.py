@@ -277,6 +277,13 @@ def test_the_official_answers(fixtures_dir: Path, tmp_path: Path) -> None:
         assert out[0, len(ids) :].tolist() == wanted, prompt
 
 
+def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config()
+    save_model(tmp_path / "ckpt", random_params(config.model), config, None, {"stage": "finetune"})
+    assert main(["convert", "export", f"--from={tmp_path / 'ckpt'}", "--layout=hf", f"--to={tmp_path / 'out'}"]) == 2
+    assert "hf wants a tokenizer, and this model has none: import it with --tokenizer=DIR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

@@ -19,7 +19,10 @@ from saisa_jax.config import Config
 from saisa_jax.testing.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("index", "quickstart", "train", "data", "weights", "evaluate"))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "quickstart", "train", "data", "weights", "evaluate", "family")),
+]
 TINY = "saisa_jax/testing/configs.py"
 # What a page may say besides Python and `python ...`: it is not run here.
 NOT_RUN = ("make ", "pip install ", "python3 -m venv ")
@@ -102,7 +105,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages call `runs`, and their picture; a step finds there what those before it made."""
     path = tmp_path_factory.mktemp("runs")
     Image.new("RGB", (48, 32), "red").save(path / "picture.png")
-    for name, layout in (("saisa", "saisa"), ("llm", "hf-llm"), ("encoder", "hf-vision")):
+    for name, layout in (("saisa", "saisa"), ("llava", "llava"), ("llm", "hf-llm"), ("encoder", "hf-vision")):
         write_checkpoint(path / "weights" / name, layout)
     return path
 

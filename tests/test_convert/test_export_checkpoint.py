@@ -103,6 +103,22 @@ FINAL_NORM = {"post_norm": True, "select_layer": -1}
         (("llava", "llava-hf"), changed("llava", FINAL_NORM), r"post_norm=True: its readers take .* before"),
         (("saisa",), changed("saisa", FINAL_NORM), r"post_norm=True: its readers take .* before"),
         (("llava", "llava-hf"), changed("llava", {"select_layer": 0}), r"select_layer=0: .* without any layer"),
+        (
+            ("llava", "llava-hf"),
+            changed("llava", frozen_visual_layers=(1,)),
+            r"frozen_visual_layers=\[1\]: to its readers",
+        ),
+        (
+            ("saisa", "hf"),
+            changed("saisa", projector=ProjectorConfig("low_rank")),
+            r"kind='low_rank': its projectors are",
+        ),
+        (
+            ("llava", "llava-hf"),
+            changed("llava", projector=ProjectorConfig("resampler", "shared", num_tokens=3)),
+            r"kind='resampler': its projectors are",
+        ),
+        (("saisa", "hf"), changed("saisa", frozen_prefix=True), r"frozen_prefix=True: its readers let text"),
         (("saisa",), changed("saisa", visual_layers=(1,)), r"visual_layers=\[1\]: .* make up the projectors"),
         (
             ("llava", "llava-hf"),

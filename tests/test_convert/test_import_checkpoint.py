@@ -86,6 +86,28 @@ def test_untrained_import_and_export_is_the_identity(
     assert before == after
 
 
+def test_a_llava_is_read_as_saisa(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same parameters, and what layouts or alignments cannot be is an error that names the option."""
+    convert("import", "--from", sources / "llava", "--to", tmp_path / "llava")
+    options = ["--layout=llava", "--as=saisa", "--visual_layers=1", "--frozen_prefix"]
+    convert("import", "--from", sources / "llava", "--to", tmp_path / "vica", *options)
+    assert "layers that see images: 1 of 2" in capsys.readouterr().out
+    (plain, _, *_), (params, config, *_) = load_model(tmp_path / "llava"), load_model(tmp_path / "vica")
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    model = config.model_for("finetune")
+    assert (model.alignment, model.visual_layers, model.frozen_prefix) == ("saisa", (1,), True)
+    assert config.finetune.sharing == "shared"
+    for source, wrong, message in (
+        ("llava", ["--visual_layers=1"], "visual_layers is a choice of model.alignment=saisa, not of 'llava'"),
+        ("llava", ["--as=saisa", "--visual_layers=0,7"], "names [7], out of range for model.num_layers=2"),
+        ("saisa", ["--as=llava"], "has a projector for each layer, which only saisa reads"),
+    ):
+        assert main(["convert", "import", f"--from={sources / source}", f"--to={tmp_path / 'no'}", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["convert", "export", f"--from={tmp_path / 'vica'}", "--layout=llava", f"--to={tmp_path / 'no'}"]) == 2
+    assert "alignment='saisa': its readers compute 'llava'" in capsys.readouterr().err
+
+
 def test_a_tower_of_its_own_comes_back_too(sources: Path, tmp_path: Path) -> None:
     convert("import", "--from", sources / "apart", "--to", tmp_path / "ckpt")
     convert("export", "--from", tmp_path / "ckpt", "--layout", "saisa", "--to", tmp_path / "out")
@@ -273,6 +295,14 @@ def test_training_from_an_import(sources: Path, tmp_path: Path) -> None:
     place = mesh_and_rules(config)
     start = starting_params(config, "pretrain", epath.Path(tmp_path / "run"), tokenizer, *place)
     assert "visual_proj" in start.make(start.argument) and start.source == str(tmp_path / "start")
+    for kind, leaf in (("low_rank", "fc1"), ("resampler", "queries")):  # the import's own, and a fresh one
+        tokens = 5 if kind == "resampler" else None
+        projector = dataclasses.replace(config.model.projector, kind=kind, num_tokens=tokens)
+        other = dataclasses.replace(config, model=dataclasses.replace(config.model, projector=projector))
+        start = starting_params(other, "pretrain", epath.Path(tmp_path / "run"), tokenizer, *place)
+        made = jax.eval_shape(start.make, start.argument)
+        assert leaf in made["visual_proj"] and leaf not in made["layers"]
+        assert start.source == str(tmp_path / "start")
     convert("import", "--from", sources / "hf-llm", "--to", tmp_path / "llm")
     with pytest.raises(ConfigError, match="an LLM without a vision encoder"):
         recipe.get_config(str(tmp_path / "llm"))

@@ -2,6 +2,8 @@
 
 import io
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from saisa_jax import __main__ as main
 from saisa_jax.checkpoints import save_model
 from saisa_jax.cli.chat import Terminal
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
-from saisa_jax.inference.chat import Chat
+from saisa_jax.inference.chat import Chat, _Read
 from saisa_jax.inference.generate import GREEDY
 
 NEW = 4
@@ -90,6 +92,26 @@ def test_pictures_and_words_before_them_that_were_changed(model, pictures):
     chat.turns.clear()
     chat.images.clear()
     ask(chat, "is it red? what color is the shape?")
+
+
+def test_frozen_text_before_a_first_picture_is_read_anew():
+    """It attended to nothing if a picture came after it, and to all else: what was read otherwise is not kept."""
+    model = SimpleNamespace(
+        model_config=SimpleNamespace(frozen_prefix=True), generator=SimpleNamespace(caches_images=True)
+    )
+    chat: Any = SimpleNamespace(model=model)
+    old = object.__new__(_Read)
+    tokens, positions = [5, 6, 7, 8], [0, 1, 18, 19]
+    for images, before, changed, kept in (
+        ([("a", 2)], [("a", 2)], 3, 3),
+        ([("a", 2)], [("a", 2)], 1, 0),  # a word before the picture
+        ([("b", 2)], [("a", 2)], 3, 0),
+        ([("a", 2)], [], 3, 0),
+        ([], [], 3, 3),
+    ):
+        old.tokens, old.positions, old.images = list(tokens), list(positions), before
+        old.tokens[changed] += 1
+        assert Chat._kept(chat, old, tokens, positions, images) == kept
 
 
 def test_an_answer_that_says_image_is_a_word(model):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import saisa_jax
+from saisa_jax import flops
 from saisa_jax.checkpoints import CheckpointError, save_model
 from saisa_jax.config import ConfigError
 from saisa_jax.inference import import_cache
@@ -34,6 +35,19 @@ def test_a_run_is_its_last_finished_model(run: Path, monkeypatch: pytest.MonkeyP
     assert import_cache.find_model("~/run") == str(run / "finetune" / "model")
     with pytest.raises(CheckpointError, match="nowhere"):
         saisa_jax.load(run / "nowhere")
+
+
+def test_a_llava_is_switched_by_layers(tiny_model, run: Path, tmp_path: Path) -> None:
+    """And answers; what an alignment does not have is an error."""
+    llava = tiny_model("llava")
+    save_model(tmp_path / "llava", llava.params, llava.config, llava.tokenizer, llava.metadata)
+    model = saisa_jax.load(tmp_path / "llava", switches={"naavit_layers": (0,), "frozen_visual_layers": (1,)})
+    assert model.model_config.visual_roles == ("mlp", "keys") and llava.model_config.visual_roles == ("queries",) * 2
+    grey = np.full((32, 32, 3), 99, np.uint8)
+    assert isinstance(model.generate("is it red?", grey, 2), str)
+    assert flops.prefill(model.model_config, 16).total < flops.prefill(llava.model_config, 16).total
+    with pytest.raises(ConfigError, match=r"frozen_visual_layers is a choice of model.alignment=llava, not of 'saisa'"):
+        saisa_jax.load(run, switches={"frozen_visual_layers": (1,)})
 
 
 def test_a_bucket_is_no_local_directory(monkeypatch: pytest.MonkeyPatch) -> None:

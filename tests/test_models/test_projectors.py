@@ -36,7 +36,7 @@ class GatedProjector(nn.Module):
     @nn.compact
     def __call__(self, features):
         c = self.config
-        gate = dense(c.embed_dim, ("vision_embed", "embed"), name="gate", param_dtype=jnp.dtype(c.param_dtype))
+        gate = dense(c.embed_dim, ("vision_embed", None), name="gate", param_dtype=jnp.dtype(c.param_dtype))
         return MLPProjector(c, name="mlp")(features) * nn.sigmoid(gate(features))
 '''
 

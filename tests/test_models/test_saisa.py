@@ -19,9 +19,23 @@ PATCHES = 16
 KINDS = {
     "saisa": {},
     "saisa-shared": {"projector": ProjectorConfig(sharing="shared")},
-    "saisa-subset": {"num_layers": 4, "visual_layers": (1, 2)},
+    "vica": {
+        "projector": ProjectorConfig(sharing="shared"),
+        "num_layers": 4,
+        "visual_layers": (1, 2),
+        "frozen_prefix": True,
+    },
+    "low-rank": {"projector": ProjectorConfig("low_rank", rank=8), "num_layers": 3, "visual_layers": (0, 2)},
+    "resampler": {"projector": ProjectorConfig("resampler", num_tokens=5)},
     "naavit": {"alignment": "naavit", "projector": ProjectorConfig(sharing="shared")},
     "llava": {"alignment": "llava", "projector": ProjectorConfig(sharing="shared")},
+    "llava-switched": {
+        "alignment": "llava",
+        "projector": ProjectorConfig(sharing="shared"),
+        "num_layers": 5,
+        "naavit_layers": (1,),
+        "frozen_visual_layers": (2, 4),
+    },
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -29,7 +43,11 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @functools.cache
 def model_of(kind: str) -> tuple[ModelConfig, dict]:
     config = dataclasses.replace(tiny_config().model, **KINDS[kind])
-    return config, init_params(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
+    if kind == "low-rank":  # as if trained: at the start it is the shared projector
+        up = params["layers"]["visual_proj"]["up"]
+        up["kernel"] = jax.random.normal(jax.random.key(1), up["kernel"].shape) / 3
+    return config, params
 
 
 @functools.cache
@@ -141,19 +159,22 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     """The layers one by one in Python: one sequence [V; T] with the whole mask, then what the alignment drops."""
     from saisa_jax.models.decoder import Block
     from saisa_jax.models.layers import rotate_keys, rotation
-    from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask
+    from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask, without
+    from saisa_jax.models.streams import joined
 
     model, block = Saisa(config), Block(config)
     bound = model.bind({"params": params})
     asking, visual = bound._streams(batch, bound.encode_images(batch["images"]))
-    x, places = asking.x, PackedPositions(asking.positions, asking.segment_ids)
-    stream = None if visual is None else visual.x
+    one = joined(visual, asking) if config.alignment == "llava" else asking
+    tokens = 0 if one is asking else visual.x.shape[1]
+    x, places, stream = one.x, PackedPositions(*one[1:]), visual.x
+    of_image = np.arange(x.shape[1]) < tokens
     for run in layer_groups(config):
         for i in range(run.start, run.stop):
             layers = {k: v for k, v in params["layers"].items() if k != "visual_proj"}
             own = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-            others = []
-            if visual is not None and run.sees_image:
+            others, before, mask = [], x, make_mask(places, places)
+            if run.reads_keys and tokens == 0:
                 if config.per_layer_projectors:
                     first = run.first_projector + i - run.start
                     own["visual_proj"] = jax.tree.map(lambda leaf, j=first: leaf[j], params["layers"]["visual_proj"])
@@ -161,10 +182,18 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
                 if config.alignment == "naavit":
                     stream = block.apply({"params": own}, stream, method="update_visual")
                 k = rotate_keys(k, rotation(visual.positions, config))
-                others = [KeyBlock(k, v, make_mask(places, PackedPositions(visual.positions, visual.segment_ids)))]
-            rope = rotation(asking.positions, config)
-            x, _, _ = block.apply({"params": own}, x, rope, make_mask(places, places), others)
-    x = bound.final_norm(x[:, -batch["tokens"].shape[1] :])
+                others = [KeyBlock(k, v, make_mask(places, PackedPositions(*visual[1:])))]
+            elif run.reads_keys:  # of LLaVA: rows that ask nothing, and in frozen layers stay as they are
+                mask = without(mask, of_image[:, None])
+            x, _, _ = block.apply({"params": own}, x, rotation(one.positions, config), mask, others)
+            if tokens and run.role == "keys":
+                x = jnp.where(of_image[:, None], before, x)
+            if config.frozen_prefix:
+                frozen = np.zeros(x.shape[:2], bool)
+                frozen[2, :1] = frozen[3, :4] = True  # of `mixed_layouts`
+                untouched = block.apply({"params": own}, before, method="update_visual")  # x + mlp(norm(x))
+                x = jnp.where(frozen[..., None], untouched, x)
+    x = bound.final_norm(x[:, tokens:])
     return np.asarray(bound.head(x))[..., : config.vocab_size]
 
 
@@ -188,16 +217,42 @@ def test_gradients_are_finite_and_reach_every_parameter(kind):
 def test_captures_have_their_shapes_and_change_nothing(kind):
     config, params = model_of(kind)
     batch = make_batch(config, mixed_layouts(), text_length=12, max_images=3)
-    logits, aux = _apply(config, ("hidden", "attention", "features", "final_norm"))(params, batch)
-    visual = 3 * PATCHES
+    logits, aux = _apply(config, ("hidden", "attention", "image_attention", "features", "final_norm"))(params, batch)
+    visual = 3 * config.num_visual_tokens
     assert aux["hidden"].shape == (config.num_layers + 1, 4, 12, 32)
     assert aux["attention"].shape == (config.num_layers, 4, config.num_heads, 12, visual + 12)
-    assert aux["features"].shape == (4, visual, 32) and aux["final_norm"].shape == (4, 12, 32)
+    assert aux["features"].shape == (4, 3 * PATCHES, 32) and aux["final_norm"].shape == (4, 12, 32)
     assert ("visual_hidden" in aux) == (config.alignment != "saisa")
-    sums = np.asarray(aux["attention"]).sum(-1)
-    np.testing.assert_allclose(sums, np.broadcast_to((batch["segment_ids"] > 0)[None, :, None], sums.shape), atol=1e-5)
+    of_image = np.asarray(aux["attention"])[..., :visual].sum(-1).mean(2)
+    np.testing.assert_allclose(aux["image_attention"], of_image, atol=1e-5)
+    sums, asking = np.asarray(aux["attention"]).sum(-1), batch["segment_ids"] > 0
+    if config.frozen_prefix:
+        asking[2, :1] = asking[3, :4] = False
+    np.testing.assert_allclose(sums, np.broadcast_to(asking[None, :, None], sums.shape), atol=1e-5)
     np.testing.assert_allclose(np.asarray(logits)[..., : config.vocab_size], logits_of(kind, batch), atol=1e-5)
     assert np.isneginf(np.asarray(logits)[..., config.vocab_size :]).all()
+
+
+@pytest.mark.parametrize("kind", ["saisa", "naavit", "llava-switched"])
+def test_a_layer_that_does_not_see_the_image(kind):
+    """Unseen in all layers is no image at all, in the places of one with it; in none it is the model."""
+    config, params = model_of(kind)
+    batch = make_batch(config, mixed_layouts(), text_length=12, max_images=3)
+    apply = jax.jit(
+        lambda b, unseen: Saisa(config).apply(
+            {"params": params}, b, capture=("image_attention",), unseen=unseen, method="hidden"
+        )
+    )
+    every, some = np.ones(config.num_layers, bool), np.arange(config.num_layers) == 1
+    hidden, aux = apply(batch, every)
+    without = dict(batch, image_segment_ids=np.zeros_like(batch["image_segment_ids"]))
+    np.testing.assert_allclose(hidden, apply(without, ~every)[0], atol=1e-5)
+    assert not np.asarray(aux["image_attention"]).any()
+    _, aux = apply(batch, some)
+    assert [layer.any() for layer in np.asarray(aux["image_attention"])] == [not layer for layer in some]
+    head = lambda x: Saisa(config).apply({"params": params}, x, method="head")  # noqa: E731
+    whole = np.asarray(head(apply(batch, ~every)[0]))[..., : config.vocab_size]
+    np.testing.assert_allclose(whole, logits_of(kind, batch), atol=1e-5)
 
 
 def test_nothing_captured_is_the_program_without_the_option():
@@ -254,11 +309,29 @@ def test_stage_2_starts_every_layer_from_a_copy_of_the_shared_projector():
     assert count(want) == count(abstract_params(shared)) + (config.num_layers - 1) * projector
 
 
+def test_a_low_rank_part_starts_as_the_shared_projector():
+    """To the bit, and with the shared one's parameters; what is new is counted, and random by the seed."""
+    shared, params = model_of("saisa-shared")
+    config = dataclasses.replace(shared, projector=ProjectorConfig("low_rank", rank=8))
+    start = share_to_per_layer(params, config, seed=3)
+    want, shapes = abstract_params(config), lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(start) == shapes(want)
+    batch = make_batch(config, mixed_layouts(), text_length=12, max_images=3)
+    np.testing.assert_array_equal(_apply(config)(start, batch)[0], _apply(shared)(params, batch)[0])
+    new = start["layers"]["visual_proj"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(new)) == config.num_layers * 2 * 8 * config.embed_dim
+    other = share_to_per_layer(params, config, seed=4)["layers"]["visual_proj"]
+    assert not new["up"]["kernel"].any() and (new["down"]["kernel"] != other["down"]["kernel"]).all()
+    assert shapes(abstract_params(dataclasses.replace(config, projector=ProjectorConfig("low_rank", "shared")))) == (
+        shapes(params)
+    )
+
+
 def test_runs_cover_the_layers_and_their_projectors():
     config = dataclasses.replace(tiny_config().model, num_layers=6, visual_layers=(0, 3, 4))
     runs = list(layer_groups(config))
-    assert [(r.start, r.stop, r.sees_image, r.first_projector) for r in runs] == [
-        (0, 1, True, 0), (1, 3, False, 1), (3, 5, True, 1), (5, 6, False, 3),
+    assert [(r.start, r.stop, r.role, r.first_projector) for r in runs] == [
+        (0, 1, "keys", 0), (1, 3, "none", 1), (3, 5, "keys", 1), (5, 6, "none", 3),
     ]  # fmt: skip
     assert len(list(layer_groups(tiny_config().model))) == 1
     stack = {"a": np.arange(6)}

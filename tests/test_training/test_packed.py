@@ -11,7 +11,7 @@ from saisa_jax.data.sample import Turn
 from saisa_jax.data.text.conversation import encode
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.models.saisa import Saisa, init_params
-from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.configs import PROJECTORS, tiny_config
 from saisa_jax.training.loss import cross_entropy
 
 SAMPLES = (  # images, question, answer
@@ -23,7 +23,7 @@ SAMPLES = (  # images, question, answer
 )
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", *PROJECTORS])
 def test_packed_loss_and_gradients_are_those_of_single_rows(alignment: str) -> None:
     config = tiny_config(alignment).model
     tokenizer, rng, size = load_tokenizer("easy_vqa"), np.random.default_rng(0), config.vision.image_size

@@ -17,7 +17,7 @@ from saisa_jax.batch import Batch
 from saisa_jax.config import TRAIN_ALL, MeshConfig, ModelConfig, OptimizerConfig
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.batches import make_packed_batch, random_layout
-from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.configs import PROJECTORS, tiny_config
 from saisa_jax.training.optimizer import flatten, make_optimizer
 from saisa_jax.training.state import TrainState, create_state, state_shardings
 from saisa_jax.training.step import make_train_step
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.multi_device
 STEPS = 5
 ALIGNMENTS = ("saisa", "naavit", "llava")
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
-OFTEN = (*(("saisa", mesh) for mesh in MESHES), ("naavit", (2, 2, 2)), ("llava", (2, 2, 2)))
+OFTEN = (*(("saisa", mesh) for mesh in MESHES), *((name, (2, 2, 2)) for name in ("naavit", "llava", *PROJECTORS)))
 SELDOM = [(alignment, mesh) for alignment in ALIGNMENTS for mesh in MESHES if (alignment, mesh) not in OFTEN]
 
 

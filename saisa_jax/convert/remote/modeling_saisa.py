@@ -38,7 +38,7 @@ class SaisaConfig(PretrainedConfig):
     """
 
     model_type = "saisa"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 # pyright: ignore
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = SaisaConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     _supports_sdpa = True
     # Of an encoder, what its features do not depend on.
     _keys_to_ignore_on_load_missing = [r"vision_tower\.(.*\.)?(head\.|post_layernorm\.|layernorm\.|mask_token)"]  # noqa: RUF012
@@ -149,7 +149,7 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids=None,
+        input_ids,
         pixel_values=None,
         attention_mask=None,
         position_ids=None,
@@ -206,9 +206,8 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         order = torch.argsort((~is_text).int(), dim=1, stable=True)[:, : int(is_text.sum(1).max())]  # text, then rest
         real = is_text.gather(1, order)
         places = positions.gather(1, order)
-        interleaved = InterleavedCache(self, cache, pixel_values, is_image, is_text, real, positions)
-        seen = self._mask(places, positions, valid)
-        interleaved.hidden_images = self._mask(places, positions, is_text)
+        seen, hidden = self._mask(places, positions, valid), self._mask(places, positions, is_text)
+        interleaved = InterleavedCache(self, cache, pixel_values, is_image, is_text, real, positions, hidden)
         if cache is not None and len(self.visual_layers) < self.config.text_config.num_hidden_layers:
             cache.is_image = is_image
         text = self.language_model.model(
@@ -246,10 +245,11 @@ class InterleavedCache(DynamicCache):
     [B, K, S, H].
     """
 
-    def __init__(self, model, cache, pixel_values, is_image, is_text, real, positions):
+    def __init__(self, model, cache, pixel_values, is_image, is_text, real, positions, hidden_images):
         super().__init__()
         self.cache, self.decoder = cache, model.language_model.model
         self.config, self.projectors = model.config, model.multi_modal_projector
+        self.hidden_images = hidden_images  # the mask of layers that do not see them
         self.visual_layers, self.projector_of = set(model.visual_layers), model.config.projector_sharing
         self.is_image, self.is_text, self.real = is_image, is_text, real
         features = model.get_image_features(pixel_values).flatten(0, 1)

@@ -115,7 +115,7 @@ def room_needed(counts: Counts, samples: Concatenated, encoder: Encoder, unusabl
     for first in range(0, total, SLICE):
         part = slice(first, first + SLICE)
         all_tokens, all_images = (count[part].astype(np.int32) for count in counts)
-        room = np.minimum(settings.text_length, config.model.max_length - all_images * config.model.vision.num_patches)
+        room = np.minimum(settings.text_length, config.model.max_length - all_images * config.model.num_visual_tokens)
         long, left_out = all_tokens > room, np.zeros(len(all_tokens), bool)
         if config.data.on_long == "drop":
             left_out |= long

@@ -39,7 +39,7 @@ class Encoder:
             _chosen_turns(sample, data.turns_per_sample, rng),
             settings.template,
             self.tokenizer,
-            self.config.model.vision.num_patches,
+            self.config.model.num_visual_tokens,
             system_prompt=data.system_prompt if sample.system is None else sample.system,
             num_images=len(sample.images),
             sample_id=sample.id,
