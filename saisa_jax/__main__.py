@@ -82,7 +82,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(main(words))
     programs = Programs(say)
     status = main(words)
-    if account := str(programs):
+    if status == 0 and (account := str(programs)):  # the last line of a failure is its error
         say(account)
     sys.exit(status)
 
