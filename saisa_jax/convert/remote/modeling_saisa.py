@@ -29,6 +29,7 @@ class SaisaConfig(PretrainedConfig):
     """A decoder, a vision encoder, and how the images enter the decoder.
 
     alignment: saisa (projected for each layer anew) or naavit (one residual stream, through the decoder's MLPs).
+    projector_kind: mlp, or low_rank: one MLP for all layers, and beside it for each layer a part of projector_rank.
     projector_sharing: per_layer or shared.
     visual_layers: the layers that see the images; None: all.
     image_token_id: stands for a visual token in `input_ids`; it may lie beyond the vocabulary.
@@ -45,6 +46,8 @@ class SaisaConfig(PretrainedConfig):
         text_config=None,
         vision_config=None,
         alignment="saisa",
+        projector_kind="mlp",
+        projector_rank=128,
         projector_sharing="per_layer",
         projector_dim=None,
         visual_layers=None,
@@ -60,6 +63,8 @@ class SaisaConfig(PretrainedConfig):
         self.text_config = _sub_config(text_config, "llama")
         self.vision_config = _sub_config(vision_config, "clip_vision_model")
         self.alignment = alignment
+        self.projector_kind = projector_kind
+        self.projector_rank = projector_rank
         self.projector_sharing = projector_sharing
         self.projector_dim = projector_dim
         self.visual_layers = visual_layers
@@ -92,6 +97,18 @@ class SaisaProjector(nn.Module):
         return self.linear_2(nn.functional.gelu(self.linear_1(features)))
 
 
+class SaisaLowRank(nn.Module):
+    """E + up(silu(down(E))): a layer's own part beside the tokens E [U, D] of the projector of all layers."""
+
+    def __init__(self, width, rank):
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+
+    def forward(self, tokens):
+        return tokens + self.up(nn.functional.silu(self.down(tokens)))
+
+
 class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Vision encoder, projectors, decoder."""
 
@@ -110,11 +127,14 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         layers = range(text.num_hidden_layers)
         self.visual_layers = list(layers) if config.visual_layers is None else list(config.visual_layers)
         width = getattr(vision, "hidden_size", None) or vision.hidden_sizes[-1]
-        names = ["shared"] if config.projector_sharing == "shared" else map(str, self.visual_layers)
-        dim = text.hidden_size
-        self.multi_modal_projector = nn.ModuleDict(
-            {name: SaisaProjector(width, dim, config.projector_dim or dim) for name in names}
-        )
+        dim, low_rank = text.hidden_size, config.projector_kind == "low_rank"
+        each = map(str, self.visual_layers if config.projector_sharing == "per_layer" else ())
+        self.multi_modal_projector = nn.ModuleDict()  # by layer; "shared": before all layers
+        if config.projector_sharing == "shared" or low_rank:
+            self.multi_modal_projector["shared"] = SaisaProjector(width, dim, config.projector_dim or dim)
+        for name in each:
+            own = SaisaLowRank(dim, config.projector_rank) if low_rank else None
+            self.multi_modal_projector[name] = own or SaisaProjector(width, dim, config.projector_dim or dim)
         self.language_model = AutoModelForCausalLM.from_config(text)
         for number in set(layers) - set(self.visual_layers):
             self.language_model.model.layers[number].register_forward_pre_hook(_hide_images, with_kwargs=True)
@@ -250,10 +270,10 @@ class InterleavedCache(DynamicCache):
         self.cache, self.decoder = cache, model.language_model.model
         self.config, self.projectors = model.config, model.multi_modal_projector
         self.hidden_images = hidden_images  # the mask of layers that do not see them
-        self.visual_layers, self.projector_of = set(model.visual_layers), model.config.projector_sharing
+        self.visual_layers = set(model.visual_layers)
         self.is_image, self.is_text, self.real = is_image, is_text, real
         features = model.get_image_features(pixel_values).flatten(0, 1)
-        self.visual = features if self.projector_of == "per_layer" else self.projectors["shared"](features)
+        self.visual = self.projectors["shared"](features) if "shared" in self.projectors else features
         self.rotation = self.decoder.rotary_emb(self.visual, positions[is_image][None])
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
@@ -276,7 +296,7 @@ class InterleavedCache(DynamicCache):
 
     def _visual_kv(self, layer, number):
         """Keys, rotated to their places, and values of all visual tokens, [U, K, H] each."""
-        tokens = self.projectors[str(number)](self.visual) if self.projector_of == "per_layer" else self.visual
+        tokens = self.projectors[str(number)](self.visual) if str(number) in self.projectors else self.visual
         h, attention = layer.input_layernorm(tokens), layer.self_attn
         keys, values = (
             project(h).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
