@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.model_of_step import save_start
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
-from saisa_jax.training.recipe import check_same_recipe
+from saisa_jax.training.recipe import check_same_contents, check_same_recipe
 from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.start import check_projectors, check_stages, frozen_params, start_source, starting_params
 from saisa_jax.training.state import (
@@ -70,13 +70,14 @@ def run(config: Config, workdir: epath.Path) -> int:
     workdir = buckets.place(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
-    with lock as guard, StopSignal(guard) as stop:
+    with lock as guard, StopSignal(guard) as stop, parallel.broadcasting():
         check_same_recipe(config, workdir)
         check_projectors(config, workdir)
         save_start(config, workdir)
         check_wandb(config.training.wandb)
         check_tasks(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
+        check_same_contents(config, workdir, tokenizer)
         if len(tokenizer) > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
@@ -241,6 +242,7 @@ class StageTrainer:
             self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
+            self._saved_before_error(checkpointer, data, first),
         ):
             clock.started()
             if self.evaluation_due:
@@ -250,10 +252,9 @@ class StageTrainer:
                 try:
                     with clock("data"):
                         host = sync.read(data)
-                except Exception:
+                except processes.UnreadError:
                     if waiting:
                         self._settle(sync, *waiting)
-                    self._save_before_error(checkpointer, data, step - 1, first)
                     raise
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -302,18 +303,31 @@ class StageTrainer:
         s, traced = self.settings, train_step.trace(self.state, self.batch)
         return flops.of_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images, traced.jaxpr.jaxpr)
 
-    def _save_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, step: int, first: int) -> None:
-        """What was trained is kept when the data of the next step cannot be read; a failure to save is only logged."""
-        if step == first:
-            return
+    @contextlib.contextmanager
+    def _saved_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, first: int) -> Iterator[None]:
+        """What was trained is kept when the data of a step cannot be read; a failure to save is only logged."""
+        self._settled = first
         try:
-            with self.clock("save"):
-                self.journal.upload()
-                checkpointer.save(step, saved_part(self.state), data, self._metadata())
-                checkpointer.wait()
-            logging.warning("%s: the data of step %d cannot be read; step %d was saved", self.name, step + 1, step)
-        except CheckpointError as failure:
-            logging.error("%s", failure)
+            yield
+        except processes.UnreadError as error:
+            step = self._settled
+            if step > first:
+                self._go_back(data, step)
+                try:
+                    with self.clock("save"):
+                        self.journal.upload()
+                        checkpointer.save(step, saved_part(self.state), data, self._metadata())
+                        checkpointer.wait()
+                    logging.warning("%s: the data of step %d cannot be read; %d is saved", self.name, step + 1, step)
+                except CheckpointError as failure:
+                    logging.error("%s", failure)
+            raise error.reason from error
+
+    def _go_back(self, data: TrainIterator, step: int) -> None:
+        """Sets the step counter and the position in the data back to a step; those since have changed nothing else."""
+        data.set_state({"next_row": step * self.settings.batch_size})
+        back = jax.jit(lambda now: now - now + step, out_shardings=self.shardings.step)
+        self.state = self.state._replace(step=back(self.state.step))
 
     def _dropped_too_many(self) -> str:
         """Says so when more samples could not be used than `data.max_drop` of all that the stage reads; else ""."""
@@ -341,11 +355,12 @@ class StageTrainer:
         Raises:
           TrainingError: the loss or the gradient is not finite, and that is to stop the run.
           DataError: no sample of the step could be used.
-          Exception: a process has failed (`ProcessSync.receive`).
+          UnreadError: a process could not read its part of the data.
         """
         with self.clock("step"):
             lost = sync.receive(sent)
             values = {name: float(value) for name, value in metrics.items()}
+        self._settled = step
         self.journal.count(step, values, lost, dropped)
         if not values["tokens"]:
             raise DataError(f"no sample of the batch of step {step} can be used: {'; '.join(dropped[:5])}")

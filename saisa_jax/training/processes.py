@@ -151,6 +151,14 @@ def exit_on_lost_process() -> Iterator[None]:
 _WORD = 3  # numbers of a process's word, before the waits
 
 
+class UnreadError(Exception):
+    """The data of a step could not be read; `reason` is this process's own failure, or says which one has failed."""
+
+    def __init__(self, reason: Exception):
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class Lost(NamedTuple):
     """What all processes together have lost of a step's data."""
 
@@ -199,17 +207,26 @@ class ProcessSync:
         self._failure: Exception | None = None
 
     def read(self, data: TrainIterator) -> HostBatch:
-        """The next batch; if it cannot be read and others wait for this process, padding: they will learn of it."""
-        began = time.monotonic()
-        try:
-            batch = next(data)
-            self._waited = time.monotonic() - began
-            return batch
-        except Exception as error:  # whatever a disk or a decoder raises
-            if self._alone:
-                raise
-            self._failure = error
-            return data.padding()
+        """The next batch; once one cannot be read and others wait for this process, padding: they will learn of it.
+
+        The weights of the padding are NaN, so that no process is changed by a step that is not whole.
+
+        Raises:
+          UnreadError: it cannot be read, and there is no other process.
+        """
+        if self._failure is None:
+            began = time.monotonic()
+            try:
+                batch = next(data)
+                self._waited = time.monotonic() - began
+                return batch
+            except Exception as error:  # whatever a disk or a decoder raises
+                if self._alone:
+                    raise UnreadError(error) from error
+                self._failure = error
+        padding = data.padding()
+        padding.batch["loss_weights"][:] = np.nan
+        return padding
 
     def send(self, stop: bool, lost: np.ndarray, rows: int, save: bool = False) -> Any:
         """Sends this process's part of a step.
@@ -240,14 +257,12 @@ class ProcessSync:
         """What all processes have sent.
 
         Raises:
-          Exception: this process's own failure.
-          OtherProcessError: another one has failed.
+          UnreadError: one of them could not read its part of the data.
         """
         stop, failed, save, *rest = np.asarray(sent).tolist()
         if failed:
-            raise self._failure or OtherProcessError(
-                f"process {failed - 1} could not read its part of the data; its own log says why"
-            )
+            said = f"process {failed - 1} could not read its part of the data; its own log says why"
+            raise UnreadError(self._failure or OtherProcessError(said))
         self.stopping |= bool(stop)
         self.saving |= bool(save)
         *waits, dropped, cut_tokens, unusable = rest
