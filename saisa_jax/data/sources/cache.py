@@ -6,11 +6,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 _SHARE = 0.8  # of the free disk, where no bound is given
+_lock = threading.Lock()
+_copying: dict[Path, int] = {}  # bytes of the copies that threads of this process make now
 
 
 def cache_folder() -> Path:
@@ -40,7 +43,9 @@ def copy_once(source: Callable[[], Any], target: Path, size: int) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    with part.open("ab") as file:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_copying.pop, target, None)
+        file = stack.enter_context(part.open("ab"))
         with contextlib.suppress(OSError):  # a file system without locks: each copies its own, and the last one stays
             fcntl.flock(file, fcntl.LOCK_EX)
         if not is_copy(target, size):  # another process has not made it meanwhile
@@ -70,13 +75,14 @@ def room_for_copies(bound: int | None, suffix: str) -> int:
     return int(_SHARE * (shutil.disk_usage(folder).free + sum(size for _, size, _ in _copies(suffix))))
 
 
-def make_room(size: int, bound: int | None, suffix: str, keep: Collection[Path], force: bool) -> bool:
+def make_room(target: Path, size: int, bound: int | None, suffix: str, keep: Collection[Path], force: bool) -> bool:
     """Removes the copies of this host that were opened longest ago until there is room for another one.
 
-    A file that a process has open can be read to its end.
+    A file that a process has open can be read to its end. The room is this copy's until `copy_once` has made it.
 
     Args:
-      size: bytes of the new copy.
+      target: the new copy.
+      size: its bytes.
       bound: bytes of all copies together; None: a share of the disk.
       suffix: of the copies' names.
       keep: copies that are removed last, and only with `force`.
@@ -85,16 +91,17 @@ def make_room(size: int, bound: int | None, suffix: str, keep: Collection[Path],
     Returns:
       Whether there is room.
     """
-    room, copies = room_for_copies(bound, suffix) - size, sorted(_copies(suffix))
-    used = sum(size for _, size, _ in copies)
-    for kept in (False, True) if force else (False,):
-        for _, bytes_, path in copies:
-            if used <= room:
-                return True
-            if (path in keep) is kept:
-                path.unlink(missing_ok=True)
-                used -= bytes_
-    return used <= room
+    with _lock:
+        room, copies = room_for_copies(bound, suffix) - size, sorted(_copies(suffix))
+        used = sum(size for _, size, _ in copies) + sum(_copying.values())
+        for kept in (False, True) if force else (False,):
+            for _, bytes_, path in copies:
+                if used > room and (path in keep) is kept and path.exists():
+                    path.unlink(missing_ok=True)
+                    used -= bytes_
+        if force or used <= room:
+            _copying[target] = size
+        return used <= room
 
 
 def _copies(suffix: str) -> list[tuple[int, int, Path]]:

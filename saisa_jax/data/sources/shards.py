@@ -293,7 +293,7 @@ class ShardedSamples:
             return os.fspath(path)
         copy = self._copy_of(shard)
         if not is_copy(copy, shard.bytes):
-            if not make_room(shard.bytes, self._room, SUFFIX, self._keep, force=not ahead) and ahead:
+            if not make_room(copy, shard.bytes, self._room, SUFFIX, self._keep, force=not ahead) and ahead:
                 return None
             copy_once(lambda: path.open("rb"), copy, shard.bytes)
         elif not ahead:
