@@ -42,10 +42,13 @@ class LocalCheckpoints:
     Args:
       directory: on this host, for any number of runs.
       stage: the stage's directory, which all processes can read; says which run this is.
+
+    Attributes:
+      directory: of this run.
     """
 
     def __init__(self, directory: str | os.PathLike[str], stage: epath.Path):
-        self._directory = Path(directory).expanduser() / _name_of_run(stage)
+        self.directory = Path(directory).expanduser() / _name_of_run(stage)
         self._own = f"process-{jax.process_index():05d}"
         self._writing: threading.Thread | None = None
 
@@ -110,15 +113,15 @@ class LocalCheckpoints:
     def remove(self) -> None:
         """Takes away what this run has here, which has ended."""
         self.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         """Those that this process has written to their end, ascending."""
-        found = self._directory.glob(f"*/{self._own}/account.json")
+        found = self.directory.glob(f"*/{self._own}/account.json")
         return sorted(int(path.parent.parent.name) for path in found)
 
     def _write(self, step: int, parts: Mapping[str, Any], document: dict[str, Any]) -> None:
-        folder = self._directory / str(step) / self._own
+        folder = self.directory / str(step) / self._own
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -132,16 +135,18 @@ class LocalCheckpoints:
                 file.flush()
                 os.fsync(file.fileno())
             buckets.write_text(epath.Path(folder / "account.json"), json.dumps(seal({**document, "places": places})))
-            for old in self._steps()[:-KEPT]:
-                shutil.rmtree(self._directory / str(old) / self._own)
+            steps = self._steps()
+            kept = [number for number in steps if number <= step][-KEPT:]
+            for old in set(steps) - set(kept):  # larger ones could not be used: the run went on from before them
+                shutil.rmtree(self.directory / str(old) / self._own)
                 with contextlib.suppress(OSError):  # another process of this host has its own there
-                    (self._directory / str(old)).rmdir()
+                    (self.directory / str(old)).rmdir()
         except OSError as error:
             logging.warning("the local checkpoint of step %d was not written: %s", step, error)
             shutil.rmtree(folder, ignore_errors=True)
 
     def _read(self, step: int, abstract_state: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        folder = self._directory / str(step) / self._own
+        folder = self.directory / str(step) / self._own
         document = unseal(json.loads((folder / "account.json").read_text()))
         storage.check_format(document, str(folder))
         lines = differences(document["leaves"], describe(abstract_state))

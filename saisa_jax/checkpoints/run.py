@@ -148,7 +148,12 @@ class RunCheckpointer:
             if restored is not None:
                 return restored
         if not steps:
-            raise CheckpointError(f"there is no finished checkpoint in {self._directory}")
+            advice = (
+                f", and what is in {self._local.directory} cannot be used: start as the run that wrote it (processes, "
+                "hosts and mesh), or remove it to begin the stage anew"
+            )
+            seen = f"there is no finished checkpoint in {self._directory}"
+            raise CheckpointError(seen + (advice if self._local is not None else ""))
         if step is not None and step not in steps:
             raise CheckpointError(f"step {step} is not in {self._directory}, which holds {steps}")
         failures: dict[int, DamagedError] = {}

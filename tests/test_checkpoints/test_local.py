@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from saisa_jax.checkpoints import LocalCheckpoints, RunCheckpointer
+from saisa_jax.checkpoints import CheckpointError, LocalCheckpoints, RunCheckpointer
 
 
 class Counter:
@@ -89,6 +90,18 @@ def test_what_is_not_whole_or_not_this_run_s_is_not_taken(run) -> None:
     assert restored(run, make_state()) == (2, 20)
     (run / "stage" / "local_run").write_text("7")  # another run, which a workdir of this name holds now
     assert restored(run, make_state()) == (2, 20)
+
+
+def test_a_run_that_went_on_from_before_them_replaces_them(run) -> None:
+    tier = LocalCheckpoints(run / "disk", epath.Path(run / "stage"))
+    tier.save(3, make_state(3), Counter(30), {"seed": 3})
+    tier.wait()
+    assert tier.newest(None) == 3 and restored(run, make_state()) == (3, 30)
+    shutil.rmtree(run / "stage" / "checkpoints")
+    with pytest.raises(
+        CheckpointError, match=r"there is no finished checkpoint in .*, and what is in .* cannot be used"
+    ):
+        restored(run, make_state(axes=(None, "data")))
 
 
 def test_steps_that_not_all_hosts_hold(run, monkeypatch) -> None:
