@@ -28,6 +28,7 @@ VERBS = {
     "plan": ("saisa_jax.cli.plan", "whether a recipe fits accelerators that are not here, and what it costs"),
     "rows": ("saisa_jax.cli.rows", "which rows, of how many text tokens and images, cost least for the data"),
     "bench image": ("saisa_jax.cli.bench_image", "a first and a second question about a picture, and a compilation"),
+    "bench serve": ("saisa_jax.cli.bench_serve", "a server with 1, 8 and 64 clients, against one by one"),
     "bench eval": ("saisa_jax.cli.bench_eval", "questions a second of an evaluation, and where its time goes"),
     "bench step": ("saisa_jax.cli.bench_step", "a training step under SAISA, NAAViT and LLaVA"),
     "bench data": ("saisa_jax.cli.bench_data", "images a second of a core, beside PIL with transformers' processor"),
@@ -81,7 +82,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(main(words))
     programs = Programs(say)
     status = main(words)
-    if account := str(programs):
+    if status == 0 and (account := str(programs)):  # the last line of a failure is its error
         say(account)
     sys.exit(status)
 

@@ -276,7 +276,7 @@ def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
     grid, skipped tiles too; of a branch the dearest. A `while` loop, whose number of turns is unknown, counts once.
     (XLA's own `cost_analysis` counts the body of every loop once.)
     """
-    for equation in jaxpr.eqns:
+    for equation in _read_equations(jaxpr):
         name, params = equation.primitive.name, equation.params
         here = f"{scope}/{equation.source_info.name_stack}"
         if flops := _flops_of(equation):
@@ -305,6 +305,17 @@ def scans(jaxpr: Any) -> Iterator[Any]:
             yield equation
         else:
             yield from (scan for body in _bodies(equation.params) for scan in scans(body))
+
+
+def _read_equations(jaxpr: Any) -> list[Any]:
+    """Equations with an effect, or whose results something reads: others are not compiled. (Under `remat_policy=names`
+    the backward pass's jaxpr holds the forward kernel of attention, though its results were kept.)"""
+    read, kept = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not read.isdisjoint(map(id, equation.outvars)):
+            kept.append(equation)
+            read.update(map(id, equation.invars))
+    return kept[::-1]
 
 
 def _flops_of(equation: Any) -> int:

@@ -169,8 +169,14 @@ def fused_attention(config: ModelConfig, platform: str, device: Any) -> str:
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Runs the body on the mesh, with logical names resolved by `rules`."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules), on_platform(mesh.devices.flat[0].platform):
+    platform = mesh.devices.flat[0].platform
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules), on_platform(platform), broadcasting():
         yield
+
+
+def broadcasting() -> contextlib.AbstractContextManager[None]:
+    """Allows what models do (a norm's scale times its input), whatever `jax_numpy_rank_promotion` the caller set."""
+    return jax.numpy_rank_promotion("allow")
 
 
 def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:

@@ -441,9 +441,10 @@ def test_xla_counts_the_same_in_a_gradient_that_computes_again(policy: str) -> N
     assert by_xla == pytest.approx(flops.count(traced.jaxpr.jaxpr), rel=0.03)
 
 
-def test_a_step_knows_its_attention() -> None:
-    """Legal pairs alone are useful; a kernel's tiles, here two products forward and seven backward, are executed."""
-    config = small(head_dim=16, num_layers=1, scan_layers=False, remat_policy="none")
+@pytest.mark.parametrize(("policy", "kernels"), [("none", 9), ("names", 9), ("full", 11)])
+def test_a_step_knows_its_attention(policy: str, kernels: int) -> None:
+    """Legal pairs alone are useful; a kernel's tiles, two products forward and seven backward, are executed."""
+    config = small(head_dim=16, num_layers=1, scan_layers=False, remat_policy=policy)
     square = dataclasses.replace(
         config, attention_impl="flash", vision=dataclasses.replace(config.vision, image_size=91)
     )
@@ -451,7 +452,7 @@ def test_a_step_knows_its_attention() -> None:
     work = flops.of_step(square, TRAIN_ALL, 1, 128, 1, jax.make_jaxpr(function)(*arguments).jaxpr)
     queries, keys = 128, 11 * 11 + 128
     product = 2 * queries * keys * square.num_heads * square.head_dim
-    assert work.needed_attention == 6 * product and work.executed_attention == 9 * product / keys * 256
+    assert work.needed_attention == 6 * product and work.executed_attention == kernels * product / keys * 256
     assert work.useful(1.0) == work.needed and work.useful(0.25) == work.needed - 4.5 * product
     assert work.done(1.0) - work.done(0.5) == work.executed_attention / 2
 
@@ -496,6 +497,7 @@ def test_products_convolutions_loops_and_branches() -> None:
 def test_cudnns_attention_is_counted_by_its_name() -> None:
     """It cannot be traced without cuDNN; its primitives are there all the same."""
     q, k = jax.ShapeDtypeStruct((2, 6, 4, 8), "bfloat16"), jax.ShapeDtypeStruct((2, 10, 2, 8), "bfloat16")
+    out = SimpleNamespace(aval=q)
     for primitive, products in (
         (fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper, 2),
         (fused_attention_stablehlo._dot_product_attention_bwd_p_wrapper, 5),
@@ -505,8 +507,10 @@ def test_cudnns_attention_is_counted_by_its_name() -> None:
             params={},
             source_info=SimpleNamespace(name_stack=""),
             invars=[SimpleNamespace(aval=x) for x in (q, k, k)],
+            outvars=[out],
+            effects=set(),
         )
-        assert flops.count(SimpleNamespace(eqns=[equation])) == products * 2 * (2 * 4 * 6 * 10 * 8)
+        assert flops.count(SimpleNamespace(eqns=[equation], outvars=[out])) == products * 2 * (2 * 4 * 6 * 10 * 8)
 
 
 # --- The verb --------------------------------------------------------------------------------------------------------

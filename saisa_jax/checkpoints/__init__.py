@@ -1,10 +1,13 @@
-"""Checkpoints of a run (`run.py`) and finished models (`model.py`); the only package that uses Orbax.
+"""Checkpoints of a run (`run.py`, and `local.py` on its hosts' own disks) and finished models (`model.py`).
+
+No other package uses Orbax.
 
 Orbax restores flipped bytes as wrong numbers, and casts to another dtype, both silently. So whatever is read back
 here is compared with its account (shapes, dtypes, checksums), which was stored beside it (`checksums.py`).
 """
 
 from saisa_jax.checkpoints.checksums import checksums
+from saisa_jax.checkpoints.local import LocalCheckpoints
 from saisa_jax.checkpoints.model import (
     copy_sidecar,
     is_model,
@@ -20,6 +23,7 @@ from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 __all__ = [
     "CheckpointError",
     "DamagedError",
+    "LocalCheckpoints",
     "RunCheckpointer",
     "checksums",
     "committed_steps",

@@ -107,6 +107,7 @@ def load_model(
     sharding: Any = None,
     abstract: Any = None,
     dtype: Any = None,
+    partial: bool = False,
 ) -> tuple[Any, Config, Any, dict[str, Any]]:
     """Reads a finished model, written on any mesh.
 
@@ -117,6 +118,7 @@ def load_model(
       abstract: the expected parameters (`shape`, `dtype`, perhaps `sharding`); the stored ones must have these paths
         and shapes, and are cast to these dtypes. None: as they are stored.
       dtype: cast parameters of floating type to this one, after their checksums were compared.
+      partial: `abstract` names some of the parameters alone, and no others are read.
 
     Returns:
       (params, config, tokenizer or None, metadata).
@@ -130,6 +132,8 @@ def load_model(
     document = _read_document(where)
     stored = document["leaves"]
     expected = describe(abstract) if abstract is not None else stored
+    if partial:
+        stored = {path: leaf for path, leaf in stored.items() if path in expected}
     lines = differences(stored, expected, dtypes=False)
     if lines:
         raise CheckpointError(f"{where} is of another model: {'; '.join(lines)}")
@@ -144,7 +148,8 @@ def load_model(
     }
     with ocp.StandardCheckpointer() as checkpointer:
         stored_tree = storage.stored_tree(template)
-        restored = storage.read(f"params of {where}", lambda: checkpointer.restore(where / "params", stored_tree))
+        read = _read_part if partial else checkpointer.restore
+        restored = storage.read(f"params of {where}", lambda: read(where / "params", stored_tree))
     flat = storage.complete(restored, template)
     del restored
     bad = damaged(flat, stored)
@@ -153,6 +158,13 @@ def load_model(
     for path in flat:  # one after the other, so that there is never a second copy of all
         flat[path] = _cast(flat[path], dtype or expected[path]["dtype"])
     return unflatten_dict(flat), config, tokenizer, document["metadata"]
+
+
+def _read_part(path: epath.Path, tree: Any) -> Any:
+    """As `StandardCheckpointer.restore`, of some of the arrays."""
+    places = ocp.checkpoint_utils.construct_restore_args(tree)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(tree, restore_args=places, partial_restore=True))
 
 
 def read_account(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:

@@ -22,6 +22,7 @@ from etils import epath
 from saisa_jax import buckets
 from saisa_jax.checkpoints import storage
 from saisa_jax.checkpoints.checksums import account, damaged, describe, differences, seal, unseal
+from saisa_jax.checkpoints.local import LocalCheckpoints
 from saisa_jax.checkpoints.storage import CheckpointError, DamagedError
 
 
@@ -38,12 +39,19 @@ class RunCheckpointer:
       directory: local or `gs://`; made if it is not there.
       keep: how many of the latest steps to keep; with two, one is left to fall back to.
       read_only: nothing there is touched; a run may be writing to it.
+      local: those of the hosts' own disks, which are saved between, and restored from when they are newer.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 2,
+        read_only: bool = False,
+        local: LocalCheckpoints | None = None,
+    ):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least 1 is needed; set --config.training.keep_checkpoints")
-        self._directory = buckets.absolute(directory)
+        self._directory, self._local = buckets.absolute(directory), local
         self._pending: int | None = None  # being saved in the background, its outcome not yet known
         self._current: int | None = None  # saved or restored last
         kept = None if read_only else keep
@@ -113,6 +121,8 @@ class RunCheckpointer:
     def restore(self, abstract_state: Any, data_iterator: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Reads a step straight into its target shardings, and sets the data iterator to where it was.
 
+        A step on the hosts' own disks is taken if it is the newest one, and all of them have it.
+
         When the newest step is damaged, the one before it is taken, with a warning; the damaged one is renamed,
         since the run will write its number again. A step asked for by number is taken or refused, and so is the newest
         one of several processes, which cannot agree on another when only some of them have failed.
@@ -132,8 +142,18 @@ class RunCheckpointer:
         """
         self.wait()
         steps = self.steps()
+        if step is None and self._local is not None:
+            newest = self._local.newest(max(steps, default=None))
+            restored = None if newest is None else self._local.restore(newest, abstract_state, data_iterator)
+            if restored is not None:
+                return restored
         if not steps:
-            raise CheckpointError(f"there is no finished checkpoint in {self._directory}")
+            advice = (
+                f", and what is in {self._local.directory} cannot be used: start as the run that wrote it (processes, "
+                "hosts and mesh), or remove it to begin the stage anew"
+            )
+            seen = f"there is no finished checkpoint in {self._directory}"
+            raise CheckpointError(seen + (advice if self._local is not None else ""))
         if step is not None and step not in steps:
             raise CheckpointError(f"step {step} is not in {self._directory}, which holds {steps}")
         failures: dict[int, DamagedError] = {}
@@ -175,6 +195,8 @@ class RunCheckpointer:
         try:
             self.wait()
         finally:
+            if self._local is not None:
+                self._local.wait()
             self._manager.close()
 
     @contextlib.contextmanager

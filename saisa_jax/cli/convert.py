@@ -21,12 +21,13 @@ from saisa_jax.checkpoints import read_account
 from saisa_jax.cli.parser import Parser, layer_numbers
 from saisa_jax.config import ALIGNMENTS, DTYPES
 from saisa_jax.convert.export_checkpoint import export_checkpoint
-from saisa_jax.convert.files.hub import resolve
+from saisa_jax.convert.files.hub import check_push, push, resolve
 from saisa_jax.convert.import_checkpoint import ImportOptions, import_checkpoint
 from saisa_jax.convert.inspection import inspect
 from saisa_jax.convert.layouts import LAYOUTS
 from saisa_jax.convert.memory import allowance, peak_bytes
 from saisa_jax.data.text.templates import NAMES
+from saisa_jax.report.model_card import model_card
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,6 +83,8 @@ def _parser() -> Parser:
     action.add_argument("--layout", choices=LAYOUTS, required=True)
     action.add_argument("--to", required=True, help="a directory that does not exist yet")
     action.add_argument("--dtype", choices=DTYPES, help="default: that of the import, or of the parameters")
+    action.add_argument("--push", metavar="ORG/NAME", help="upload it to the hub as well, with a model card")
+    action.add_argument("--public", action="store_true", help="with --push: for everybody to see (default: private)")
 
     action = actions.add_parser("inspect", help="what is in there, and what would be ignored or missing")
     action.add_argument("source", metavar="PATH", help=f"{where}, or a finished model")
@@ -132,7 +135,10 @@ def _print_peak(leaves: Mapping[str, Any]) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    exported = export_checkpoint(args.source, args.layout, args.to, dtype=args.dtype)
+    if args.push:
+        check_push(args.push)
+    readme = model_card(args.source, args.layout, args.push) if args.push else ""
+    exported = export_checkpoint(args.source, args.layout, args.to, dtype=args.dtype, readme=readme)
     print(f"{args.to}: {', '.join(exported.files)}")
     if exported.restored:
         print(f"tensors written back from the sidecar: {len(exported.restored)}")
@@ -144,6 +150,8 @@ def _export(args: argparse.Namespace) -> None:
     for note in exported.notes:
         print(f"NOTE: {note}")
     _print_peak(read_account(args.source)[0]["leaves"])
+    if args.push:
+        print(f"pushed to {push(Path(args.to), args.push, public=args.public)}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

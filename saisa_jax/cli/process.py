@@ -19,13 +19,15 @@ _ENVIRONMENT = {
 
 @functools.cache
 def quiet_libraries() -> None:
-    """Silences what JAX, libtpu, transformers and Orbax say about themselves. What the environment sets already, stays.
+    """Silences what JAX, libtpu, transformers and Orbax say about themselves. What the environment sets already, stays,
+    but for the one flag of JAX under which no model runs.
 
     For `train.py`, `eval.py` and `python -m saisa_jax` alone, before anything imports jax: importing the package leaves
     loggers, hooks and environment as they are.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.pop("JAX_NUMPY_RANK_PROMOTION", None)  # norms and biases are broadcast
     logging.getLogger("jax._src.xla_bridge").addFilter(_at_least_a_warning)  # the backends that it did not find
     absl_logging.get_absl_logger().addFilter(_quiet_orbax)  # not by name: absl has to make its own kind of logger
     logging.getLogger("asyncio").addFilter(_quiet_asyncio)

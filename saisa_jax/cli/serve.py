@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
         quantize=flags.quantize,
         image_cache_bytes=flags.cache_mb * 10**6,
     )
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)  # what is compiled, and what it takes
     engine = Engine(model, flags.rows, flags.max_images)
     settings = Settings(
         name=flags.name or model.config.name,

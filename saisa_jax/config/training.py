@@ -138,8 +138,13 @@ class TrainingConfig:
     eval_tasks: tuple[str, ...] = ()
     eval_tasks_every: int = 0  # 0: at the end of a stage only
     eval_limit: int | None = 500  # None: all
-    checkpoint_every: int = 500
+    checkpoint_every: int = 500  # steps
+    checkpoint_every_minutes: float = 0.0  # and when so much time has passed since the last one; 0: by steps alone
     keep_checkpoints: int = 2
+    # A directory on each host's own disk for checkpoints between those, which cost no way to a bucket: every so many
+    # steps. They are read by a start with the same processes on the same hosts; None: there are none.
+    local_checkpoints: str | None = None
+    local_checkpoint_every: int = 50
     tensorboard: bool = True
     wandb: str | None = None  # a project of Weights & Biases that gets the same numbers
     # Positions of a row that have logits (float32, [rows, chunk, W]) at the same time; 0: all. Where the head is split
@@ -155,11 +160,25 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         choice("training.on_nan", self.on_nan, ON_NAN)
-        for name in ("log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "max_skips"):
+        for name in (
+            "log_every",
+            "eval_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "local_checkpoint_every",
+            "max_skips",
+        ):
             positive(f"training.{name}", getattr(self, name))
         if self.eval_limit is not None:
             positive("training.eval_limit", self.eval_limit)
-        for name in ("eval_every", "eval_samples", "eval_tasks_every", "loss_chunk", "watchdog"):
+        for name in (
+            "eval_every",
+            "eval_samples",
+            "eval_tasks_every",
+            "loss_chunk",
+            "watchdog",
+            "checkpoint_every_minutes",
+        ):
             check(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative")
 
 

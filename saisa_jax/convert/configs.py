@@ -204,7 +204,8 @@ def _saisa_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
         sharing=raw["projector_sharing"],
         vision=tower,
     )
-    projector = dataclasses.replace(model.projector, hidden_dim=raw["projector_dim"])
+    kind = {"kind": raw["projector_kind"], "rank": raw["projector_rank"], "hidden_dim": raw["projector_dim"]}
+    projector = dataclasses.replace(model.projector, **kind)
     layers = raw["visual_layers"]
     return dataclasses.replace(model, projector=projector, visual_layers=None if layers is None else tuple(layers))
 
@@ -366,6 +367,8 @@ def saisa_to_hf(config: ModelConfig, image_token: int, template: str, system_pro
         "text_config": decoder_to_hf(config),
         "vision_config": vision_to_hf(vision),
         "alignment": config.alignment,
+        "projector_kind": config.projector.kind,
+        "projector_rank": config.projector.rank,
         "projector_sharing": config.projector.sharing,
         "projector_dim": config.projector.hidden_dim,
         "visual_layers": None if config.visual_layers is None else list(config.visual_layers),

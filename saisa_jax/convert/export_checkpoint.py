@@ -40,6 +40,7 @@ from saisa_jax.convert.hf_json import (
 )
 from saisa_jax.convert.layouts import TOWER_APART, TOWER_PREFIX, layout_for
 from saisa_jax.convert.official import fetches, official_notes, spell_for_transformers_4
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.sidecar import Source
 from saisa_jax.convert.target import check_room, check_target, written_whole
 from saisa_jax.convert.write import SHARD_BYTES, CastSource, ParamsSource, write_shards
@@ -124,7 +125,13 @@ class _Piece:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, layout: str, to: str | Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    checkpoint: str | Path,
+    layout: str,
+    to: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    readme: str = "",
 ) -> Exported:
     """Writes a finished model in a layout of `layouts.LAYOUTS`: tensors, config.json, tokenizer, preprocessor.
 
@@ -133,6 +140,7 @@ def export_checkpoint(
     Args:
       to: a directory that does not exist yet, or is empty; it appears under its name when it is whole.
       dtype: of all tensors; None: those of the import from this layout, or else the parameters' own.
+      readme: the content of a README.md beside them; "": there is none.
 
     Raises:
       ConvertError: a model that the layout cannot say or has no place for, or a target that cannot be written; nothing
@@ -147,6 +155,8 @@ def export_checkpoint(
     with written_whole(target) as directory:
         for piece in pieces:
             piece.write(directory, shard_bytes)
+        if readme:
+            (directory / "README.md").write_text(readme)
         files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     restored, stale = (tuple(key for piece in pieces for key in getattr(piece, name)) for name in ("restored", "stale"))
     notes = (*_notes(target, layout), *(() if dtype else _rounded(model, layout)))

@@ -183,10 +183,7 @@ def _multimodal(config: ModelConfig, name: str) -> Layout:
 
 def _projector(config: ModelConfig, name: str) -> Iterator[TensorRow]:
     if name == "hf":
-        first, second = (f"multi_modal_projector.{{i}}.linear_{n}" for n in (1, 2))
-        if not config.per_layer_projectors:
-            first, second = (key.format(i="shared") for key in (first, second))
-        return _projector_rows(config, first, second)
+        return _projectors_of_our_class(config)
     if config.per_layer_projectors != (name == "saisa"):
         raise ConvertError(
             f"layout {name!r} holds {'a projector for each layer' if name == 'saisa' else 'one projector'}, but "
@@ -198,12 +195,24 @@ def _projector(config: ModelConfig, name: str) -> Iterator[TensorRow]:
         "llava": ("model.mm_projector.0", "model.mm_projector.2"),
         "llava-hf": ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     }[name]
-    return _projector_rows(config, first, second)
+    return _projector_rows(config, first, second, config.per_layer_projectors)
 
 
-def _projector_rows(config: ModelConfig, first: str, second: str) -> Iterator[TensorRow]:
-    path = "layers/visual_proj" if config.per_layer_projectors else "visual_proj"
-    layers = config.visible_layers if config.per_layer_projectors else None
+def _projectors_of_our_class(config: ModelConfig) -> Iterator[TensorRow]:
+    each, rank = config.per_layer_projectors, config.projector.kind == "low_rank"
+    number = "{i}" if each and not rank else "shared"
+    first, second = (f"multi_modal_projector.{number}.linear_{n}" for n in (1, 2))
+    yield from _projector_rows(config, first, second, each and not rank)
+    if each and rank:
+        path, key, layers = "layers/visual_proj", "multi_modal_projector.{i}", config.visible_layers
+        inner, outer = (config.projector.rank,), (config.embed_dim,)
+        yield from dense(f"{path}/down", f"{key}.down", outer, inner, layers, bias=False)
+        yield from dense(f"{path}/up", f"{key}.up", inner, outer, layers, bias=False)
+
+
+def _projector_rows(config: ModelConfig, first: str, second: str, each: bool) -> Iterator[TensorRow]:
+    """Two linear layers: one pair for all decoder layers, or one for each that sees the image."""
+    path, layers = ("layers/visual_proj", config.visible_layers) if each else ("visual_proj", None)
     C, hidden, D = config.vision.embed_dim, config.projector_dim, config.embed_dim
     yield from dense(f"{path}/fc1", first, (C,), (hidden,), layers)
     yield from dense(f"{path}/fc2", second, (hidden,), (D,), layers)
@@ -236,8 +245,8 @@ def check_says(config: ModelConfig, name: str) -> None:
 def _reasons_of_our_class(config: ModelConfig) -> Iterator[str]:
     if config.alignment not in ("saisa", "naavit"):
         yield f"model.alignment={config.alignment!r}: it is saisa and naavit; LLaVA has a class of its own, llava-hf"
-    if config.projector.kind != "mlp":
-        yield f"model.projector.kind={config.projector.kind!r}: its projectors are 'mlp'"
+    if config.projector.kind not in ("mlp", "low_rank"):
+        yield f"model.projector.kind={config.projector.kind!r}: its projectors are 'mlp' and 'low_rank'"
     yield from _prefix_reasons(config)
     if config.vision.num_used_layers == 0:
         yield f"model.vision.select_layer={config.vision.select_layer}: features of an encoder without any layer"

@@ -50,8 +50,9 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
         _check_bytes(source, name, sample_id)
         image = source if isinstance(source, Image.Image) else _open(source, sample_id)
         _check_pixels(image.width * image.height, f"{name} has {image.width} x {image.height} pixels", sample_id)
+        deep = any("16" in str(tile[-1]) for tile in getattr(image, "tile", ()))  # bits a colour, of which PIL keeps 8
         image.load()
-        return _rgb(_upright(image), name)
+        return _rgb(_upright(image), name, deep)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -204,9 +205,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
     if image.mode in ("RGB", "L"):
-        return image.convert("RGB")
+        converted = image.convert("RGB")
+        if deep and max(high for _, high in _extremes(converted)) < 16 and next(_warnings) < MAX_WARNINGS:
+            logging.warning(
+                "%s becomes black, or nearly: of its colours of 16 bits the upper 8 are read, as in LLaVA, and it "
+                "holds values of 8 or 12 bits; save it as 8-bit RGB",
+                name,
+            )
+        return converted
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     converted = image.convert("RGB")
@@ -223,9 +231,13 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _one_value(image: Image.Image) -> bool:
     """Whether each channel holds one value."""
+    return all(low == high for low, high in _extremes(image))
+
+
+def _extremes(image: Image.Image) -> Any:
+    """(least, largest) of each channel."""
     extremes: Any = image.getextrema()
-    channels = extremes if isinstance(extremes[0], tuple) else (extremes,)
-    return all(low == high for low, high in channels)
+    return extremes if isinstance(extremes[0], tuple) else (extremes,)
 
 
 def image_name(image: ImageSource) -> str:
@@ -239,6 +251,8 @@ def missing_image(name: str, sample_id: str) -> DataError:
     """The error for an image that is not there; it names a file that may be meant."""
     near = similar_file(name)
     hint = f"; {near!r} is there: is that what is meant?" if near else ""
+    if os.path.islink(name):
+        hint = f"; that is a link to {os.readlink(name)}, which is not there"
     return DataError(f"there is no image {name}{hint}", sample_id)
 
 

@@ -453,7 +453,7 @@ class VisionLanguageModel:
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
         """The context in which programs run on this model's parameters."""
         if self.mesh is None:
-            return contextlib.nullcontext()
+            return parallel.broadcasting()
         return parallel.use(self.mesh, parallel.make_rules(self.model_config, self.mesh))
 
 
@@ -529,7 +529,8 @@ def load(
         model = config.model_for(metadata["stage"])
         return parallel.shardings_of(abstract_params(model, boxed=True), mesh, parallel.make_rules(model, mesh))
 
-    params, config, tokenizer, metadata = load_model(find_model(source), sharding=sharding, dtype=dtype)
+    with parallel.broadcasting():
+        params, config, tokenizer, metadata = load_model(find_model(source), sharding=sharding, dtype=dtype)
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     if switches:

@@ -8,7 +8,6 @@ text buffer, and cannot be reused for another prompt; `visual` is None.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -87,20 +86,23 @@ def append(
     Columns of padding, on the right, are written and not counted: the next ones overwrite them. The caller makes sure
     that all T fit: `generate` allocates room for every token it may generate.
     """
-    update = jax.lax.dynamic_update_slice_in_dim
-    if cache.length.ndim:  # a scatter
+    if cache.length.ndim:  # row by row: XLA writes such a chain in place, and a scatter into a copy of the whole cache
 
-        def put(old: jax.Array, new: jax.Array, rows: int, columns: int) -> jax.Array:
-            of_row = functools.partial(update, axis=columns - 1)
-            return jax.vmap(of_row, in_axes=(rows, rows, 0), out_axes=rows)(old, new.astype(old.dtype), cache.length)
+        def put(old: jax.Array, new: jax.Array, rows: int) -> jax.Array:
+            new = new.astype(old.dtype)
+            for row in range(old.shape[rows]):
+                start = (0, row, 0, cache.length[row], 0) if rows else (row, cache.length[row])
+                old = jax.lax.dynamic_update_slice(old, jax.lax.slice_in_dim(new, row, row + 1, axis=rows), start)
+            return old
 
         return cache._replace(
-            k=put(cache.k, k, 1, 3),
-            v=put(cache.v, v, 1, 3),
-            positions=put(cache.positions, positions, 0, 1),
-            segment_ids=put(cache.segment_ids, segment_ids, 0, 1),
+            k=put(cache.k, k, 1),
+            v=put(cache.v, v, 1),
+            positions=put(cache.positions, positions, 0),
+            segment_ids=put(cache.segment_ids, segment_ids, 0),
             length=cache.length + jnp.sum(segment_ids > 0, axis=1),
         )
+    update = jax.lax.dynamic_update_slice_in_dim
     return cache._replace(
         k=update(cache.k, k.astype(cache.k.dtype), cache.length, 3),
         v=update(cache.v, v.astype(cache.v.dtype), cache.length, 3),

@@ -19,9 +19,10 @@ from saisa_jax.inference.generate import Generator, bucket
 from saisa_jax.inference.memory import Room, Shape, picture_bytes, room
 from saisa_jax.inference.programs import Programs
 from saisa_jax.models.saisa import abstract_params
-from saisa_jax.planning.compile import GPU_OPTIONS, Memory, compiled, device_bytes
+from saisa_jax.planning.compile import GPU_OPTIONS, Memory, compiled
 from saisa_jax.planning.topologies import Topology, devices
 from saisa_jax.planning.traffic import Traffic, traffic
+from saisa_jax.training.memory import device_bytes
 
 PICTURES_AT_ONCE = 4  # of a way, in the program that encodes
 

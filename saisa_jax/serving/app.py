@@ -202,7 +202,7 @@ class Server:
             raise bad(said_of(error), "messages", code) from error
         room = model.model_config.max_length - request.encoded.length
         limit = int(min(asked.max_tokens or self.settings.max_new_tokens, room))
-        return Question(request, limit, asked.sampling, asked.seed, asked.stop, deadline)
+        return Question(request, limit, asked.sampling, asked.seed, asked.stop, deadline, asked.ignore_eos)
 
     def _submit(self, question: Question) -> _Heard:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()

@@ -49,6 +49,7 @@ class Question:
       seed: of the sampling.
       stop: the answer ends before the first of these strings.
       deadline: of `time.monotonic`.
+      ignore_eos: the answer goes on after an end token, to `max_new_tokens`: for measuring.
     """
 
     request: Request
@@ -57,6 +58,7 @@ class Question:
     seed: int = 0
     stop: tuple[str, ...] = ()
     deadline: float = float("inf")
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -349,7 +351,7 @@ class Engine:
     def _take(self, row: int, held: _Row, token: int) -> None:
         """A new token of a row."""
         question = held.ticket.question
-        if token in self.model.generator.eos_ids:
+        if token in self.model.generator.eos_ids and not question.ignore_eos:
             self._finish(row, held, STOP)
             return
         held.tokens.append(token)

@@ -74,6 +74,7 @@ class ChatRequest:
       stop: the answer ends before the first of these.
       stream: whether it is sent in pieces.
       include_usage: whether a stream ends with the usage.
+      ignore_eos: whether end tokens end nothing: not OpenAI's, but what programs that measure servers send.
     """
 
     turns: tuple[Turn, ...]
@@ -85,6 +86,7 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    ignore_eos: bool
 
 
 def read_body(content: bytes) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def read_request(body: dict[str, Any], model: str) -> ChatRequest:
         stop=_stops(body.get("stop")),
         stream=bool(body.get("stream")),
         include_usage=bool(options.get("include_usage")),
+        ignore_eos=bool(body.get("ignore_eos")),
     )
 
 

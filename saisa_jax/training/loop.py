@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,10 @@ from etils import epath
 from saisa_jax import buckets, flops, parallel
 from saisa_jax.checkpoints import (
     CheckpointError,
+    LocalCheckpoints,
     RunCheckpointer,
     checksums,
+    committed_steps,
     copy_sidecar,
     is_model,
     local_model,
@@ -38,9 +40,9 @@ from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.model_of_step import save_start
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
-from saisa_jax.training.recipe import check_same_recipe
+from saisa_jax.training.recipe import check_same_contents, check_same_recipe
 from saisa_jax.training.setup import setup_stage
-from saisa_jax.training.start import check_projectors, check_stages, starting_params
+from saisa_jax.training.start import check_projectors, check_stages, frozen_params, start_source, starting_params
 from saisa_jax.training.state import (
     TrainState,
     abstract_saved,
@@ -68,13 +70,14 @@ def run(config: Config, workdir: epath.Path) -> int:
     workdir = buckets.place(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     lock = run_lock(workdir) if processes.is_first() else contextlib.nullcontext()
-    with lock as guard, StopSignal(guard) as stop:
+    with lock as guard, StopSignal(guard) as stop, parallel.broadcasting():
         check_same_recipe(config, workdir)
         check_projectors(config, workdir)
         save_start(config, workdir)
         check_wandb(config.training.wandb)
         check_tasks(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
+        check_same_contents(config, workdir, tokenizer)
         if len(tokenizer) > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model room for {config.model.vocab_size}: "
@@ -121,12 +124,20 @@ class StageTrainer:
         setup = setup_stage(config, name, self.steps)
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup
         self.batch = setup.abstract_batch()
-        start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)
-        self.source, s = start.source, self.settings
-        with parallel.use(self.mesh, self.rules):
-            self.state = create_state(
-                start.make, start.argument, s.groups, self.optimizer, self.shardings, donate=start.source != "random"
-            )
+        disk, s = config.training.local_checkpoints, self.settings
+        self.local = LocalCheckpoints(disk, self.directory) if disk else None
+        self.source = start_source(config, name, workdir)
+        saved = committed_steps(self.directory / "checkpoints") or (self.local and self.local.newest(None) is not None)
+        self.resumes = bool(saved)
+        self.state = setup.abstract_state()  # a checkpoint fills it, but for what is frozen
+        frozen = frozen_params(self.source, self.state.frozen) if self.resumes else None
+        if frozen is not None:
+            self.state = self.state._replace(frozen=frozen)
+        else:
+            start = starting_params(config, name, workdir, tokenizer, self.mesh, self.rules)
+            donate = self.source != "random"
+            with parallel.use(self.mesh, self.rules):
+                self.state = create_state(start.make, start.argument, s.groups, self.optimizer, self.shardings, donate)
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
@@ -145,13 +156,13 @@ class StageTrainer:
         with (
             parallel.use(self.mesh, self.rules),
             contextlib.ExitStack() as closing,
-            RunCheckpointer(directory, self.config.training.keep_checkpoints) as checkpointer,
+            RunCheckpointer(directory, self.config.training.keep_checkpoints, local=self.local) as checkpointer,
         ):
             own = parallel.own_rows(self.mesh, self.settings.batch_size)
             data = self.data.batches(own)
             closing.callback(data.close)
             with processes.exit_on_lost_process():
-                if checkpointer.latest_step() is None:
+                if not self.resumes:
                     random = f"random weights (seed {self.config.seed})"
                     logging.info("%s starts from %s", self.name, random if self.source == "random" else self.source)
                 else:
@@ -162,6 +173,8 @@ class StageTrainer:
                     raise TrainingError(f"{error}. {self._what_next(checkpointer)}") from error
         if finished:
             self._finish()
+            if self.local is not None:
+                self.local.remove()
         return finished
 
     def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
@@ -224,10 +237,12 @@ class StageTrainer:
             self.model, self.optimizer, self.shardings, self.settings.accumulation, options.loss_chunk
         )
         evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
+        alarm = processes.Alarm(options.checkpoint_every_minutes)
         with (
             self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
+            self._saved_before_error(checkpointer, data, first),
         ):
             clock.started()
             if self.evaluation_due:
@@ -237,24 +252,24 @@ class StageTrainer:
                 try:
                     with clock("data"):
                         host = sync.read(data)
-                except Exception:
+                except processes.UnreadError:
                     if waiting:
                         self._settle(sync, *waiting)
-                    self._save_before_error(checkpointer, data, step - 1, first)
                     raise
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
-                sent = sync.send(bool(stop.requested), host.lost, batch_size)
+                sent = sync.send(bool(stop.requested), host.lost, batch_size, alarm.rings())
                 profiler.started(step, metrics)
                 if waiting:
                     self._settle(sync, *waiting)
                 waiting = step, metrics, host.dropped, sent
                 stopping, last, over = sync.stopping, step == self.steps, self._dropped_too_many() != ""
-                save = stopping or last or over or step % options.checkpoint_every == 0
+                save = stopping or last or over or sync.saving or step % options.checkpoint_every == 0
+                locally = self.local is not None and step % options.local_checkpoint_every == 0 and not save
                 due = self._due(evaluations, step)
                 self.evaluation_due = bool(due) and stopping
-                if save or due:
+                if save or locally or due:
                     self._settle(sync, *waiting)
                     waiting, over = None, self._dropped_too_many() != ""
                 if due and not stopping:
@@ -266,6 +281,12 @@ class StageTrainer:
                         checkpointer.save(step, saved_part(self.state), data, self._metadata())
                         if stopping or last or over:
                             checkpointer.wait()
+                    sync.saving = False
+                    alarm.wind()
+                if locally and self.local is not None:
+                    with clock("save"):
+                        self.journal.upload()
+                        self.local.save(step, saved_part(self.state), data, self._metadata())
                 if over:
                     raise DataError(self._dropped_too_many())
                 if stopping:
@@ -282,18 +303,31 @@ class StageTrainer:
         s, traced = self.settings, train_step.trace(self.state, self.batch)
         return flops.of_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images, traced.jaxpr.jaxpr)
 
-    def _save_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, step: int, first: int) -> None:
-        """What was trained is kept when the data of the next step cannot be read; a failure to save is only logged."""
-        if step == first:
-            return
+    @contextlib.contextmanager
+    def _saved_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, first: int) -> Iterator[None]:
+        """What was trained is kept when the data of a step cannot be read; a failure to save is only logged."""
+        self._settled = first
         try:
-            with self.clock("save"):
-                self.journal.upload()
-                checkpointer.save(step, saved_part(self.state), data, self._metadata())
-                checkpointer.wait()
-            logging.warning("%s: the data of step %d cannot be read; step %d was saved", self.name, step + 1, step)
-        except CheckpointError as failure:
-            logging.error("%s", failure)
+            yield
+        except processes.UnreadError as error:
+            step = self._settled
+            if step > first:
+                self._go_back(data, step)
+                try:
+                    with self.clock("save"):
+                        self.journal.upload()
+                        checkpointer.save(step, saved_part(self.state), data, self._metadata())
+                        checkpointer.wait()
+                    logging.warning("%s: the data of step %d cannot be read; %d is saved", self.name, step + 1, step)
+                except CheckpointError as failure:
+                    logging.error("%s", failure)
+            raise error.reason from error
+
+    def _go_back(self, data: TrainIterator, step: int) -> None:
+        """Sets the step counter and the position in the data back to a step; those since have changed nothing else."""
+        data.set_state({"next_row": step * self.settings.batch_size})
+        back = jax.jit(lambda now: now - now + step, out_shardings=self.shardings.step)
+        self.state = self.state._replace(step=back(self.state.step))
 
     def _dropped_too_many(self) -> str:
         """Says so when more samples could not be used than `data.max_drop` of all that the stage reads; else ""."""
@@ -321,11 +355,12 @@ class StageTrainer:
         Raises:
           TrainingError: the loss or the gradient is not finite, and that is to stop the run.
           DataError: no sample of the step could be used.
-          Exception: a process has failed (`ProcessSync.receive`).
+          UnreadError: a process could not read its part of the data.
         """
         with self.clock("step"):
             lost = sync.receive(sent)
             values = {name: float(value) for name, value in metrics.items()}
+        self._settled = step
         self.journal.count(step, values, lost, dropped)
         if not values["tokens"]:
             raise DataError(f"no sample of the batch of step {step} can be used: {'; '.join(dropped[:5])}")
@@ -456,5 +491,9 @@ class StageTrainer:
         if self.model.lora.rank:
             save_model(self.directory / "adapter", self.state.trainable, self.config, None, summary)
         final = local_model(self.directory.parent, self.name)
-        attach = None if self.source == "random" else copy_sidecar(self.source)
+        attach = None
+        if is_model(self.source):
+            attach = copy_sidecar(self.source)
+        elif self.source != "random":
+            logging.warning("%s is no longer there: %s has nothing of its sidecar", self.source, final)
         save_model(final, self._plain_params(), self.config, self.tokenizer, summary, attach)

@@ -34,11 +34,11 @@ def device_bytes(tree: Any) -> int:
 def room(devices: Sequence[Any]) -> float | None:
     """Bytes that a program may use on each of some devices; None: unknown, as on a CPU.
 
-    Of several processes, all of which call this with the devices of all, it is the least that one of them finds.
+    Of devices of several processes, all of which call this, it is the least that one of them finds.
     """
     own = [device for device in devices if device.process_index == jax.process_index()]
     found = min((memory_of(device) or 0.0 for device in own), default=0.0)
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and len({device.process_index for device in devices}) > 1:
         found = float(np.min(multihost_utils.process_allgather(np.asarray(found / GIB, np.float32)))) * GIB
     return found or None
 

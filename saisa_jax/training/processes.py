@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -147,12 +148,43 @@ def exit_on_lost_process() -> Iterator[None]:
         os._exit(1)
 
 
+_WORD = 3  # numbers of a process's word, before the waits
+
+
+class UnreadError(Exception):
+    """The data of a step could not be read; `reason` is this process's own failure, or says which one has failed."""
+
+    def __init__(self, reason: Exception):
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class Lost(NamedTuple):
     """What all processes together have lost of a step's data."""
 
     dropped: int  # samples that could not be used
     cut_tokens: int  # text tokens cut off the ends of samples that were too long
     unusable: int  # of the dropped ones, those that `data.max_drop` limits
+    waits: tuple[float, ...] = ()  # seconds that each process has waited for its rows
+
+
+class Alarm:
+    """Rings once when so many minutes have passed since it rang or was wound; 0: never."""
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.wind()
+
+    def wind(self) -> None:
+        """It begins anew."""
+        self._since = time.monotonic()
+
+    def rings(self) -> bool:
+        """Whether the minutes have passed."""
+        if not self._seconds or time.monotonic() - self._since < self._seconds:
+            return False
+        self.wind()
+        return True
 
 
 class ProcessSync:
@@ -163,44 +195,61 @@ class ProcessSync:
 
     Attributes:
       stopping: a process was asked to stop; all of them learn it at the same step.
+      saving: the first process wants a checkpoint, by its clock; likewise.
     """
 
     def __init__(self, mesh: Mesh):
-        self.stopping = False
-        self._mesh = mesh
+        self.stopping = self.saving = False
+        self._mesh, self._waited = mesh, 0.0
         self._alone = jax.process_count() == 1
         self._of_devices = NamedSharding(mesh, PartitionSpec(*parallel.AXES))
         self._gather = jax.jit(_gather, out_shardings=parallel.replicated(mesh))
         self._failure: Exception | None = None
 
     def read(self, data: TrainIterator) -> HostBatch:
-        """The next batch; if it cannot be read and others wait for this process, padding: they will learn of it."""
-        try:
-            return next(data)
-        except Exception as error:  # whatever a disk or a decoder raises
-            if self._alone:
-                raise
-            self._failure = error
-            return data.padding()
+        """The next batch; once one cannot be read and others wait for this process, padding: they will learn of it.
 
-    def send(self, stop: bool, lost: np.ndarray, rows: int) -> Any:
+        The weights of the padding are NaN, so that no process is changed by a step that is not whole.
+
+        Raises:
+          UnreadError: it cannot be read, and there is no other process.
+        """
+        if self._failure is None:
+            began = time.monotonic()
+            try:
+                batch = next(data)
+                self._waited = time.monotonic() - began
+                return batch
+            except Exception as error:  # whatever a disk or a decoder raises
+                if self._alone:
+                    raise UnreadError(error) from error
+                self._failure = error
+        padding = data.padding()
+        padding.batch["loss_weights"][:] = np.nan
+        return padding
+
+    def send(self, stop: bool, lost: np.ndarray, rows: int, save: bool = False) -> Any:
         """Sends this process's part of a step.
 
         Args:
           stop: it was asked to stop.
+          save: it is time for a checkpoint; heard of the first process alone.
           lost: [own rows, 3]; see `HostBatch`.
           rows: of the whole batch.
 
         Returns:
           what `receive` takes.
         """
+        milliseconds = round(1000 * self._waited)
         if self._alone:
-            self.stopping = stop
-            return np.asarray([0, 0, *lost.sum(0)])
+            self.stopping, self.saving = stop, self.saving or save
+            return np.asarray([0, 0, 0, milliseconds, *lost.sum(0)])
         failed = 0 if self._failure is None else jax.process_index() + 1
-        said = np.asarray([stop, failed], np.int32)
+        said = np.zeros(_WORD + jax.process_count(), np.int32)
+        said[:_WORD] = stop, failed, save and is_first()
+        said[_WORD + jax.process_index()] = milliseconds
         words = jax.make_array_from_callback(
-            (*self._mesh.devices.shape, 2), self._of_devices, lambda index: said.reshape(1, 1, 1, 2)
+            (*self._mesh.devices.shape, len(said)), self._of_devices, lambda index: said.reshape(1, 1, 1, -1)
         )
         return self._gather(words, parallel.to_device(lost, self._mesh, rows))
 
@@ -208,18 +257,18 @@ class ProcessSync:
         """What all processes have sent.
 
         Raises:
-          Exception: this process's own failure.
-          OtherProcessError: another one has failed.
+          UnreadError: one of them could not read its part of the data.
         """
-        stop, failed, *lost = np.asarray(sent).tolist()
+        stop, failed, save, *rest = np.asarray(sent).tolist()
         if failed:
-            raise self._failure or OtherProcessError(
-                f"process {failed - 1} could not read its part of the data; its own log says why"
-            )
+            said = f"process {failed - 1} could not read its part of the data; its own log says why"
+            raise UnreadError(self._failure or OtherProcessError(said))
         self.stopping |= bool(stop)
-        return Lost(*lost)
+        self.saving |= bool(save)
+        *waits, dropped, cut_tokens, unusable = rest
+        return Lost(dropped, cut_tokens, unusable, tuple(wait / 1000 for wait in waits))
 
 
 def _gather(words: Any, lost: Any) -> Any:
-    """[stop, failed, dropped, cut tokens, unusable] of all devices; rows that several of them hold count once."""
+    """[stop, failed, save, waits ..., dropped, cut tokens, unusable]; rows that several devices hold count once."""
     return jnp.concatenate([words.max(axis=(0, 1, 2)), lost.sum(axis=0)])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
 from saisa_jax import buckets
-from saisa_jax.checkpoints import is_model, local_model
+from saisa_jax.checkpoints import is_model, local_model, read_account
 from saisa_jax.config import STAGES, Config, ConfigError, from_saved, to_dict
 from saisa_jax.training.optimizer import flatten
+from saisa_jax.training.start import names_step
 
 # Sections and fields that do not decide which numbers a run computes, or only in the last bits.
 FREE = (
@@ -21,7 +24,10 @@ FREE = (
     "data.shuffle_block_size",  # the checkpoint says it where it matters
     "model.remat_policy", "model.attention_impl",
 )  # fmt: skip
+CONTENTS = ("init_from", "data.tokenizer")  # they may lie elsewhere (`check_same_contents`)
 FREE_OF_STAGE = ("accumulation",)  # micro-batches of the same batch
+_CONTENTS_FILE = "contents.json"
+_PROBE = "<image>\nA  b c1234,\té 猫 🙂 \x00"  # what tokenizers of one vocabulary disagree about
 FREE_OF_SOURCE = ("path", "images", "allow_absolute")  # the checkpoint says what they held (`StageData.mark`)
 
 
@@ -30,8 +36,9 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
 
     What the run was started without, by an earlier version, is taken as its default. Free are logging, saving,
     evaluation, the mesh, threads, what becomes of bad samples, micro-batches, `remat_policy` and `attention_impl`;
-    where sources lie; a validation split where there was none; more steps or epochs under a constant rate without
-    warm-up, until the stage is finished; and everything of a stage that has not begun.
+    where sources, the tokenizer and the model to start from lie; a validation split where there was none; more steps or
+    epochs under a constant rate without warm-up, until the stage is finished; and everything of a stage that has not
+    begun.
 
     Raises:
       ConfigError: every other setting that differs, with both values.
@@ -59,6 +66,47 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
         logging.info("%s goes on with other settings: %s", workdir, "; ".join(changed))
 
 
+def check_same_contents(config: Config, workdir: epath.Path, tokenizer: Any) -> None:
+    """Compares the model that a run starts from, and its tokenizer, with those that it began with, wherever they lie.
+
+    Raises:
+      ConfigError: they are others. (A model that is not there any more is missed where it is needed.)
+    """
+    now = {"init_from": _model_mark(config.init_from), "data.tokenizer": _tokenizer_mark(config, tokenizer)}
+    path = workdir / _CONTENTS_FILE
+    began = any(_began(workdir, stage) for stage in STAGES)
+    if not path.exists() or not began:
+        if jax.process_index() == 0:
+            buckets.write_text(path, json.dumps(now, indent=2))
+        return
+    before = json.loads(path.read_text())
+    values = {"init_from": config.init_from, "data.tokenizer": config.data.tokenizer}
+    for key in CONTENTS:
+        if None not in (before[key], now[key]) and before[key] != now[key]:
+            raise ConfigError(
+                f"--config.{key}={values[key]} holds something else than when the run in {workdir} began: {now[key]}, "
+                f"then {before[key]}. Bring that back (where it lies does not matter), or choose another --workdir"
+            )
+
+
+def _model_mark(source: str) -> str | None:
+    """A hash of a finished model's account of its arrays; of a step of a run its name, None if it is not there."""
+    if not source or names_step(source):
+        return source or "random"
+    return _hash(read_account(source)[0]["leaves"]) if is_model(source) else None
+
+
+def _tokenizer_mark(config: Config, tokenizer: Any) -> str:
+    """A hash of what a tokenizer does, which an update of its library does not change."""
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    template = tokenizer.chat_template if "tokenizer" in (config.pretrain.template, config.finetune.template) else None
+    return _hash([sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE)["input_ids"], ends, template])
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _began(workdir: epath.Path, stage: str) -> bool:
     """Whether a checkpoint or a model of a stage is there."""
     checkpoints = workdir / stage / "checkpoints"
@@ -69,6 +117,8 @@ def _began(workdir: epath.Path, stage: str) -> bool:
 def _may_change(key: str, before: Config, now: Config, workdir: epath.Path, began: list[str]) -> bool:
     if any(key == free or key.startswith(f"{free}.") for free in FREE):
         return True
+    if key in CONTENTS:
+        return (workdir / _CONTENTS_FILE).exists()
     if key == "model.projector.sharing":  # has to be stage 2's, and is not read otherwise
         return "finetune" not in began
     stage, _, field = key.partition(".")

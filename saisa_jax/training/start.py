@@ -50,9 +50,8 @@ def starting_params(
       ConfigError: weights whose shapes are not those of the configured model, all of them listed, or that were trained
         with another tokenizer.
     """
-    previous = [local_model(workdir, name) for name in STAGES[: STAGES.index(stage)]]
-    source = next((str(path) for path in reversed(previous) if is_model(path)), start_model(config, workdir))
-    if not source:
+    source = start_source(config, stage, workdir)
+    if source == "random":
         return Start(functools.partial(init_params, config.trained_model(stage)), jax.random.key(config.seed), "random")
     convert, stored = _conversion(config, stage, source)
     places = param_shardings(stored, mesh, rules)
@@ -65,6 +64,31 @@ def starting_params(
     if config.stage(stage).lora.rank:
         return Start(lambda params: _with_fresh(convert(params), config, stage, ADAPTER_PATTERN), params, source)
     return Start(convert, params, source)
+
+
+def start_source(config: Config, stage: str, workdir: epath.Path) -> str:
+    """The model that a stage's first parameters come from, or "random"; whether it is there is not looked at."""
+    previous = [local_model(workdir, name) for name in STAGES[: STAGES.index(stage)]]
+    source = next((str(path) for path in reversed(previous) if is_model(path)), start_model(config, workdir))
+    return source or "random"
+
+
+def frozen_params(source: str, abstract: Any) -> Any:
+    """The frozen parameters of a stage that resumes, whose others its checkpoint has: nothing else is read.
+
+    Args:
+      source: of `start_source`.
+      abstract: the frozen parameters: shapes, dtypes and shardings.
+
+    Returns:
+      the parameters; None where they are not all in the source as they are, but made of it.
+    """
+    wanted = flatten(abstract)
+    if not wanted:
+        return abstract
+    if source == "random" or not wanted.keys() <= read_account(source)[0]["leaves"].keys():
+        return None
+    return load_model(source, abstract=abstract, partial=True)[0]
 
 
 def start_model(config: Config, workdir: epath.Path) -> str:

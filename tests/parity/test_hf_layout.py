@@ -53,6 +53,7 @@ CONVNEXT = VisionConfig(
 VARIANTS = {
     "saisa": changed(),
     "one projector, Qwen2": changed(projector=SHARED, qkv_bias=True, tie_embeddings=True),
+    "low rank": changed(projector=ProjectorConfig(kind="low_rank", rank=6, hidden_dim=24), visual_layers=(1,)),
     "some layers, SigLIP": changed(vision=SIGLIP | {"select_layer": -1}, visual_layers=(1,)),
     "some layers, Mistral": changed(visual_layers=(0,), sliding_window=20),
     "naavit, Mistral, DINOv2": changed("naavit", DINO | {"select_layer": -1, "post_norm": True}, sliding_window=20),
@@ -148,7 +149,7 @@ def test_generation_in_torch_is_ours(variant: str, tmp_path: Path, close: Callab
 
 
 def test_back_again_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    for number, variant in enumerate(("some layers, SigLIP", "one projector, Qwen2", "another size of images")):
+    for number, variant in enumerate(("some layers, SigLIP", "low rank", "another size of images")):
         root = tmp_path / str(number)
         source = finished(root / "ckpt", VARIANTS[variant])
         assert main(["convert", "export", f"--from={source}", "--layout=hf", f"--to={root / 'out'}"]) == 0
@@ -277,10 +278,21 @@ def test_the_official_answers(fixtures_dir: Path, tmp_path: Path) -> None:
         assert out[0, len(ids) :].tolist() == wanted, prompt
 
 
+def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config()
+    save_model(tmp_path / "ckpt", random_params(config.model), config, None, {"stage": "finetune"})
+    assert main(["convert", "export", f"--from={tmp_path / 'ckpt'}", "--layout=hf", f"--to={tmp_path / 'out'}"]) == 2
+    assert "hf wants a tokenizer, and this model has none: import it with --tokenizer=DIR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (changed("llava"), r"alignment='llava': .* a class of its own, llava-hf"),
+        (
+            changed(projector=ProjectorConfig(kind="resampler", num_tokens=4, num_heads=2)),
+            r"kind='resampler': its projectors are 'mlp' and 'low_rank'",
+        ),
         (changed(vision={"select_layer": 0}), r"select_layer=0: features of an encoder without any layer"),
     ],
 )

@@ -60,13 +60,19 @@ def test_an_adapter_is_merged_into_its_base(
     said: dict[str, Any], scales: tuple[float, float], sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     head = array(*load_file(sources / "hf-llm" / "model.safetensors")["lm_head.weight"].shape)
-    tensors = write_adapter(tmp_path / "lora", sources / "hf-llm", said, {"base_model.model.lm_head.weight": head})
+    prefix, (rows, columns) = "base_model.model.model.embed_tokens.lora_embedding", head.shape
+    table = {f"{prefix}_A": array(4, rows), f"{prefix}_B": array(columns, 4)}
+    more = {"base_model.model.lm_head.weight": head, **table}
+    tensors = write_adapter(tmp_path / "lora", sources / "hf-llm", said, more)
     base, merged = open_checkpoint(sources / "hf-llm"), open_checkpoint(tmp_path / "lora")
     assert "is an adapter: it is merged into" in caplog.text and merged.names == base.names
     for name, scale in zip((Q, UP), scales, strict=True):
         a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].astype(np.float64) for side in "AB")
         wanted = base.read(f"{name}.weight") + scale * (b @ a)
         np.testing.assert_allclose(merged.read(f"{name}.weight"), wanted, atol=1e-5)
+    name = "model.embed_tokens.weight"
+    wanted = base.read(name) + scales[0] * (table[f"{prefix}_B"].astype(np.float64) @ table[f"{prefix}_A"]).T
+    np.testing.assert_allclose(merged.read(name), wanted, atol=1e-5)
     np.testing.assert_array_equal(merged.read("lm_head.weight"), head)
     np.testing.assert_array_equal(merged.read("model.norm.weight"), base.read("model.norm.weight"))
 
@@ -121,6 +127,19 @@ def test_adapters_that_are_not_computed(
 ) -> None:
     write_adapter(tmp_path / "lora", sources / "hf-llm", said, more)
     with pytest.raises(ConvertError, match=message):
+        open_checkpoint(tmp_path / "lora")
+
+
+def test_adapted_embeddings_under_a_tied_head_are_refused(sources: Path, tmp_path: Path) -> None:
+    held = load_file(sources / "hf-llm" / "model.safetensors")
+    (tmp_path / "tied").mkdir()
+    (tmp_path / "tied" / "config.json").write_bytes((sources / "hf-llm" / "config.json").read_bytes())
+    rows, columns = held.pop("lm_head.weight").shape
+    save_file(held, tmp_path / "tied" / "model.safetensors")
+    prefix = "base_model.model.model.embed_tokens.lora_embedding"
+    more = {f"{prefix}_A": array(4, rows), f"{prefix}_B": array(columns, 4)}
+    write_adapter(tmp_path / "lora", tmp_path / "tied", {}, more)
+    with pytest.raises(ConvertError, match=r"lora_embedding_A and _B.*is tied to them"):
         open_checkpoint(tmp_path / "lora")
 
 

@@ -141,6 +141,27 @@ def test_a_picture_that_becomes_one_colour_is_told_of(image, told: bool, tmp_pat
     assert ("its name.png becomes one colour" in caplog.text) == told
 
 
+def _deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a colour, which PIL cannot write; `values` [height, width]."""
+    height, width = values.shape
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+    header = np.array([width, height], ">u4").tobytes() + bytes([16, 2, 0, 0, 0])
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    numbers = lambda x: np.array([x], ">u4").tobytes()  # noqa: E731
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        numbers(len(content)) + kind + content + numbers(zlib.crc32(kind + content)) for kind, content in parts
+    )
+
+
+@pytest.mark.parametrize(("scale", "told"), [(1, True), (16, True), (257, False)])
+def test_colours_of_16_bits_that_hold_fewer_become_black_as_in_llava(scale: int, told: bool, caplog) -> None:
+    image = _deep_png(RAMP * scale)
+    with caplog.at_level("WARNING", "absl"):
+        ours = np.asarray(load_image(image))
+    np.testing.assert_array_equal(ours, np.asarray(Image.open(io.BytesIO(image)).convert("RGB")))
+    assert ("becomes black, or nearly" in caplog.text) == told
+
+
 def test_a_missing_image_names_a_file_like_it(tmp_path) -> None:
     for name in ("pic.gif", "Other.JPG"):
         (tmp_path / name).write_bytes(b"")
@@ -148,6 +169,9 @@ def test_a_missing_image_names_a_file_like_it(tmp_path) -> None:
         for read in (load_image, images_module.read_image):
             with pytest.raises(DataError, match=rf"sample 's': there is no image .*{missing}; '{there}' is there"):
                 read(str(tmp_path / missing), "s")
+    (tmp_path / "link.jpg").symlink_to("gone/link.jpg")
+    with pytest.raises(DataError, match=r"there is no image .*link.jpg; that is a link to gone/link.jpg, which is not"):
+        load_image(str(tmp_path / "link.jpg"))
     with pytest.raises(DataError, match=r"there is no image [^;]*$"):
         load_image(str(tmp_path / "none.jpg"))
     with pytest.raises(DataError, match=r"there is no image [^;]*$"):

@@ -16,32 +16,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from saisa_jax.inference.chat import Chat
 from saisa_jax.serving.app import Server, Settings
-from saisa_jax.serving.engine import Engine
+from saisa_jax.serving.background import in_background
 from saisa_jax.serving.pictures import PictureLimits
 
 HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
 
 
 class Running:
-    """A server in a thread of this process."""
+    """A server, and what its clients do."""
 
-    def __init__(self, engine: Engine) -> None:
-        pictures = PictureLimits(file_bytes=100_000, pixels=10_000)
-        self.routes = Server(engine, Settings("tiny", 2, 20.0, 400_000, 8, pictures, api_key="secret"))
-        self.engine = engine
-        sock = socket.create_server(("127.0.0.1", 0))
-        self.port = sock.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), log_level="warning", lifespan="off"))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(20)
+    def __init__(self, routes: Server, url: str) -> None:
+        self.routes, self.engine, self.port = routes, routes.engine, int(url.rpartition(":")[2])
 
     def send(self, body: Any, path: str = "/v1/chat/completions", headers: Any = HEADERS) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -63,10 +51,11 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def server(engine) -> Iterator[Running]:
-    running = Running(engine)
-    yield running
-    running.close()
+def server(engine: Any) -> Iterator[Running]:
+    pictures = PictureLimits(file_bytes=100_000, pixels=10_000)
+    routes = Server(engine, Settings("tiny", 2, 20.0, 400_000, 8, pictures, api_key="secret"))
+    with in_background(routes) as url:
+        yield Running(routes, url)
 
 
 @pytest.fixture(autouse=True)

@@ -128,6 +128,8 @@ def test_an_end_token_ends_an_answer(engine, model, pictures, expected, monkeypa
     monkeypatch.setattr(model.generator, "eos_ids", (tokens[-1],))
     events = next(answers(engine, [question(model, pictures, ASKED[3])]))
     assert events[-1].reason == STOP and events[-1].tokens < 9
+    endless = next(answers(engine, [question(model, pictures, ASKED[3], ignore_eos=True)]))
+    assert endless[-1].reason == LENGTH and text_of(endless) == expected[3]
     assert text_of(events) != expected[3] and expected[3].startswith(text_of(events))
 
 

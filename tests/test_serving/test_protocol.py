@@ -55,6 +55,7 @@ def test_fields():
     )  # fmt: skip
     assert (asked.max_tokens, asked.sampling, asked.seed, asked.stop) == (5, Sampling(0.5, 0.9), 7, ("\n",))
     assert asked.stream and asked.include_usage
+    assert read(ignore_eos=True).ignore_eos and not asked.ignore_eos
     assert read(max_tokens=5, max_completion_tokens=9).max_tokens == 9
     plain = read(max_tokens=None, temperature=None, stop=None, stream=None, seed=None)
     assert plain.max_tokens is None and plain.sampling == Sampling(1.0, 1.0) and not plain.stream

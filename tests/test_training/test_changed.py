@@ -8,18 +8,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from transformers import AutoTokenizer
 
-from saisa_jax.checkpoints import load_model
+from saisa_jax.checkpoints import load_model, save_model
 from saisa_jax.config import Config, ConfigError, OptimizerConfig, SourceConfig, to_dict
 from saisa_jax.data.sample import DataError, SourceChangedError
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
 from saisa_jax.training.optimizer import flatten
-from saisa_jax.training.recipe import check_same_recipe
+from saisa_jax.training.recipe import check_same_contents, check_same_recipe
 from saisa_jax.training.start import check_projectors
 
 # --- Settings --------------------------------------------------------------------------------------------------------
@@ -78,6 +81,32 @@ def test_what_may_not(workdir, path: str, value: Any) -> None:
         config = changed(config, "data.turns_per_sample", None)
     with pytest.raises(ConfigError, match=rf"another recipe: .*{path}=.*, now .*. Set it back"):
         check_same_recipe(changed(config, path, value), workdir)
+
+
+def test_a_tokenizer_and_a_model_to_start_from_may_move_and_have_to_be_the_same(workdir, tmp_path) -> None:
+    start, words = {"w": np.zeros(3, np.float32)}, load_tokenizer("easy_vqa")
+    for name, shift in (("model", 0), ("moved", 0), ("another", 1)):
+        params = {path: jax.numpy.asarray(leaf + shift) for path, leaf in start.items()}
+        save_model(tmp_path / name, params, tiny_config(), words, {"stage": "pretrain"})
+    names = AutoTokenizer.from_pretrained(tmp_path / "another" / "tokenizer")
+    names.add_tokens(["a new word"])
+    names.save_pretrained(tmp_path / "other_words")
+    place = lambda model, words: changed(  # noqa: E731
+        changed(tiny_config(), "init_from", str(tmp_path / model)), "data.tokenizer", str(tmp_path / words)
+    )
+
+    def check(config: Config) -> None:
+        check_same_recipe(config, workdir)
+        check_same_contents(config, workdir, load_tokenizer(config.data.tokenizer))
+
+    (workdir / "config.json").write_text(json.dumps(to_dict(place("model", "model/tokenizer"))))
+    check(place("model", "model/tokenizer"))  # writes down what they hold
+    check(place("moved", "moved/tokenizer"))
+    check(place("gone", "moved/tokenizer"))  # stage 2 does not need it
+    with pytest.raises(ConfigError, match=r"--config.init_from=.*another holds something else than when the run"):
+        check(place("another", "model/tokenizer"))
+    with pytest.raises(ConfigError, match=r"--config.data.tokenizer=.*other_words holds something else"):
+        check(place("model", "other_words"))
 
 
 def test_more_steps_where_the_schedule_does_not_depend_on_their_number(workdir) -> None:

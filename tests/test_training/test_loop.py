@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from saisa_jax.checkpoints import CheckpointError, checksums, load_model
+from saisa_jax.checkpoints import CheckpointError, LocalCheckpoints, checksums, committed_steps, load_model
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError, ProfileConfig
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -21,7 +22,8 @@ from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.runs import shown_events
 from saisa_jax.training import loop
 from saisa_jax.training.loop import TrainingError
-from saisa_jax.training.optimizer import flatten
+from saisa_jax.training.optimizer import flatten, unflatten
+from saisa_jax.training.start import frozen_params
 from saisa_jax.training.tasks import HeldOutTasks, evaluates_tasks
 
 
@@ -116,6 +118,44 @@ def test_a_stopped_run_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
     whole = json.loads((workdir / "pretrain" / "summary.json").read_text())["goodput"]
     assert whole["lost_steps"] == 2 and 0 < 1000 - whole["lost_seconds"] < stopped["compile_seconds"] + 100
     assert whole["compile_seconds"] > stopped["compile_seconds"] and whole["start_seconds"] > stopped["start_seconds"]
+
+
+def test_a_killed_run_goes_on_from_its_host_s_disk_alone(finished, tmp_path, monkeypatch):
+    """A checkpoint of every step there, none elsewhere; nothing is frozen, so that its first model is not needed."""
+    workdir, save, saved = epath.Path(tmp_path / "run"), LocalCheckpoints.save, []
+    original = loop.parallel.to_device
+    shutil.copytree(finished / "pretrain" / "model", tmp_path / "model")
+    config = dataclasses.replace(tiny_config(), stages=("finetune",), init_from=str(tmp_path / "model"))
+    local = {"local_checkpoints": str(tmp_path / "disk"), "local_checkpoint_every": 1, "checkpoint_every": 100}
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **local))
+
+    def to_device(batch, mesh, rows=None):
+        if len(saved) == 2:
+            raise RuntimeError("killed")
+        return original(batch, mesh, rows)
+
+    monkeypatch.setattr(LocalCheckpoints, "save", lambda *args: saved.append(args[1]) or save(*args))
+    monkeypatch.setattr(loop.parallel, "to_device", to_device)
+    with pytest.raises(RuntimeError, match="killed"):
+        loop.run(config, workdir)
+    monkeypatch.setattr(loop.parallel, "to_device", original)
+    assert not committed_steps(workdir / "finetune" / "checkpoints") and list((tmp_path / "disk").glob("*/2"))
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    assert loop.run(config, workdir) == 0
+    assert losses(workdir, "finetune") == losses(finished, "finetune")
+    ours, theirs = params_of(workdir, "finetune"), params_of(finished, "finetune")
+    assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_of_a_model_only_what_is_frozen_is_read_again(finished, tmp_path):
+    params, *_ = load_model(str(finished / "finetune" / "model"))
+    frozen = {path: leaf for path, leaf in flatten(params).items() if path.startswith("vision/")}
+    shutil.copytree(finished / "finetune" / "model", tmp_path / "model")
+    read = frozen_params(str(tmp_path / "model"), unflatten(frozen))
+    assert flatten(read).keys() == frozen.keys()
+    assert all(np.array_equal(leaf, frozen[path]) for path, leaf in flatten(read).items())
+    assert frozen_params(str(tmp_path / "model"), {"other": np.zeros(3)}) is None and frozen_params("gone", {}) == {}
 
 
 def test_benchmarks_while_training(finished, tmp_path, monkeypatch):

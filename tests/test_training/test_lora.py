@@ -17,11 +17,13 @@ from saisa_jax.checkpoints import load_model, save_model
 from saisa_jax.config import PROJECTIONS, TRAIN_ADAPTERS, Config, ConfigError, LoraConfig, MeshConfig, from_config_dict
 from saisa_jax.convert.export_checkpoint import export_checkpoint
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.inference.model import load
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params
 from saisa_jax.testing.batches import IMAGE, make_batch
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.training import loop
+from saisa_jax.training.model_of_step import save_model_of_step
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.start import check_stages, starting_params
 
@@ -106,6 +108,20 @@ def test_a_run_starts_from_a_lora_run_where_it_left_off(run):
     got = logits_of(adapted, params)
     merged = merge_adapters(params, LORA)
     np.testing.assert_array_equal(got, logits_of(dataclasses.replace(adapted, lora=LoraConfig()), merged))
+
+
+def test_a_model_of_a_step_is_the_runs_own(run, tmp_path):
+    _, directory = run
+    save_model_of_step(directory / "checkpoints" / "3", tmp_path / "three")
+    exported, own = params_in(tmp_path / "three"), params_in(directory / "model")
+    assert exported.keys() == own.keys()
+    for path, leaf in own.items():  # merged on one device, and on eight
+        np.testing.assert_allclose(exported[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+    answers = [
+        load(path).generate(["what color is the shape?"], max_new_tokens=4)
+        for path in (tmp_path / "three", directory / "model")
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_the_merged_model_is_exported_as_any_other(run, tmp_path):

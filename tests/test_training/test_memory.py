@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from saisa_jax import parallel
@@ -56,6 +58,19 @@ def test_a_stage_settles_auto_and_says_so(available, chosen, monkeypatch, caplog
     with caplog.at_level("INFO", "absl"):
         assert setup_stage(auto, "finetune", 10).model.remat_policy == chosen
     assert f"finetune: model.remat_policy=auto is {chosen}: " in caplog.text
+
+
+def test_processes_agree_on_the_least_unless_the_devices_are_one_processs(monkeypatch) -> None:
+    device = lambda process, gib: SimpleNamespace(  # noqa: E731
+        process_index=process, device_kind="GPU", memory_stats=lambda: {"bytes_limit": gib * GIB}
+    )
+    gathered = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        memory.multihost_utils, "process_allgather", lambda mine: gathered.append(mine) or np.array([mine, 30])
+    )
+    assert memory.room([device(0, 40), device(0, 41)]) == 40 * GIB and not gathered
+    assert memory.room([device(0, 40), device(1, 30)]) == 30 * GIB and gathered == [40]
 
 
 def test_the_devices_of_this_machine_do_not_tell() -> None:

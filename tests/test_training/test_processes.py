@@ -111,10 +111,12 @@ def assert_same_run(workdir: Path, alone: Path) -> None:
 
 @pytest.mark.multi_process
 def test_four_processes_are_one(alone: Path, tmp_path: Path) -> None:
-    """An axis "tensor" that spans two processes, which read the same rows, in two of "fsdp"."""
+    """An axis "tensor" that spans two processes, which read the same rows, in two of "fsdp"; saved by the clock."""
     workdir = tmp_path / "four"
-    codes, said = ends(workdir, start(workdir, 4, 1, "1x2x2"))
+    minutes = ("--config.training.checkpoint_every=1000", "--config.training.checkpoint_every_minutes=0.000001")
+    codes, said = ends(workdir, start(workdir, 4, 1, "1x2x2", *minutes))
     assert codes == [0] * 4, said[0][-3000:]
+    assert [path.name for path in sorted((workdir / "pretrain/checkpoints").iterdir())] == ["2", "4"]  # of 4
     assert_same_run(workdir, alone)
     own = [losses(workdir / "pretrain" / f"process_{i}") for i in (1, 2, 3)]
     assert own == [losses(workdir / "pretrain")] * 3
@@ -139,6 +141,33 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(alone: Path, tmp_path
 
 @pytest.mark.multi_process
 @pytest.mark.slow
+def test_killed_processes_go_on_from_their_own_disks(tmp_path: Path) -> None:
+    """Each from a disk that the other one does not see; nothing was saved where both can read it."""
+    workdir = tmp_path / "run"
+    flags = ["--config.training.checkpoint_every=1000", "--config.training.local_checkpoint_every=1"]
+    flags += ["--config.training.eval_every=0", "--config.pretrain.steps=30"]
+    flags += [f"--config.training.local_checkpoints={tmp_path}/disk"]
+    started = start(workdir, 2, 1, "1x2x1", *flags)
+    held = lambda: [len(list(tmp_path.glob(f"disk/*/*/process-0000{i}/account.json"))) for i in (0, 1)]  # noqa: E731
+    deadline = time.monotonic() + 250
+    while min(held()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in started:
+        process.kill()
+    ends(workdir, started)
+    assert not list((workdir / "pretrain" / "checkpoints").glob("[0-9]*"))
+    before = rows(workdir / "pretrain", "train")
+    codes, said = ends(workdir, start(workdir, 2, 1, "1x2x1", *flags))
+    assert codes == [0, 0], said[0][-3000:]
+    after = rows(workdir / "pretrain", "train")
+    assert after[0] == before[0] and [row["step"] for row in after] == list(
+        range(1, 31)
+    )  # its time is the first start's
+    assert not list(tmp_path.glob("disk/*"))
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
 def test_bad_data_of_one_ends_all(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     samples = []
@@ -147,15 +176,26 @@ def test_bad_data_of_one_ends_all(tmp_path: Path) -> None:
         turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "gray"}]
         samples.append({"id": f"s/{n}", "image": f"{n}.png", "conversations": turns})
     (tmp_path / "train.json").write_text(json.dumps(samples))
+    good = (tmp_path / "images" / "5.png").read_bytes()
     (tmp_path / "images" / "5.png").write_bytes(b"no image")
     source = f"({{'path': '{tmp_path / 'train.json'}', 'images': '{tmp_path / 'images'}'}},)"
     workdir = tmp_path / "bad"
-    flags = [f"--config.pretrain.sources={source}", "--config.training.eval_every=0", "--config.pretrain.steps=40"]
+    flags = [f"--config.pretrain.sources={source}", "--config.training.eval_every=0", "--config.pretrain.steps=20"]
     codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags), seconds=200)
     assert codes == [1, 1]
     lines = [text.strip().splitlines()[-1] for text in said]
     assert sorted("'s/5'" in line for line in lines) == [False, True], lines
     assert sum("could not read its part of the data" in line for line in lines) == 1, lines
+    # What was trained before is kept, and is what an undisturbed run has: both go on once the picture is mended.
+    step = rows(workdir / "pretrain", "train")[-1]["step"]
+    assert step >= 1 and (workdir / "pretrain" / "checkpoints" / str(step)).is_dir()
+    assert all(f"the data of step {step + 1} cannot be read; {step} is saved" in text for text in said)
+    (tmp_path / "images" / "5.png").write_bytes(good)
+    codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags), seconds=200)
+    assert codes == [0, 0], said[0][-3000:]
+    whole = tmp_path / "whole"
+    assert ends(whole, start(whole, 2, 1, "2x1x1", *flags), seconds=200)[0] == [0, 0]
+    assert losses(workdir / "pretrain") == losses(whole / "pretrain")
 
 
 @pytest.mark.multi_process
@@ -214,9 +254,22 @@ def test_rows_follow_the_mesh() -> None:
 def test_one_process_receives_its_own_at_once() -> None:
     sync = processes.ProcessSync(parallel.make_mesh(MeshConfig(8, 1, 1)))
     lost = sync.receive(sync.send(False, np.asarray([[1, 5, 1], [0, 2, 0]], np.int32), 2))
-    assert lost == (1, 7, 1) and not sync.stopping
-    sync.send(True, np.zeros((2, 3), np.int32), 2)
-    assert sync.stopping
+    assert lost == (1, 7, 1, (0.0,)) and not sync.stopping and not sync.saving
+    sync.send(True, np.zeros((2, 3), np.int32), 2, save=True)
+    assert sync.stopping and sync.saving
+
+
+def test_an_alarm_rings_once_until_it_is_due_again(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    alarm, heard = processes.Alarm(0.5), []
+    for now[0] in (10.0, 29.0, 30.0, 31.0, 61.0):
+        heard.append(alarm.rings())
+    assert heard == [False, False, True, False, True]
+    now[0] = 80.0
+    alarm.wind()
+    now[0] = 100.0
+    assert not alarm.rings() and not processes.Alarm(0).rings()
 
 
 def test_slices_are_part_of_the_data_axis() -> None:

@@ -1,6 +1,6 @@
 """LoRA adapters of PEFT and LLaVA over their base, as one checkpoint: the weights that the two compute together.
 
-    W + (lora_alpha / r) B A        added in float32, rounded to the base's dtype
+    W + (lora_alpha / r) B A        added in float32, rounded to the base's dtype; a table of embeddings is transposed
 
 A folder of PEFT holds adapter_config.json and adapter_model.safetensors or .bin; one of LLaVA also config.json and
 non_lora_trainables.bin (the projector). Tensors that were trained whole stand in the place of the base's.
@@ -28,7 +28,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHERS = "non_lora_trainables.bin"
 _REFUSED = {"use_dora": False, "fan_in_fan_out": False, "layer_replication": None, "trainable_token_indices": None}
-_LORA = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight")
+_LORA = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight|(.+)\.lora_embedding_(A|B)(\.default)?")
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,16 @@ class AdaptedSource:
         places = {_canonical(name): name for name in base.names}
         self._whole: dict[str, _Lazy] = {}
         self._pairs: dict[str, dict[str, _Lazy]] = {}
+        self._tables: set[str] = set()  # of embeddings, whose pairs are of the transposed table
         lost = []
         for key, tensor in held.items():
             name = re.sub(r"\A(base_model\.model\.)+", "", key).replace(".modules_to_save.default", "")
             name = name.replace(".modules_to_save", "").replace(".base_layer", "")
             lora = _LORA.fullmatch(name)
-            place = places.get(_canonical(f"{lora[1]}.weight" if lora else name))
+            place = places.get(_canonical(f"{lora[1] or lora[4]}.weight" if lora else name))
             if lora and place:
-                self._pairs.setdefault(place, {})[lora[2]] = tensor
+                self._pairs.setdefault(place, {})[lora[2] or lora[5]] = tensor
+                self._tables |= {place} if lora[4] else set()
             elif "lora_" in name or (place is None and "projector" not in name):
                 lost.append(key)
             else:
@@ -81,8 +83,14 @@ class AdaptedSource:
                 f"{directory} has tensors that {base.where} has no place for; is that the base that it was trained on "
                 f"(--base=)?\n  " + "\n  ".join(lost)
             )
+        if self._tables and not any(name.endswith("lm_head.weight") for name in base.names):
+            raise ConvertError(
+                f"{directory} adapts the embeddings (lora_embedding_A and _B), and the head of {base.where} is tied to "
+                "them: merged, the head would change too, which it was not trained with. This is not supported"
+            )
         for name, pair in self._pairs.items():
             a, b, kernel = pair["A"].shape, pair["B"].shape, base.shape(name)
+            kernel = kernel[::-1] if name in self._tables else kernel
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != kernel:
                 raise ConvertError(f"{directory}: {name} is {list(kernel)} in the base, and its B A {b} x {a}")
 
@@ -111,7 +119,8 @@ class AdaptedSource:
         if key not in self._pairs:
             return kernel
         a, b = (self._pairs[key][side].read().astype(np.float32) for side in "AB")
-        return (kernel.astype(np.float32) + (b @ a) * np.float32(self._scale(key, len(a)))).astype(kernel.dtype)
+        change = (b @ a) * np.float32(self._scale(key, len(a)))
+        return (kernel.astype(np.float32) + (change.T if key in self._tables else change)).astype(kernel.dtype)
 
     def _scale(self, key: str, rank: int) -> float:
         module = key.removesuffix(".weight")

@@ -54,6 +54,51 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     return _fetch(source)
 
 
+def check_push(name: str) -> None:
+    """Checks that a repository of that name can be pushed to, before anything is made for it.
+
+    Raises:
+      ConvertError: the name is none, nobody is logged in, or the hub is not reached.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    if not REPOSITORY.fullmatch(name):
+        raise ConvertError(f"--push={name} is no repository of the hub: name it ORG/NAME")
+    try:
+        huggingface_hub.HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise ConvertError(f"--push={name}: log in first, with `hf auth login` or HF_TOKEN") from error
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _not_pushed(name, error) from error
+
+
+def push(directory: Path, name: str, *, public: bool = False) -> str:
+    """Uploads a directory as the repository `name`, which is made if it is not there; its address.
+
+    Args:
+      public: whether everybody may see a repository that is made.
+
+    Raises:
+      ConvertError: the upload failed; the directory stays, and a second try sends what is missing.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = huggingface_hub.HfApi()
+    try:
+        address = str(api.create_repo(name, private=not public, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=directory, commit_message="Export of saisa_jax")
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _not_pushed(name, error) from error
+    return address
+
+
+def _not_pushed(name: str, error: Exception) -> ConvertError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConvertError(f"--push={name}: the hub does not take it: {reason}")
+
+
 def _fetch(name: str) -> Path:
     import huggingface_hub  # slow to import
     from huggingface_hub.errors import HfHubHTTPError

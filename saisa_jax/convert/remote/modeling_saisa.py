@@ -29,6 +29,7 @@ class SaisaConfig(PretrainedConfig):
     """A decoder, a vision encoder, and how the images enter the decoder.
 
     alignment: saisa (projected for each layer anew) or naavit (one residual stream, through the decoder's MLPs).
+    projector_kind: mlp, or low_rank: one MLP for all layers, and beside it for each layer a part of projector_rank.
     projector_sharing: per_layer or shared.
     visual_layers: the layers that see the images; None: all.
     image_token_id: stands for a visual token in `input_ids`; it may lie beyond the vocabulary.
@@ -38,13 +39,15 @@ class SaisaConfig(PretrainedConfig):
     """
 
     model_type = "saisa"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 # pyright: ignore
 
     def __init__(
         self,
         text_config=None,
         vision_config=None,
         alignment="saisa",
+        projector_kind="mlp",
+        projector_rank=128,
         projector_sharing="per_layer",
         projector_dim=None,
         visual_layers=None,
@@ -60,6 +63,8 @@ class SaisaConfig(PretrainedConfig):
         self.text_config = _sub_config(text_config, "llama")
         self.vision_config = _sub_config(vision_config, "clip_vision_model")
         self.alignment = alignment
+        self.projector_kind = projector_kind
+        self.projector_rank = projector_rank
         self.projector_sharing = projector_sharing
         self.projector_dim = projector_dim
         self.visual_layers = visual_layers
@@ -92,13 +97,25 @@ class SaisaProjector(nn.Module):
         return self.linear_2(nn.functional.gelu(self.linear_1(features)))
 
 
+class SaisaLowRank(nn.Module):
+    """E + up(silu(down(E))): a layer's own part beside the tokens E [U, D] of the projector of all layers."""
+
+    def __init__(self, width, rank):
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+
+    def forward(self, tokens):
+        return tokens + self.up(nn.functional.silu(self.down(tokens)))
+
+
 class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Vision encoder, projectors, decoder."""
 
     config_class = SaisaConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     _supports_sdpa = True
     # Of an encoder, what its features do not depend on.
     _keys_to_ignore_on_load_missing = [r"vision_tower\.(.*\.)?(head\.|post_layernorm\.|layernorm\.|mask_token)"]  # noqa: RUF012
@@ -110,11 +127,14 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         layers = range(text.num_hidden_layers)
         self.visual_layers = list(layers) if config.visual_layers is None else list(config.visual_layers)
         width = getattr(vision, "hidden_size", None) or vision.hidden_sizes[-1]
-        names = ["shared"] if config.projector_sharing == "shared" else map(str, self.visual_layers)
-        dim = text.hidden_size
-        self.multi_modal_projector = nn.ModuleDict(
-            {name: SaisaProjector(width, dim, config.projector_dim or dim) for name in names}
-        )
+        dim, low_rank = text.hidden_size, config.projector_kind == "low_rank"
+        each = map(str, self.visual_layers if config.projector_sharing == "per_layer" else ())
+        self.multi_modal_projector = nn.ModuleDict()  # by layer; "shared": before all layers
+        if config.projector_sharing == "shared" or low_rank:
+            self.multi_modal_projector["shared"] = SaisaProjector(width, dim, config.projector_dim or dim)
+        for name in each:
+            own = SaisaLowRank(dim, config.projector_rank) if low_rank else None
+            self.multi_modal_projector[name] = own or SaisaProjector(width, dim, config.projector_dim or dim)
         self.language_model = AutoModelForCausalLM.from_config(text)
         for number in set(layers) - set(self.visual_layers):
             self.language_model.model.layers[number].register_forward_pre_hook(_hide_images, with_kwargs=True)
@@ -149,7 +169,7 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids=None,
+        input_ids,
         pixel_values=None,
         attention_mask=None,
         position_ids=None,
@@ -206,9 +226,8 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         order = torch.argsort((~is_text).int(), dim=1, stable=True)[:, : int(is_text.sum(1).max())]  # text, then rest
         real = is_text.gather(1, order)
         places = positions.gather(1, order)
-        interleaved = InterleavedCache(self, cache, pixel_values, is_image, is_text, real, positions)
-        seen = self._mask(places, positions, valid)
-        interleaved.hidden_images = self._mask(places, positions, is_text)
+        seen, hidden = self._mask(places, positions, valid), self._mask(places, positions, is_text)
+        interleaved = InterleavedCache(self, cache, pixel_values, is_image, is_text, real, positions, hidden)
         if cache is not None and len(self.visual_layers) < self.config.text_config.num_hidden_layers:
             cache.is_image = is_image
         text = self.language_model.model(
@@ -246,14 +265,15 @@ class InterleavedCache(DynamicCache):
     [B, K, S, H].
     """
 
-    def __init__(self, model, cache, pixel_values, is_image, is_text, real, positions):
+    def __init__(self, model, cache, pixel_values, is_image, is_text, real, positions, hidden_images):
         super().__init__()
         self.cache, self.decoder = cache, model.language_model.model
         self.config, self.projectors = model.config, model.multi_modal_projector
-        self.visual_layers, self.projector_of = set(model.visual_layers), model.config.projector_sharing
+        self.hidden_images = hidden_images  # the mask of layers that do not see them
+        self.visual_layers = set(model.visual_layers)
         self.is_image, self.is_text, self.real = is_image, is_text, real
         features = model.get_image_features(pixel_values).flatten(0, 1)
-        self.visual = features if self.projector_of == "per_layer" else self.projectors["shared"](features)
+        self.visual = self.projectors["shared"](features) if "shared" in self.projectors else features
         self.rotation = self.decoder.rotary_emb(self.visual, positions[is_image][None])
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
@@ -276,7 +296,7 @@ class InterleavedCache(DynamicCache):
 
     def _visual_kv(self, layer, number):
         """Keys, rotated to their places, and values of all visual tokens, [U, K, H] each."""
-        tokens = self.projectors[str(number)](self.visual) if self.projector_of == "per_layer" else self.visual
+        tokens = self.projectors[str(number)](self.visual) if str(number) in self.projectors else self.visual
         h, attention = layer.input_layernorm(tokens), layer.self_attn
         keys, values = (
             project(h).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
 import json
 import mmap
 import os
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -126,22 +124,15 @@ def _unpacked(path: str) -> str:
         try:
             with gzip.open(path) if packed == ".gz" else _open_zst(path) as stream:
                 write_copy(stream, copy)
-        except DataError:
-            raise
         except Exception as error:  # gzip, zlib and zstd have errors of their own
             raise DataError(f"sources.path={path!r} cannot be unpacked to {copy}: {error}") from error
     return str(copy)
 
 
 def _open_zst(path: str) -> Any:
-    try:
-        zstd = importlib.import_module("compression.zstd")  # Python's own, from 3.14 on
-    except ImportError as error:
-        raise DataError(
-            f"sources.path={path!r}: this Python ({sys.version_info.major}.{sys.version_info.minor}) cannot read .zst, "
-            "3.14 can; unpack it (zstd -d), or pack it as .gz"
-        ) from error
-    return zstd.open(path)
+    import pyarrow  # slow to import; Python has a zstd of its own from 3.14 on alone
+
+    return pyarrow.input_stream(path, compression="zstd")
 
 
 @lru_cache(maxsize=8)

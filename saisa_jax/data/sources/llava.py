@@ -7,8 +7,8 @@
 
 Both forms take their pictures from `image` and `images`, each a name, a data URL, an object (`pictures.py`) or a list
 of those; the system's words from `system`, `system_prompt` or a first turn; and learn no turn that says `weight: 0`,
-`train: false`, `loss: false` or `loss_mask: 0`. A sample without images is text alone. A record is checked when it is
-read, so that one bad sample can be left out.
+`train: false`, `loss: false`, `loss_mask: 0` or the like (`LOSS`). A sample without images is text alone. A record is
+checked when it is read, so that one bad sample can be left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "observation", "
 PART_TYPES = ("text", "image", "image_url")
 PICTURES = ("image", "images")
 SYSTEMS = ("system", "system_prompt")
-LOSS = ("weight", "train", "loss", "loss_mask")  # of a turn: 0 or false where it is context alone
+# Of a turn: 0 or false where it is context alone. `training` is axolotl's name for it.
+LOSS = ("weight", "train", "training", "trainable", "train_on_turn", "learn", "loss", "loss_mask")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from saisa_jax.training.telemetry.metrics import MetricsWriter, Progress
 from saisa_jax.training.telemetry.skipped import SkippedSteps
 from saisa_jax.training.telemetry.wandb import WandbLog
 
+DROPS_SHOWN = 10  # samples that could not be used, in words; metrics.jsonl has all
+
 
 class Journal:
     """Rows of metrics, progress, and what was dropped or skipped.
@@ -42,6 +44,7 @@ class Journal:
     def __init__(self, config: Config, name: str, directory: epath.Path, steps: int, clock: Goodput):
         self._config, self._name, self._directory = config, name, directory
         self._steps, self._clock = steps, clock
+        self._drops_shown = 0
         self.remembered: dict[str, Any] = {"dropped": 0, "unusable": 0, "cut_tokens": 0, "last_loss": None}
 
     @contextlib.contextmanager
@@ -79,12 +82,15 @@ class Journal:
           dropped: samples of this process's rows that could not be used, and why.
         """
         held = ("samples", "text_fill", "attention_legal", "attention_visited")
-        self._meter.add(**{name: values[name] for name in held})
+        self._meter.add(**{name: values[name] for name in held}, waits=lost.waits)
         self.remembered["dropped"] += lost.dropped
         self.remembered["unusable"] += lost.unusable
         self.remembered["cut_tokens"] += lost.cut_tokens
         if dropped:
             self._writer.write("dropped", step, samples=dropped)
+            for reason in dropped[: max(0, DROPS_SHOWN - self._drops_shown)]:
+                logging.warning("%s, step %d: left out: %s", self._name, step, reason)
+            self._drops_shown += len(dropped)
 
     def trained(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a step's row and shows it, when one is due."""

@@ -197,6 +197,8 @@ SHOWN: dict[str, Callable[[float], str]] = {  # in a line of progress, in this o
     "hfu": "HFU {:.1%}".format,
     "tflops_per_second": lambda value: f"{value:.3g} TFLOP/s" if value >= 1 else f"{1e3 * value:.3g} GFLOP/s",
     "data_wait": "data wait {:.0%}".format,
+    "slowest_process": "process {:.0f} waits longest for data:".format,
+    "slowest_data_wait": "{:.0%}".format,
     "dropped": lambda value: f"{value:,.0f} samples dropped" if value else "",
     "text_fill": "text {:.0%} full".format,
     "image_fill": "images {:.0%} full".format,

@@ -232,7 +232,9 @@ def test_what_says_nothing_is_read_over(folder) -> None:
     assert not read(folder, llava(ASK, ANSWER, image=None, images=[], model="gpt-4", id="a.jpg", url="http://x")).images
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_mask": 0}, {"weight": 0.0}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss_mask": 0}, {"weight": 0.0}]
+)
 @pytest.mark.parametrize("form", ["llava", "chat"])
 def test_turns_that_are_not_learned(folder, demo, form, mark) -> None:
     kept = {name: type(value)(1) for name, value in mark.items()}

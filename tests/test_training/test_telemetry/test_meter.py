@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from saisa_jax.config import StageConfig
 from saisa_jax.flops import StepFlops
 from saisa_jax.training.telemetry.goodput import Goodput
-from saisa_jax.training.telemetry.meter import Meter, peak_memory
+from saisa_jax.training.telemetry.meter import Meter, peak_memory, slowest
 
 HALF_LEGAL = {"attention_legal": 0.5, "attention_visited": 0.75}
 SETTINGS = StageConfig(batch_size=8, text_length=100, max_images=2)
@@ -84,3 +85,17 @@ def test_a_first_interval_is_not_spoilt_by_its_compilation(time):
 def test_memory_is_that_of_devices_that_tell():
     assert peak_memory([device("x", peak_bytes_in_use=3), device("y")]) == {"device_memory_bytes": 3.0}
     assert set(peak_memory([device("x")])) == {"process_memory_bytes"}
+
+
+@pytest.mark.parametrize(
+    ("waits", "found"),
+    [
+        ([0.1, 0.1, 4.0, 0.2], {"slowest_process": 2, "slowest_data_wait": 0.4}),
+        ([3.0, 3.0, 4.0, 3.0], {}),  # all of them wait
+        ([0.0, 0.0, 0.4, 0.0], {}),  # it does not matter
+        ([4.0], {}),
+        ([], {}),
+    ],
+)
+def test_the_process_that_holds_up_the_others_is_named(waits: list[float], found: dict[str, float]) -> None:
+    assert slowest(np.asarray(waits), 10.0) == found

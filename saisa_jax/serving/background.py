@@ -1,0 +1,27 @@
+"""A server in a thread of this process, for measuring and for programs of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+
+from saisa_jax.serving.app import Server
+
+
+@contextlib.contextmanager
+def in_background(server: Server) -> Iterator[str]:
+    """Serves on a free port of this machine's own address, and gives the URL; the engine is the caller's to start."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(server.app(), log_level="warning", lifespan="off")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, name="server", daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join(20)
