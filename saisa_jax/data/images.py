@@ -253,6 +253,10 @@ def missing_image(name: str, sample_id: str) -> DataError:
     hint = f"; {near!r} is there: is that what is meant?" if near else ""
     if os.path.islink(name):
         hint = f"; that is a link to {os.readlink(name)}, which is not there"
+    parts = Path(name).parts
+    for n, (one, other) in enumerate(itertools.pairwise(parts)):
+        if one == other and (once := Path(*parts[:n], *parts[n + 1 :])).is_file():
+            hint = f"; {once} is there: name the folder above in sources.images, since the name begins with {one}/"
     return DataError(f"there is no image {name}{hint}", sample_id)
 
 

@@ -40,7 +40,7 @@ from etils import epath
 import saisa_jax
 from saisa_jax import buckets, flops, parallel
 from saisa_jax.checkpoints import checksums
-from saisa_jax.config import ConfigError, to_dict
+from saisa_jax.config import ConfigError, DistributedConfig, MeshConfig, to_dict
 from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.evaluation import scoring
@@ -210,7 +210,8 @@ def _repeated(items: Sequence[Item]) -> str:
 
 def _identity(model: VisionLanguageModel, name: str, items: Sequence[Item], settings: Settings) -> dict[str, Any]:
     """What all answers of one evaluation have in common."""
-    identity = {"config": to_dict(model.config), "stage": model.stage, "params": checksums(model.params)}
+    config = to_dict(dataclasses.replace(model.config, mesh=MeshConfig(), distributed=DistributedConfig()))
+    identity = {"config": config, "stage": model.stage, "params": checksums(model.params)}
     asked = [(item.id, item.question, item.answers, [image_name(image) for image in item.images]) for item in items]
     how = {field: value for field, value in dataclasses.asdict(settings).items() if field not in FREE}
     return {

@@ -55,7 +55,7 @@ def room(config: ModelConfig, mesh: Mesh | None, shape: Shape, free: int) -> Roo
 
 def row_bytes(config: ModelConfig, mesh: Mesh | None, shape: Shape) -> int:
     """Of a row while it is answered, without the pictures that are kept. An estimate, rather too large."""
-    wide, visual = _itemsize(config), shape.images * config.vision.num_patches
+    wide, visual = _itemsize(config), shape.images * config.num_visual_tokens
     queries = shape.text + (visual if config.alignment == "llava" else 0)
     keys = 2 * _kv_heads(config, mesh) * config.head_dim * wide
     cached = keys * (config.num_layers * (queries + shape.new))
@@ -78,10 +78,11 @@ def encode_bytes(config: ModelConfig, mesh: Mesh | None, pictures: int) -> int:
 
 def picture_bytes(config: ModelConfig, mesh: Mesh | None) -> int:
     """Of what a device keeps of a picture: its heads' keys and values; under LLaVA the features."""
-    tokens, wide = config.vision.num_patches, _itemsize(config)
+    wide = _itemsize(config)
     if config.alignment == "llava":
-        return tokens * config.vision.embed_dim * wide
-    return 2 * len(config.visible_layers) * _kv_heads(config, mesh) * tokens * config.head_dim * wide
+        return config.vision.num_patches * config.vision.embed_dim * wide
+    keys = len(config.visible_layers) * _kv_heads(config, mesh) * config.num_visual_tokens * config.head_dim
+    return 2 * keys * wide
 
 
 def kv_heads_axis(config: ModelConfig, mesh: Mesh) -> str | None:

@@ -116,3 +116,22 @@ def _on_each_device(kernel: Callable[..., Any], q: Any, k: Any, v: Any, mask: Ma
     specs = of_queries, of_keys, of_keys, PartitionSpec(rows)
     # The kernels do not declare how their outputs vary over the mesh, so that it cannot be checked.
     return jax.shard_map(kernel, in_specs=specs, out_specs=of_queries, check_vma=False)(q, k, v, mask)
+
+
+def attention_of_text(attention: Float[Array, "B N S K"], tokens: int, role: str) -> dict[str, Any]:
+    """A layer's weights as they are captured: rows of the text, columns of all visual tokens, then text.
+
+    Args:
+      attention: as the layer had it.
+      tokens: V, visual tokens of a row.
+      role: theirs in the layer (`ModelConfig.visual_roles`).
+
+    Returns:
+      attention [B, N, T, V + T], and image_attention [B, T]: the share on visual tokens, averaged over heads.
+    """
+    if role == "queries":
+        attention = attention[:, :, tokens:]
+    elif role == "none":  # columns for the image, which it does not attend to
+        attention = jnp.pad(attention, [(0, 0)] * 3 + [(tokens, 0)])
+    of_image = jnp.mean(jnp.sum(attention[..., :tokens], axis=-1), axis=1)
+    return {"attention": attention, "image_attention": of_image}

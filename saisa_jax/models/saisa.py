@@ -25,7 +25,7 @@ N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the i
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models import kv_cache
+from saisa_jax.models.attention import attention_of_text
 from saisa_jax.models.decoder import Block, example_inputs
 from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV
@@ -57,7 +58,7 @@ from saisa_jax.models.layers import (
 )
 from saisa_jax.models.lora import in_dtype, with_adapters
 from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask, without
-from saisa_jax.models.projectors import PROJECTORS, base_of, shared_projector
+from saisa_jax.models.projectors import base_of, init_projectors, shared_projector
 from saisa_jax.models.streams import (
     CachedVisual,
     LayerGroup,
@@ -104,7 +105,7 @@ class Saisa(nn.Module):
         layers_key, projector_key = jax.random.split(key)
         layers = init_stack(self.block, c.num_layers, *example_inputs(c))(layers_key)
         if c.per_layer_projectors:
-            layers["visual_proj"] = _init_projectors(c, projector_key)
+            layers["visual_proj"] = init_projectors(c)(projector_key)
         return layers
 
     # --- Whole sequences: training, scoring, captures ----------------------------------------------------------------
@@ -147,7 +148,7 @@ class Saisa(nn.Module):
         x, captured = self._run_layers(
             stream,
             self._streamed(visual, stream),
-            asking=self._asking_of(stream, batch),
+            asking=self._asking(stream, batch["image_positions"], batch["image_segment_ids"]),
             unseen=unseen,
             capture=tuple(name for name in capture if name in STACKED_CAPTURES),
             impl=self.config.attention_impl,
@@ -231,7 +232,12 @@ class Saisa(nn.Module):
         else:
             held = stream = self._embed(batch)
             source = self._cached(visual, stream)
-        x, captured = self._run_layers(stream, source, asking=self._asking_of(stream, batch), capture=("kv",))
+        x, captured = self._run_layers(
+            stream,
+            source,
+            asking=self._asking(stream, batch["image_positions"], batch["image_segment_ids"]),
+            capture=("kv",),
+        )
         k, v = captured["kv"]
         cache = kv_cache.allocate(k, v, held.positions, held.segment_ids, visual, extra)
         return self._last_logits(x, stream), cache
@@ -302,14 +308,10 @@ class Saisa(nn.Module):
         """
         segments = stream.segment_ids
         if self.config.frozen_prefix:
-            of_sample = segments[:, :, None] == segment_ids[:, None]  # [B, T, V]
-            after = positions[:, None] > stream.positions[:, :, None]
+            of_sample = segments[:, :, None] == jnp.asarray(segment_ids)[:, None]  # [B, T, V]
+            after = jnp.asarray(positions)[:, None] > stream.positions[:, :, None]
             segments = jnp.where(of_sample.any(axis=2) & (after | ~of_sample).all(axis=2), 0, segments)
         return PackedPositions(stream.positions, segments)
-
-    def _asking_of(self, stream: Stream, batch: Batch) -> PackedPositions:
-        places = jnp.asarray(batch["image_positions"]), jnp.asarray(batch["image_segment_ids"])
-        return self._asking(stream, *places)
 
     def _streams(self, batch: Batch, features: Any) -> tuple[Stream, Stream | None]:
         """The text, and the visual stream (None: there is no image)."""
@@ -377,64 +379,63 @@ class Saisa(nn.Module):
           impl: of attention.
         """
         c, source = self.config, cast(Any, visual)
-        tokens = 0 if visual is None else visual.places.positions.shape[1]  # V
         asking = asking or PackedPositions(*stream[1:])
-        past_mask = None if past is None else make_mask(asking, past, c.sliding_window)
         of_text = rotation(stream.positions, c), make_mask(asking, stream, c.sliding_window)
-
-        def layer(role: str, rope: Any, mask: Mask, carry: Any, inputs: Any) -> Any:
-            (x, state), (params, of_visual, past_kv, hides) = carry, inputs
-            others = []
-            if role in ("keys", "mlp"):
-                state, image = source.read(params, state, of_visual, role)
-                others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
-            elif role == "queries" and hides is not None:
-                from_text = jnp.arange(x.shape[1])[:, None] >= tokens
-                mask = without(mask, hides & from_text & (jnp.arange(x.shape[1]) < tokens))
-            if past_mask is not None:
-                others.append(KeyBlock(past_kv[0], past_kv[1], past_mask))
-            x, kv, attention = self._block(params, "__call__", x, rope, mask, others, impl)
-            if c.alignment == "llava" and role in ("keys", "mlp"):  # in one cache with the other layers'
-                kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(others[0][:2], kv, strict=True))
-            available = {"hidden": (x, state), "kv": kv}
-            if {"attention", "image_attention"} & set(capture):
-                available |= _attention_of_text(attention, tokens, role)
-            return (x, state), {name: available[name] for name in capture}
+        past_mask = None if past is None else make_mask(asking, past, c.sliding_window)
+        reading = _Reading(source, 0 if visual is None else source.places.positions.shape[1], past_mask, capture, impl)
 
         x, state = stream.x, None if visual is None else source.state
         states, outs = [(x[None], None if state is None else state[None])], []
         for group in layer_groups(c, visual is not None):
             places, together = of_text, group.role == "queries"
             if together:
-                both = PackedPositions(
-                    *(jnp.concatenate(p, axis=1) for p in zip(source.places, stream[1:], strict=True))
-                )
+                of_both = zip(source.places, stream[1:], strict=True)
+                both = PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in of_both))
                 places = rotation(both.positions, c), make_mask(both, both, c.sliding_window)
                 x, state = jnp.concatenate([state, x], axis=1), None
             of_visual = source.inputs(group) if group.reads_keys else None
             of_layers = ((past.k, past.v) if past is not None else None, unseen)
             of_layers = take_layers(of_layers, group.start, group.stop)
-            body = functools.partial(layer, group.role, *places)
+            body = functools.partial(self._layer, reading, group.role, *places)
             (x, state), out = self._scan(body, (x, state), (self._layers_of(group), of_visual, *of_layers))
             if together:
-                state, x = x[:, :tokens], x[:, tokens:]
-            if "hidden" in out:
-                hidden, of_image = out.pop("hidden")
-                states.append((hidden[:, :, tokens:], hidden[:, :, :tokens]) if together else (hidden, of_image))
+                state, x = x[:, : reading.tokens], x[:, reading.tokens :]
+            states.append(out.pop("hidden", None))
             outs.append(out)
         stack = lambda *parts: jnp.concatenate(parts)  # noqa: E731
         captured = jax.tree.map(stack, *outs)
         return x, captured | ({"hidden": jax.tree.map(stack, *states)} if "hidden" in capture else {})
 
+    def _layer(self, reading: _Reading, role: str, rope: Any, mask: Mask, carry: Any, inputs: Any) -> Any:
+        """A layer in which visual tokens have that role: (text, visual state), and what is captured of it."""
+        (x, state), (params, of_visual, past_kv, hides) = carry, inputs
+        others, tokens = [], reading.tokens
+        if role in ("keys", "mlp"):
+            state, image = reading.source.read(params, state, of_visual, role)
+            others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
+        elif role == "queries" and hides is not None:
+            of_image = jnp.arange(x.shape[1]) < tokens
+            mask = without(mask, hides & ~of_image[:, None] & of_image)
+        if reading.past_mask is not None:
+            others.append(KeyBlock(past_kv[0], past_kv[1], reading.past_mask))
+        x, kv, attention = self._block(params, "__call__", x, rope, mask, others, reading.impl)
+        if self.config.alignment == "llava" and role in ("keys", "mlp"):  # in one cache with the other layers'
+            kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(others[0][:2], kv, strict=True))
+        hidden = (x[:, tokens:], x[:, :tokens]) if role == "queries" else (x, state)
+        available = {"hidden": hidden, "kv": kv}
+        if {"attention", "image_attention"} & set(reading.capture):
+            available |= attention_of_text(attention, tokens, role)
+        return (x, state), {name: available[name] for name in reading.capture}
 
-def _attention_of_text(attention: Float[Array, "B N S K"], tokens: int, role: str) -> dict[str, Any]:
-    """A layer's attention as it is captured: rows of the text, columns of all visual tokens, then text."""
-    if role == "queries":
-        attention = attention[:, :, tokens:]
-    elif role == "none":  # columns for the image, which it does not attend to
-        attention = jnp.pad(attention, [(0, 0)] * 3 + [(tokens, 0)])
-    of_image = jnp.mean(jnp.sum(attention[..., :tokens], axis=-1), axis=1)
-    return {"attention": attention, "image_attention": of_image}
+
+class _Reading(NamedTuple):
+    """What is the same for all layers through which the text runs."""
+
+    source: Any  # of the image's keys and values
+    tokens: int  # V
+    past_mask: Mask | None
+    capture: tuple[str, ...]
+    impl: str
 
 
 def init_params(config: ModelConfig, key: Any) -> Params:
@@ -452,13 +453,6 @@ def _tiny_batch(config: ModelConfig) -> Batch:
     return jax.tree.map(jnp.asarray, empty_batch(1, 1, 1, config.vision.image_size))
 
 
-def _init_projectors(config: ModelConfig, key: Any) -> Params:
-    """The projectors of all layers that see the image, stacked."""
-    patches, vision = config.vision.num_patches, config.vision.embed_dim
-    example = jnp.zeros((1, patches, config.embed_dim if base_of(config) else vision))
-    return init_stack(PROJECTORS[config.projector.kind](config, parent=None), len(config.visible_layers), example)(key)
-
-
 def share_to_per_layer(params: Params, config: ModelConfig, seed: int = 0) -> Params:
     """Stage 1's tree as stage 2's: every layer that sees the image starts from a copy of the shared projector.
 
@@ -470,7 +464,7 @@ def share_to_per_layer(params: Params, config: ModelConfig, seed: int = 0) -> Pa
       seed: of what is new.
     """
     if base_of(config):
-        fresh = meta.unbox(_init_projectors(config, jax.random.key(seed)))
+        fresh = meta.unbox(init_projectors(config)(jax.random.key(seed)))
         return {**params, "layers": {**params["layers"], "visual_proj": fresh}}
     copies = len(config.visible_layers)
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), params["visual_proj"])

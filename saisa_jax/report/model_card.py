@@ -83,8 +83,8 @@ def _what(model: ModelConfig, parameters: int, sees: bool) -> str:
     if sees:
         vision = model.vision
         rows["vision encoder"] = (
-            f"{vision.family}, images of {vision.image_size} pixels ({vision.image_mode}), {vision.num_patches} visual "
-            f"tokens of width {vision.embed_dim}"
+            f"{vision.family}, images of {vision.image_size} pixels ({vision.image_mode}), {model.num_visual_tokens} "
+            f"visual tokens of width {vision.embed_dim}"
         )
         rows["projectors"] = f"{model.projector.kind}, {each}"
     if model.visual_layers is not None:

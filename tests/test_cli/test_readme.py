@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import saisa_jax
+from saisa_jax.__main__ import main, verb_of
 from saisa_jax.config import Config
 from saisa_jax.testing.checkpoints import write_checkpoint
 
@@ -79,7 +80,10 @@ def environment() -> dict[str, str]:
 def on_tiny(text: str, directory: Path) -> str:
     """The README's words with the tiny configuration, and with `directory` for `runs` and its picture."""
     text = (
-        text.replace("configs/demo.py", TINY).replace("@1100", "@3").replace("picture.png", f"{directory}/picture.png")
+        text.replace("configs/demo.py", TINY)
+        .replace("@1100", "@3")
+        .replace("checkpoints/1100", "checkpoints/3")
+        .replace("picture.png", f"{directory}/picture.png")
     )
     return text.replace("runs/", f"{directory}/").replace("weights/", f"{directory}/weights/")
 
@@ -149,6 +153,30 @@ def test_what_a_page_names_exists(page: str) -> None:
         assert (ROOT / recipe).exists(), f"{page}: {recipe}"
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+
+
+def all_commands(page: str) -> list[list[str]]:
+    """The words after `saisa_jax` of every command of ours on a page, in blocks and within lines."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    found = [line.split(" #")[0] for line in text.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    found = [re.sub(r"\bpython (train|eval)\.py", r"saisa_jax \1", line) for line in found]
+    matches = [re.search(r"^(?:.* )?saisa_jax ([a-z].*)$", line.strip()) for line in found]
+    return [match[1].split() for match in matches if match]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_the_flags_of_a_command_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of those that need a TPU, a cluster or an hour."""
+    for words in all_commands(page):
+        verb = verb_of(words)
+        if verb is None:
+            continue
+        actions = [word for word in words if word in ("import", "export", "inspect")] if verb == "convert" else []
+        with pytest.raises(SystemExit):
+            main([*verb.split(), *actions[:1], "--help"])
+        known = set(re.findall(r"--\w+", capsys.readouterr().out))
+        given = {word.split("=")[0] for word in words if re.match(r"--(?!config\.)\w", word)}
+        assert given <= known, f"{page}: {' '.join(words)}: {given - known}"
 
 
 def test_make_demo_is_the_readmes_way_by_hand() -> None:

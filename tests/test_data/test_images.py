@@ -172,6 +172,10 @@ def test_a_missing_image_names_a_file_like_it(tmp_path) -> None:
     (tmp_path / "link.jpg").symlink_to("gone/link.jpg")
     with pytest.raises(DataError, match=r"there is no image .*link.jpg; that is a link to gone/link.jpg, which is not"):
         load_image(str(tmp_path / "link.jpg"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    with pytest.raises(DataError, match=r"images/images/a.jpg; .*/images/a.jpg is there: name the folder above"):
+        load_image(str(tmp_path / "images" / "images" / "a.jpg"))
     with pytest.raises(DataError, match=r"there is no image [^;]*$"):
         load_image(str(tmp_path / "none.jpg"))
     with pytest.raises(DataError, match=r"there is no image [^;]*$"):

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from saisa_jax import flops
 from saisa_jax.checkpoints import CheckpointError
-from saisa_jax.config import Config, ConfigError
+from saisa_jax.config import Config, ConfigError, DistributedConfig
 from saisa_jax.data.sample import Turn
 from saisa_jax.data.sources.easy_vqa import majority_baseline
 from saisa_jax.data.text.conversation import Encoded
@@ -187,6 +187,12 @@ def test_the_same_evaluation_goes_on_and_another_does_not(
     ):
         header = {"of": runner._identity(changed, "easy_vqa", questions()[:100], settings)}
         assert runner._answered_before(epath.Path(partial), header) == {}
+    of_another_process = dataclasses.replace(tiny_config(), distributed=DistributedConfig("host:1", 2, 1))
+    both = [
+        runner._identity(m, "easy_vqa", questions()[:9], settings)
+        for m in (Pretender(), Pretender(config=of_another_process))
+    ]
+    assert both[0] == both[1]
     assert caplog.text.count("is of another model, other questions or other settings") == 2
     left = partial.read_text()
     with monkeypatch.context() as disk, pytest.raises(OSError, match="full"):

@@ -168,7 +168,7 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     one = joined(visual, asking) if config.alignment == "llava" else asking
     tokens = 0 if one is asking else visual.x.shape[1]
     x, places, stream = one.x, PackedPositions(*one[1:]), visual.x
-    of_image = np.arange(x.shape[1]) < tokens
+    of_image = jnp.arange(x.shape[1]) < tokens
     for run in layer_groups(config):
         for i in range(run.start, run.stop):
             layers = {k: v for k, v in params["layers"].items() if k != "visual_proj"}

@@ -181,7 +181,7 @@ def test_bad_data_of_one_ends_all(tmp_path: Path) -> None:
     source = f"({{'path': '{tmp_path / 'train.json'}', 'images': '{tmp_path / 'images'}'}},)"
     workdir = tmp_path / "bad"
     flags = [f"--config.pretrain.sources={source}", "--config.training.eval_every=0", "--config.pretrain.steps=20"]
-    codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags), seconds=200)
+    codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags))
     assert codes == [1, 1]
     lines = [text.strip().splitlines()[-1] for text in said]
     assert sorted("'s/5'" in line for line in lines) == [False, True], lines
@@ -191,10 +191,10 @@ def test_bad_data_of_one_ends_all(tmp_path: Path) -> None:
     assert step >= 1 and (workdir / "pretrain" / "checkpoints" / str(step)).is_dir()
     assert all(f"the data of step {step + 1} cannot be read; {step} is saved" in text for text in said)
     (tmp_path / "images" / "5.png").write_bytes(good)
-    codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags), seconds=200)
+    codes, said = ends(workdir, start(workdir, 2, 1, "2x1x1", *flags))
     assert codes == [0, 0], said[0][-3000:]
     whole = tmp_path / "whole"
-    assert ends(whole, start(whole, 2, 1, "2x1x1", *flags), seconds=200)[0] == [0, 0]
+    assert ends(whole, start(whole, 2, 1, "2x1x1", *flags))[0] == [0, 0]
     assert losses(workdir / "pretrain") == losses(whole / "pretrain")
 
 
