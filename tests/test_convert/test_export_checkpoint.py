@@ -109,7 +109,7 @@ FINAL_NORM = {"post_norm": True, "select_layer": -1}
             r"frozen_visual_layers=\[1\]: to its readers",
         ),
         (
-            ("saisa", "hf"),
+            ("saisa",),
             changed("saisa", projector=ProjectorConfig("low_rank")),
             r"kind='low_rank': its projectors are",
         ),
