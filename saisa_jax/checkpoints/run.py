@@ -148,12 +148,13 @@ class RunCheckpointer:
             if restored is not None:
                 return restored
         if not steps:
-            advice = (
-                f", and what is in {self._local.directory} cannot be used: start as the run that wrote it (processes, "
-                "hosts and mesh), or remove it to begin the stage anew"
-            )
-            seen = f"there is no finished checkpoint in {self._directory}"
-            raise CheckpointError(seen + (advice if self._local is not None else ""))
+            advice = ""
+            if self._local is not None:
+                advice = (
+                    f", and what is in {self._local.directory} cannot be used: start as the run that wrote it (processes, "
+                    "hosts and mesh), or remove it to begin the stage anew"
+                )
+            raise CheckpointError(f"there is no finished checkpoint in {self._directory}{advice}")
         if step is not None and step not in steps:
             raise CheckpointError(f"step {step} is not in {self._directory}, which holds {steps}")
         failures: dict[int, DamagedError] = {}

@@ -384,7 +384,7 @@ class Saisa(nn.Module):
         past_mask = None if past is None else make_mask(asking, past, c.sliding_window)
         reading = _Reading(source, 0 if visual is None else source.places.positions.shape[1], past_mask, capture, impl)
 
-        x, state = stream.x, None if visual is None else source.state
+        x, state = stream.x, cast(Any, None if visual is None else source.state)
         states, outs = [(x[None], None if state is None else state[None])], []
         for group in layer_groups(c, visual is not None):
             places, together = of_text, group.role == "queries"

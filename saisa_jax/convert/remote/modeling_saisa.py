@@ -39,7 +39,7 @@ class SaisaConfig(PretrainedConfig):
     """
 
     model_type = "saisa"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 # pyright: ignore
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
