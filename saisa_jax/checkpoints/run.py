@@ -151,8 +151,8 @@ class RunCheckpointer:
             advice = ""
             if self._local is not None:
                 advice = (
-                    f", and what is in {self._local.directory} cannot be used: start as the run that wrote it (processes, "
-                    "hosts and mesh), or remove it to begin the stage anew"
+                    f", and what is in {self._local.directory} cannot be used: start as the run that wrote it "
+                    "(processes, hosts and mesh), or remove it to begin the stage anew"
                 )
             raise CheckpointError(f"there is no finished checkpoint in {self._directory}{advice}")
         if step is not None and step not in steps:

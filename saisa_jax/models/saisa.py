@@ -384,7 +384,7 @@ class Saisa(nn.Module):
         past_mask = None if past is None else make_mask(asking, past, c.sliding_window)
         reading = _Reading(source, 0 if visual is None else source.places.positions.shape[1], past_mask, capture, impl)
 
-        x, state = stream.x, cast(Any, None if visual is None else source.state)
+        x, state = stream.x, None if visual is None else source.state
         states, outs = [(x[None], None if state is None else state[None])], []
         for group in layer_groups(c, visual is not None):
             places, together = of_text, group.role == "queries"
@@ -392,7 +392,7 @@ class Saisa(nn.Module):
                 of_both = zip(source.places, stream[1:], strict=True)
                 both = PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in of_both))
                 places = rotation(both.positions, c), make_mask(both, both, c.sliding_window)
-                x, state = jnp.concatenate([state, x], axis=1), None
+                x, state = jnp.concatenate([cast(Any, state), x], axis=1), None
             of_visual = source.inputs(group) if group.reads_keys else None
             of_layers = ((past.k, past.v) if past is not None else None, unseen)
             of_layers = take_layers(of_layers, group.start, group.stop)
