@@ -26,6 +26,7 @@ from saisa_jax.data.sources.cache import cache_folder, write_copy
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BOM = "\ufeff".encode().decode("latin-1")
+_BOMS_OF_UTF_16 = ("\xff\xfe", "\xfe\xff")  # as Latin-1
 
 
 class JsonRecords:
@@ -145,6 +146,8 @@ def _find_records(plain: str, modified: int, size: int, path: str) -> Int64[np.n
     with open(plain, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         # As Latin-1 a byte is a character: offsets of the one are those of the other, and JSON's own signs are ASCII.
         text = str(data, "latin-1")
+    if text.startswith(_BOMS_OF_UTF_16):
+        raise DataError(f"{path} is UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
     found = _array_bounds(text, path) if suffix == ".json" else _line_bounds(text, path)
     return np.array(list(found), np.int64).reshape(-1, 2)
 
@@ -172,6 +175,10 @@ def _array_bounds(text: str, path: str) -> Iterator[tuple[int, int]]:
 
 def _line_bounds(text: str, path: str) -> Iterator[tuple[int, int]]:
     start = len(_BOM) if text.startswith(_BOM) else 0
+    if text.startswith("[", first := _skip_space(text, start)):
+        raise _malformed(
+            text, first, path, "a line is one sample, an object {...} (an array of samples: name it .json)"
+        )
     while start < len(text):
         end = text.find("\n", start)
         end = len(text) if end < 0 else end

@@ -67,6 +67,14 @@ def test_zstandard(tmp_path, monkeypatch) -> None:
         JsonRecords(path)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_utf_16_is_called_by_its_name(tmp_path, name) -> None:
+    path = tmp_path / name
+    path.write_text('[{"id": 1}]', "utf-16")
+    with pytest.raises(DataError, match="is UTF-16: write it as UTF-8"):
+        JsonRecords(path)
+
+
 def test_pickled_it_is_small_and_threads_share_it(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"id": i, "text": "x" * 1000}) + "\n" for i in range(500)))
@@ -105,6 +113,7 @@ def test_pickled_it_is_small_and_threads_share_it(tmp_path) -> None:
         ("a.jsonl", '{"id": 1}\n{"id": 2', r"line 2, byte 18: the file is cut"),
         ("a.jsonl", '{"id": 1}\n{"id":\n2}', r"line 2, byte 16: a line is one whole sample"),
         ("a.jsonl", '{"id": 1} {"id": 2}\n', r"line 1, byte 10: a line is one whole sample"),
+        ("a.jsonl", '\n[{"id": 1}]', r"line 2, byte 1: .* an object \{...\} \(an array of samples: name it .json\)"),
         ("a.txt", "[]", r"neither a .json array nor a .jsonl file"),
     ],
 )
