@@ -110,8 +110,8 @@ _WORDS = """\
 {%- for message in messages -%}
   {%- if message['role'] == 'user' -%}
     {{- ('' if loop.first else AFTER) + FIRST -}}
-    {%- if loop.first and system -%}{{- BEFORE_SYSTEM + system + AFTER_SYSTEM -}}{%- endif -%}
-    {{- LEAD + message['content'] + TAIL -}}
+    {%- if loop.first and system and TAKES_SYSTEM -%}{{- BEFORE_SYSTEM + system + AFTER_SYSTEM -}}{%- endif -%}
+    {{- LEAD + SAID + TAIL -}}
   {%- else -%}
     {{- BEFORE_ANSWER + message['content'] + AFTER_ANSWER + END -}}
   {%- endif -%}
@@ -146,5 +146,9 @@ def multimodal_chat_template(tokenizer: Any, template: Template | str, system_pr
         "TAIL": tail,
         "END": template.end or str(tokenizer.eos_token),
     }
-    pattern = rf"\b({'|'.join(words)})\b"
-    return _TURNS + re.sub(pattern, lambda found: json.dumps(words[found[0]]), _WORDS)
+    jinja = {name: json.dumps(value) for name, value in words.items()}
+    jinja["SAID"] = "message['content']"
+    jinja["TAKES_SYSTEM"] = "true" if template.system_format else "false"
+    if not template.user_words:  # of a user's turn its images alone
+        jinja["SAID"] = "'<image>' * (message['content'].split('<image>') | length - 1)"
+    return _TURNS + re.sub(rf"\b({'|'.join(jinja)})\b", lambda found: jinja[found[0]], _WORDS)

@@ -68,10 +68,13 @@ def random_params(model: ModelConfig) -> Any:
     return jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape, np.float32), abstract_params(model))
 
 
-def finished(directory: Path, model: ModelConfig, tokenizer: Any = None, **changes: Any) -> Path:
+def finished(
+    directory: Path, model: ModelConfig, tokenizer: Any = None, system: str | None = None, **changes: Any
+) -> Path:
     config = tiny_config(model.alignment)
     finetune = dataclasses.replace(config.finetune, sharing=model.projector.sharing, **changes)
-    config = dataclasses.replace(config, model=model, finetune=finetune)
+    data = dataclasses.replace(config.data, system_prompt=system)
+    config = dataclasses.replace(config, model=model, data=data, finetune=finetune)
     tokenizer = tokenizer or train_tokenizer()
     save_model(directory, random_params(config.model), config, tokenizer, {"stage": "finetune"})
     return directory
@@ -180,6 +183,7 @@ CONVERSATIONS = {
     [
         ("vicuna_v1", "sentence_piece"),
         ("chatml", "byte_level"),
+        ("plain", "byte_level"),
         ("llama_3_instruct", "byte_level"),
         ("mistral_instruct", "byte_level"),
     ],
@@ -189,13 +193,14 @@ def test_its_processor_speaks_as_we_do(
 ) -> None:
     made = {"byte_level": byte_level, "sentence_piece": sentence_piece}[tokenizer]()
     model = changed(vision={"image_mode": "pad"}, vocab_size=len(made))  # no room for <image>
-    source = finished(tmp_path / "ckpt", model, made, template=template)
+    source = finished(tmp_path / "ckpt", model, made, "Be brief.", template=template)
     assert main(["convert", "export", f"--from={source}", "--layout=hf", f"--to={tmp_path / 'out'}"]) == 0
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8))
-    for texts in CONVERSATIONS.values():
+    for texts in [texts for texts in CONVERSATIONS.values() if template != "plain" or len(texts) == 1]:
         turns = [Turn((USER, "assistant")[number % 2], text) for number, text in enumerate(texts)]
-        expected = encode_prompt(turns, template, made, model.vision.num_patches).tokens.tolist()
+        encoded = encode_prompt(turns, template, made, model.vision.num_patches, system_prompt="Be brief.")
+        expected = encoded.tokens.tolist()
         messages = [{"role": turn.role, "content": parts(turn.text, image)} for turn in turns]
         inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         ids = np.ravel(inputs["input_ids"])
