@@ -271,6 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path,
             state, metrics = step(state, batch)
             return state, metrics | ({"loss": float("nan"), "skipped": 1.0} if int(state.step) == 2 else {})
 
+        broken.trace = step.trace  # type: ignore[attr-defined]
         return broken
 
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
