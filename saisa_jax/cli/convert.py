@@ -27,7 +27,6 @@ from saisa_jax.convert.inspection import inspect
 from saisa_jax.convert.layouts import LAYOUTS
 from saisa_jax.convert.memory import allowance, peak_bytes
 from saisa_jax.data.text.templates import NAMES
-from saisa_jax.report.model_card import model_card
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,9 +134,14 @@ def _print_peak(leaves: Mapping[str, Any]) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    readme = ""
     if args.push:
+        from saisa_jax.report.model_card import (
+            model_card,
+        )  # it counts FLOPs, for which other conversions need no memory
+
         check_push(args.push)
-    readme = model_card(args.source, args.layout, args.push) if args.push else ""
+        readme = model_card(args.source, args.layout, args.push)
     exported = export_checkpoint(args.source, args.layout, args.to, dtype=args.dtype, readme=readme)
     print(f"{args.to}: {', '.join(exported.files)}")
     if exported.restored:
