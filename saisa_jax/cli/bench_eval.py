@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     tasks = {name: TASKS[name] for name in options.tasks.split(",")}
-    model = load(options.checkpoint, mesh=devices.mesh_of(options), dtype=options.dtype, quantize=options.quantize)
+    model = load(options.checkpoint, **devices.placed(options), quantize=options.quantize)
     for name, task in tasks.items():
         tokens = options.max_new_tokens or task.max_new_tokens or model.config.evaluation.max_new_tokens
         settings = runner.Settings(

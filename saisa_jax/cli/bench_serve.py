@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--clients={flags.clients} is not a list of numbers, as 1,8,64") from error
     if min(clients) < 1:
         raise ConfigError(f"--clients={flags.clients}: each must be at least 1")
-    model = load(flags.checkpoint, mesh=devices.mesh_of(flags), dtype=flags.dtype)
+    model = load(flags.checkpoint, **devices.placed(flags))
     device = jax.devices()[0].device_kind
     table = Table(
         title=f"{model.config.name}, {flags.rows} rows, answers of {flags.tokens} tokens, on {device}",

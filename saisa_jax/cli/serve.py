@@ -45,8 +45,7 @@ def main(argv: Sequence[str]) -> int:
     listening = listen(flags.host, flags.port)  # or else it would be known only after minutes of loading
     model = load(
         flags.checkpoint,
-        mesh=devices.mesh_of(flags),
-        dtype=flags.dtype,
+        **devices.placed(flags),
         quantize=flags.quantize,
         image_cache_bytes=flags.cache_mb * 10**6,
     )

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
-from saisa_jax.data.text.conversation import IMAGE
+from saisa_jax.data.text.conversation import IMAGE, without_placeholders
 from saisa_jax.inference.generate import GREEDY, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import EncodedImage
 from saisa_jax.inference.model import Request, VisionLanguageModel
@@ -122,8 +122,7 @@ class Chat:
         finally:
             answer = self.model.text(tokens)
             if answer:
-                # In a turn `<image>` stands for an image; a model may generate the word.
-                said = Turn(ASSISTANT, answer.replace(IMAGE, "< image >"))
+                said = Turn(ASSISTANT, without_placeholders(answer))  # a model may generate the word
                 self.turns, self.images, self._pending = [*turns, said], images, []
             self.generated = len(tokens)
 

@@ -37,6 +37,11 @@ class EncodedImage:
     kv: ImageKV | None
     model: Any = None
 
+    @classmethod
+    def of(cls, pixels: np.ndarray) -> EncodedImage:
+        """Prepared pixels that are not encoded yet."""
+        return cls(content_key(pixels), pixels, None)
+
     def __repr__(self) -> str:
         return f"EncodedImage({self.key}, {self.pixels.shape[0]} pixels, {self.nbytes} bytes of keys and values)"
 

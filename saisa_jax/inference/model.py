@@ -25,7 +25,7 @@ from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode, encode_prompt, end_token_id
 from saisa_jax.errors import did_you_mean
 from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
-from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache, content_key
+from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache
 from saisa_jax.inference.import_cache import find_model
 from saisa_jax.inference.pictures import picture
 from saisa_jax.inference.quantize import quantize as quantize_params
@@ -372,8 +372,7 @@ class VisionLanguageModel:
             if image.pixels.shape != expected:
                 raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
             return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
-        pixels = self.loader(picture(image, name, self.allow_urls), name)
-        return EncodedImage(content_key(pixels), pixels, None)
+        return EncodedImage.of(self.loader(picture(image, name, self.allow_urls), name))
 
     def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
         """The same images with keys and values, where the model has such: kept ones, or else new ones."""

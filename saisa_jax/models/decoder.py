@@ -16,13 +16,9 @@ from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attend
-from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, keep, rotate_keys, rotate_queries
+from saisa_jax.models.layers import RMSNorm, Rotation, constrain, dense, dtypes, keep, rotate_keys, rotate_queries
 from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask
 from saisa_jax.models.projectors import PROJECTORS
-
-
-def _kinds(c: ModelConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
 
 
 class Attention(nn.Module):
@@ -32,11 +28,11 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        kinds = {"use_bias": c.qkv_bias, **_kinds(c)}
+        kinds = {"use_bias": c.qkv_bias, **dtypes(c)}
         self.q_proj = dense((c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), **kinds)
         self.k_proj = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **kinds)
         self.v_proj = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **kinds)
-        self.o_proj = dense(c.embed_dim, ("heads", "head_dim", "embed"), axis=(-2, -1), **_kinds(c))
+        self.o_proj = dense(c.embed_dim, ("heads", "head_dim", "embed"), axis=(-2, -1), **dtypes(c))
 
     def keys_values(self, h: Float[Array, "B S D"]) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """Keys, not yet rotated, and values; head-major, as they are cached."""
@@ -55,9 +51,9 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.gate_proj = dense(c.mlp_dim, ("embed", "mlp"), **_kinds(c))
-        self.up_proj = dense(c.mlp_dim, ("embed", "mlp"), **_kinds(c))
-        self.down_proj = dense(c.embed_dim, ("mlp", "embed"), **_kinds(c))
+        self.gate_proj = dense(c.mlp_dim, ("embed", "mlp"), **dtypes(c))
+        self.up_proj = dense(c.mlp_dim, ("embed", "mlp"), **dtypes(c))
+        self.down_proj = dense(c.embed_dim, ("mlp", "embed"), **dtypes(c))
 
     def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         hidden = nn.silu(keep(self.gate_proj(h), "gate")) * keep(self.up_proj(h), "up")

@@ -80,6 +80,11 @@ def _float32_dot_general(left: Any, right: Any, *args: Any, **kwargs: Any) -> An
     return jax.lax.dot_general(left, right, *args, **{**kwargs, "preferred_element_type": jnp.float32})
 
 
+def dtypes(config: ModelConfig) -> dict[str, Any]:
+    """What `dense` is told of a model's numbers: those of activations, and those of parameters."""
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
 def dense(
     features: int | Sequence[int],
     axes: Sequence[str | None],

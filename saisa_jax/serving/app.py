@@ -29,7 +29,7 @@ from saisa_jax.inference.chat import MAX_NEW_TOKENS
 from saisa_jax.serving import page
 from saisa_jax.serving.engine import Ended, Engine, Event, Failed, OverdueError, Question, Said, UnavailableError
 from saisa_jax.serving.metrics import Metrics
-from saisa_jax.serving.pictures import PictureLimits, read_picture
+from saisa_jax.serving.pictures import PictureLimits, read_pictures
 from saisa_jax.serving.protocol import (
     INVALID,
     Answer,
@@ -193,9 +193,7 @@ class Server:
             model.check_sees(asked.urls, "")
             if len(asked.urls) > most and not model.config.data.blind:
                 raise DataError(f"{len(asked.urls)} pictures; at most {most} are taken (--max_images)")
-            images = [
-                read_picture(model, url, self.settings.pictures, f"picture {n}") for n, url in enumerate(asked.urls, 1)
-            ]
+            images = read_pictures(model, asked.urls, self.settings.pictures)
             request = model.request(asked.turns, images, 1, system=asked.system)
         except DataError as error:
             code = "context_length_exceeded" if isinstance(error, TooLongError) else None

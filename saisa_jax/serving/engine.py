@@ -9,11 +9,10 @@ costs its text alone.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from absl import logging
 
 from saisa_jax.errors import UserError
 from saisa_jax.inference.generate import GREEDY, Sampling
-from saisa_jax.inference.image_cache import EncodedImage, content_key
+from saisa_jax.inference.image_cache import EncodedImage
 from saisa_jax.inference.model import Request, VisionLanguageModel
 from saisa_jax.serving.rows import Choices, Rows
 from saisa_jax.serving.text import TextStream
@@ -225,8 +224,7 @@ class Engine:
         start, image = time.monotonic(), None
         if self.rows.max_images:
             size = self.model.model_config.vision.image_size
-            pixels = np.zeros((size, size, 3), np.uint8)
-            image = self.model.encode_images([EncodedImage(content_key(pixels), pixels, None)])[0].kv
+            image = self.model.encode_images([EncodedImage.of(np.zeros((size, size, 3), np.uint8))])[0].kv
         for number, level in enumerate(self.rows.levels, start=1):
             self.rows.warm_up(level, image)
             self.warmed = number, len(self.rows.levels)
@@ -391,15 +389,3 @@ def _choices(rows: list[Any]) -> Choices:
         of(lambda held: held.ticket.question.sampling.temperature, 0, np.float32),
         of(lambda held: held.ticket.question.sampling.top_p, 1, np.float32),
     )
-
-
-def answers(engine: Engine, questions: list[Question]) -> Iterator[list[Event]]:
-    """The events of several questions that are asked at once, for callers without an event loop."""
-    heard: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in questions]
-    for question, listen in zip(questions, heard, strict=True):
-        engine.submit(question, listen.put)
-    for each in heard:
-        events: list[Event] = []
-        while not events or isinstance(events[-1], Said):
-            events.append(each.get())
-        yield events

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from saisa_jax.data.sample import ASSISTANT, DataError, Turn
-from saisa_jax.data.text.conversation import IMAGE
+from saisa_jax.data.text.conversation import without_placeholders
 from saisa_jax.inference.model import VisionLanguageModel
-from saisa_jax.serving.pictures import PictureLimits, read_picture
+from saisa_jax.serving.pictures import PictureLimits, read_pictures
 from saisa_jax.serving.protocol import bad, read_messages, said_of
 from saisa_jax.serving.text import TextStream
 
@@ -56,8 +56,8 @@ def attention(model: VisionLanguageModel, body: dict[str, Any], limits: PictureL
         raise bad("the last message is the assistant's, with a string: the answer whose attention is shown", "messages")
     turns, urls, system = read_messages(messages[:-1])
     try:
-        images = [read_picture(model, url, limits, f"picture {n}") for n, url in enumerate(urls, 1)]
-        answer = Turn(ASSISTANT, said.replace(IMAGE, "< image >"))
+        images = read_pictures(model, urls, limits)
+        answer = Turn(ASSISTANT, without_placeholders(said))
         tokens, weights = model.answer_attention([*turns, answer], images, system)  # [L, A, V]
     except DataError as error:
         raise bad(said_of(error), "messages") from error

@@ -8,13 +8,14 @@ import ipaddress
 import socket
 import time
 import urllib.parse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from saisa_jax.data.sample import DataError
-from saisa_jax.inference.image_cache import EncodedImage, content_key
+from saisa_jax.inference.image_cache import EncodedImage
 from saisa_jax.inference.model import VisionLanguageModel
 from saisa_jax.inference.pictures import picture
 
@@ -38,6 +39,11 @@ class PictureLimits:
     seconds: float = 10.0
 
 
+def read_pictures(model: VisionLanguageModel, urls: Sequence[str], limits: PictureLimits) -> list[EncodedImage]:
+    """The pictures of a request, which errors number from 1; args and errors as of `read_picture`."""
+    return [read_picture(model, url, limits, f"picture {number}") for number, url in enumerate(urls, start=1)]
+
+
 def read_picture(model: VisionLanguageModel, url: str, limits: PictureLimits, name: str) -> EncodedImage:
     """A picture as prepared for the model's encoder.
 
@@ -55,8 +61,7 @@ def read_picture(model: VisionLanguageModel, url: str, limits: PictureLimits, na
     if len(content) > limits.file_bytes:
         raise DataError(f"a picture of {len(content):,} bytes; at most {limits.file_bytes:,} are taken", name)
     _check_header(content, limits, name)
-    pixels = model.loader(content, name)
-    return EncodedImage(content_key(pixels), pixels, None)
+    return EncodedImage.of(model.loader(content, name))
 
 
 def _bytes(url: str, limits: PictureLimits, name: str) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
-from saisa_jax.data.text.conversation import IMAGE
+from saisa_jax.data.text.conversation import IMAGE, without_placeholders
 from saisa_jax.errors import did_you_mean
 from saisa_jax.inference.generate import Sampling
 
@@ -203,7 +203,7 @@ def _content(content: Any, where: str) -> tuple[str, list[str]]:
             text = part.get("text")
             if not isinstance(text, str):
                 raise bad(f"{here}.text is a string, not {_kind(text)}", here)
-            words.append(text.replace(IMAGE, "< image >"))  # the word of a person is no picture
+            words.append(without_placeholders(text))
         elif kind == "image_url":
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url

@@ -6,6 +6,7 @@ import dataclasses
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from saisa_jax.serving.engine import (
     Question,
     Said,
     UnavailableError,
-    answers,
 )
 from saisa_jax.serving.rows import Rows, make_levels
 from saisa_jax.testing.configs import tiny_config
@@ -63,6 +63,18 @@ def by_chat(model: Any, pictures: Any, asked: Any) -> str:
     for n in images:
         chat.add_image(pictures[n])
     return "".join(chat.ask(text, new, sampling, seed))
+
+
+def answers(engine: Engine, questions: list[Question]) -> Iterator[list[Event]]:
+    """The events of several questions that are asked at once."""
+    heard: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in questions]
+    for question, listen in zip(questions, heard, strict=True):
+        engine.submit(question, listen.put)
+    for each in heard:
+        events: list[Event] = []
+        while not events or isinstance(events[-1], Said):
+            events.append(each.get())
+        yield events
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,12 @@ def push(directory: Path, name: str, *, public: bool = False) -> str:
 
 
 def _not_pushed(name: str, error: Exception) -> ConvertError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConvertError(f"--push={name}: the hub does not take it: {reason}")
+    return ConvertError(f"--push={name}: the hub does not take it: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    """Of what an error says; those of the hub go on at length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _fetch(name: str) -> Path:
@@ -109,10 +113,9 @@ def _fetch(name: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         if cached := _cached(name):
             return cached
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConvertError(
-            f"{name} is no local path, and the hub does not give a repository of that name: {reason}. Without a "
-            "network, bring the directory here and name its path"
+            f"{name} is no local path, and the hub does not give a repository of that name: {_first_line(error)}. "
+            "Without a network, bring the directory here and name its path"
         ) from error
     try:
         revision, patterns, said = _choose(api, name, files)
@@ -121,8 +124,7 @@ def _fetch(name: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, ConvertError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConvertError(f"{name} could not be fetched: {reason}") from error
+        raise ConvertError(f"{name} could not be fetched: {_first_line(error)}") from error
     return where
 
 

@@ -227,6 +227,11 @@ def _checked_turns(turns: Sequence[Turn], num_images: int | None, sample_id: str
     return clean
 
 
+def without_placeholders(text: str) -> str:
+    """What somebody says who means no image by it: in a turn `<image>` stands for one."""
+    return text.replace(IMAGE, "< image >")
+
+
 def image_first(text: str) -> str:
     """A user's text with its only image, if that begins or ends it, in front and on a line of its own."""
     stripped, words = text.strip(), text.replace(IMAGE, "").strip()

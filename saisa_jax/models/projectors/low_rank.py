@@ -8,14 +8,13 @@ U_l is zero at first, so that stage 2 starts at exactly the model that stage 1 h
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.models.layers import constrain, dense
+from saisa_jax.models.layers import constrain, dense, dtypes
 from saisa_jax.models.projectors import PROJECTORS
 from saisa_jax.models.projectors.mlp import MLPProjector
 
@@ -30,8 +29,7 @@ class LowRankProjector(nn.Module):
     @nn.compact
     def __call__(self, tokens: Float[Array, "B V D"]) -> Float[Array, "B V D"]:
         c = self.config
-        kinds: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-        hidden = nn.silu(dense(c.projector.rank, ("embed", "visual_hidden"), name="down", **kinds)(tokens))
+        hidden = nn.silu(dense(c.projector.rank, ("embed", "visual_hidden"), name="down", **dtypes(c))(tokens))
         hidden = constrain(hidden, "activation_batch", "activation_visual", "activation_mlp")
-        up = dense(c.embed_dim, ("visual_hidden", "embed"), name="up", kernel_init=nn.initializers.zeros, **kinds)
+        up = dense(c.embed_dim, ("visual_hidden", "embed"), name="up", kernel_init=nn.initializers.zeros, **dtypes(c))
         return constrain(tokens + up(hidden), "activation_batch", "activation_visual", "activation_embed")

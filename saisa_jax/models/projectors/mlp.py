@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.models.layers import ACTIVATIONS, constrain, dense
+from saisa_jax.models.layers import ACTIVATIONS, constrain, dense, dtypes
 from saisa_jax.models.projectors import PROJECTORS
 
 
@@ -20,7 +19,7 @@ class MLPProjector(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
         c = self.config
-        kinds = {"use_bias": True, "dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        kinds = {"use_bias": True, **dtypes(c)}
         hidden = dense(c.projector_dim, ("vision_embed", "visual_hidden"), name="fc1", **kinds)(features)
         hidden = constrain(ACTIVATIONS["gelu"](hidden), "activation_batch", "activation_visual", "activation_mlp")
         tokens = dense(c.embed_dim, ("visual_hidden", "embed"), name="fc2", **kinds)(hidden)

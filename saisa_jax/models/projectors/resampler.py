@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saisa_jax.config import ModelConfig
-from saisa_jax.models.layers import ACTIVATIONS, constrain, dense, for_float32_product, layer_norm, named
+from saisa_jax.models.layers import ACTIVATIONS, constrain, dense, dtypes, for_float32_product, layer_norm, named
 from saisa_jax.models.projectors import PROJECTORS
 
 
 def _kinds(c: ModelConfig) -> dict[str, Any]:
-    return {"use_bias": True, "dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+    return {"use_bias": True, **dtypes(c)}
 
 
 class ResamplerLayer(nn.Module):
