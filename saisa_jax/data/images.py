@@ -244,7 +244,7 @@ def image_name(image: ImageSource) -> str:
     """Where an image lies: unique to it; of one that is given as bytes, a name by content."""
     if isinstance(image, bytes):
         return f"bytes:{hashlib.blake2b(image, digest_size=16).hexdigest()}"
-    return image.name if isinstance(image, StoredImage) else os.fspath(image)
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else image.name
 
 
 def missing_image(name: str, sample_id: str) -> DataError:
