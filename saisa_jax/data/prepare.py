@@ -243,7 +243,7 @@ def _make_shard(job: Job, number: int, read: Read, tick: Callable[[], object]) -
 def _image_version(image: ImageSource) -> Any:
     """Changes when a picture is replaced, and not when its folder is moved."""
     if isinstance(image, bytes | np.ndarray):
-        return hashlib.sha256(image).hexdigest()
+        return hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()
     if isinstance(image, StoredImage):
         return os.path.basename(image.name), getattr(image, "version", None)
     try:
