@@ -11,6 +11,7 @@ front. --limit: the tests' recipe asks eight questions unless it is told otherwi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -89,7 +90,8 @@ def mmmu(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Three of four are choices between two pictures among the words; one is open, its picture in front."""
     subject = ("Art", "Music", "Physics")[number % 3]
     first, second = (("red", "blue"), ("green", "red"), ("yellow", "red"), ("red", "green"))[number % 4]
-    images, row = [picture(first, number)], {"id": f"validation_{subject}_{number}", "question_type": "open"}
+    row: dict[str, Any] = {"id": f"validation_{subject}_{number}", "question_type": "open"}
+    images = [picture(first, number)]
     if number % 4 == 3:
         row |= {"question": "<image 1> What color is it?", "options": "[]", "answer": first}
         said = f"<image>\nWhat color is it?\n\n{SHORT}"
@@ -215,9 +217,8 @@ def answer(row: Mapping[str, Any]) -> str:
 def score(task: str, row: Mapping[str, Any]) -> float:
     if task == "pope":
         return row["pope_accuracy"]["score"]
-    from lmms_eval.tasks.mmmu.utils import evaluate_mmmu  # which scores all of them when they are there
-
-    return evaluate_mmmu([row["mmmu_acc"]])[1]["acc"]
+    utils = importlib.import_module("lmms_eval.tasks.mmmu.utils")  # which scores all of them when they are there
+    return utils.evaluate_mmmu([row["mmmu_acc"]])[1]["acc"]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
