@@ -17,11 +17,11 @@ from saisa_jax.data.sample import ASSISTANT, USER, Turn
 from saisa_jax.inference.chat import Chat
 from saisa_jax.inference.generate import GREEDY, Sampling
 from saisa_jax.inference.image_cache import ImageCache
-from saisa_jax.serving.engine import (
+from saisa_jax.serving.engine import Engine
+from saisa_jax.serving.questions import (
     LENGTH,
     STOP,
     Ended,
-    Engine,
     Event,
     Failed,
     OverdueError,
