@@ -224,7 +224,7 @@ def test_answers_are_those_of_the_model_and_pictures_are_computed_once(there, vl
 
 def test_another_model_no_connector_and_too_short_prompts_are_refused(there, vllm, model):
     there.vllm.longest = 100
-    with pytest.raises(ConfigError, match=r"takes 100 positions, the model 128: start it with --max-model-len=128"):
+    with pytest.raises(ConfigError, match=r"takes 100 positions, and the model 128: start it with --max-model-len=128"):
         there.engine.start()
     there.vllm.longest, there.vllm.connector = 128, False
     with pytest.raises(ConfigError, match="agrees with --checkpoint on text, and not on a picture"):
@@ -250,9 +250,9 @@ def test_faults_in_the_middle(there, vllm, model):
     written = there.store.written
     for file in there.store.folder.glob("*.safetensors"):  # somebody tidies up
         file.unlink()
-    assert ask().text() == expected[0] and there.store.written == written + 1
-    there.vllm.failures = 1  # vLLM could not load: computed again, once
     assert ask().text() == expected[0] and there.store.written == written + 2
+    there.vllm.failures = 1  # vLLM could not load: computed again, once
+    assert ask().text() == expected[0] and there.store.written == written + 4
     there.vllm.failures = 2
     assert isinstance(ask().end(), Failed)
     there.vllm.failures = 0
@@ -317,16 +317,19 @@ def test_runs_hold_what_a_whole_prefill_computes(name, vllm, tmp_path):
         at += run.places
     assert at == asked.encoded.image_positions[-1] + 16
 
-    keys = [run.key for run in runs]
-    again = [run.key for run in prefixes.runs(question(model, *ASKED[3]).request)]
-    longer = [
-        run.key for run in prefixes.runs(question(model, ["<image>\nis it blue?", "yes", "<image>\n?"], [0, 2]).request)
-    ]
-    other = [run.key for run in prefixes.runs(question(model, ASKED[3][0], [1, 2]).request)]
-    assert keys == again and keys[0] == longer[0] and not set(keys[1:]) & set(longer[1:])
-    assert keys[-1] == other[-1] and not set(keys[:-1]) & set(other[:-1]) - {keys[0]} and keys[1] != other[1]
+    def keys(texts: list[str], numbers: list[int]) -> list[str]:
+        return [run.key for run in prefixes.runs(question(model, texts, numbers).request)]
+
+    ours, texts = [run.key for run in runs], ASKED[3][0]  # text, picture, text, picture
+    assert keys(texts, [0, 2]) == ours and len(set(ours)) == 4
+    same = lambda other: [a == b for a, b in zip(ours, other, strict=True)]  # noqa: E731
+    assert same(keys(["<image>\nis it blue?", *texts[1:]], [0, 2])) == [True, True, False, True]
+    assert same(keys(texts, [1, 2])) == [True, False, False, True], "text depends on the pictures before it"
+    assert same(keys(["<image>\nis it red or blue?", *texts[1:]], [0, 2])) == [True, True, False, False], (
+        "another place"
+    )
     elsewhere = vllm.prefixes.Prefixes(make_model(name, seed=3), store)
-    assert not set(keys) & {run.key for run in elsewhere.runs(asked)}
+    assert not set(ours) & {run.key for run in elsewhere.runs(asked)}, "another model"
     store.close()
 
 
