@@ -161,9 +161,7 @@ def check(folder: Path, name: str, checkpoint: str, flags: argparse.Namespace) -
         print(f"{name}: vLLM is up after {time.monotonic() - start:.0f} s", flush=True)
         engine = VllmEngine(model, Client(f"http://127.0.0.1:{PORT}"), Store(store, 10**9))
         engine.start()
-        with in_background(
-            Server(engine, Settings(name, pictures=dataclasses.replace(Settings(name).pictures)))
-        ) as url:
+        with in_background(Server(engine, Settings(name))) as url:
             ask_all(name, engine, f"{url}/v1", pictures, expected)
         refuse_another(checkpoint, store, engine)
         engine.drain()
@@ -197,19 +195,16 @@ def ask_all(name: str, engine: VllmEngine, url: str, pictures: Sequence[Image.Im
         raise SystemExit("something was computed twice")
     blind = [whole(body) for body in (request(name, ASKED[0], [noise(n + 50)] * 4) for n in range(4))]
     print(f"  other pictures, other answers: {sum(said != expected[0] for said in blind)} of {len(blind)}")
-    for file in engine.store.folder.glob(f"*{SUFFIX}"):  # while nobody looks; a store's own files are known to it
-        file.write_bytes(b"")
-    salted = [request(name, [("user", [n, "is it red?"])], [noise(n + 9) for n in range(4)]) for n in range(2)]
-    fresh = [whole(body) for body in salted]
+    # Two pictures, of which vLLM keeps the whole blocks; then another question about each, and the files are broken.
+    fresh = [noise(n + 9) for n in range(4)]
+    for body in (request(name, [("user", [n, "is it red?"])], fresh) for n in range(2)):
+        whole(body)
     for file in engine.store.folder.glob(f"*{SUFFIX}"):
         file.write_bytes(b"")
-    # Another question about each: vLLM has the pictures' whole blocks, and wants the rest from files that are broken.
-    more = [request(name, [("user", [n, "is it a circle?"])], [noise(n + 9) for n in range(4)]) for n in range(2)]
-    alone = engine.model.answer(
-        [conversation([("user", [n, "is it a circle?"])], [noise(n + 9) for n in range(4)]) for n in range(2)], NEW
-    )
-    compare(name, "after their keys and values were cut", [whole(body) for body in more], alone)
-    assert fresh
+    more: list[Any] = [[("user", [n, "is it a circle?"])] for n in range(2)]
+    alone = engine.model.answer([conversation(turns, fresh) for turns in more], NEW)
+    said = [whole(request(name, turns, fresh)) for turns in more]
+    compare(name, "after their keys and values were cut", said, alone)
 
 
 async def together(url: str, bodies: list[dict[str, Any]]) -> list[str]:

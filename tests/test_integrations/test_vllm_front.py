@@ -6,12 +6,13 @@ So that what is wrong in a prompt's ids, in its runs, in their keys and values o
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,11 +125,11 @@ class Vllm:
             top = {f"token_id:{n}": float(said[n]) for n in np.argsort(said)[-body["logprobs"] :]}
             return JSONResponse({"choices": [{"logprobs": {"top_logprobs": [top]}}]})
 
-        def pieces() -> Iterator[str]:
+        async def pieces() -> AsyncIterator[str]:
             try:
                 for token in tokens:
                     yield f"data: {json.dumps({'choices': [{'token_ids': [token]}]})}\n\n"
-                    time.sleep(self.slow)
+                    await asyncio.sleep(self.slow)
                 yield "data: [DONE]\n\n"
             finally:
                 self.left.set()
@@ -261,14 +262,12 @@ def test_faults_in_the_middle(there, vllm, model):
     assert isinstance(ask(deadline=time.monotonic() + 0.7).end().error, OverdueError)
     there.vllm.left.clear()
     left = ask(ignore_eos=True)
-    while not left.events and there.engine.busy:
-        time.sleep(0.01)
+    wait_for(lambda: left.events)
     there.engine.cancel(left.ticket)
     assert there.vllm.left.wait(20), "vLLM goes on for nobody"
     there.vllm.slow = 0.05
     last = ask()
-    while there.engine.waiting:
-        time.sleep(0.01)
+    wait_for(lambda: not there.engine.waiting)
     there.engine.drain()
     with pytest.raises(UnavailableError, match="shutting down"):
         ask()
