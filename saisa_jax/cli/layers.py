@@ -18,7 +18,7 @@ from rich.table import Table
 
 from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
-from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig
+from saisa_jax.config import ConfigError, FlamingoConfig, ModelConfig, ProjectorConfig
 
 if TYPE_CHECKING:
     from saisa_jax.evaluation.layers import LayerUse
@@ -102,6 +102,6 @@ def table(used: LayerUse) -> Table:
 
 def proposed(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
     """A SAISA with one projector whose tokens these layers read, as ViCA is."""
-    others = {"naavit_layers": (), "frozen_visual_layers": ()}
+    others = {"naavit_layers": (), "frozen_visual_layers": (), "flamingo": FlamingoConfig()}
     shared = ProjectorConfig(sharing="shared", hidden_dim=config.projector.hidden_dim)
     return dataclasses.replace(config, alignment="saisa", projector=shared, visual_layers=layers, **others)
