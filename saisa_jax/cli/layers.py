@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
     task = TASKS[name].under("llava")
     data = TaskData(options.data, options.images, model.stage_config.validation, model.stage, "llava", name)
     items = runner.read_items(task, data, options.limit)
-    keep = max(1, config.num_layers // 4) if options.keep is None else options.keep
+    few = max(1, min(config.num_layers // 4, len(config.visible_layers)))
+    keep = few if options.keep is None else options.keep
 
     def progress(what: str, done: int, total: int) -> None:
         console.print(f"{what}: {done} of {total}", highlight=False)

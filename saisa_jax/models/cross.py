@@ -210,7 +210,7 @@ class CrossedStack(LayerStack):
             _, image = crossing.source.read(params, None, of_image, "keys")
             others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
         if crossing.past_mask is not None:
-            others.append(KeyBlock(*past_kv, crossing.past_mask))
+            others.append(KeyBlock(past_kv[0], past_kv[1], crossing.past_mask))
         x, kv, attention = self._apply_cross(params, "__call__", x, others, crossing.own, crossing.impl)
         available = {"kv": kv}
         if crossing.tokens and {"attention", "image_attention"} & set(crossing.capture):

@@ -26,7 +26,8 @@ def test_with_gates_at_0_it_is_the_text_decoder_to_the_bit(name: str) -> None:
     params = init_params(config, jax.random.key(0))
     batch = make_batch(config, LAYOUTS, text_length=6, max_images=1)
     crossed = jax.jit(lambda p, b: Saisa(config).apply({"params": p}, b)[0])(params, batch)
-    text = {key: value[:, :0] if key.startswith("image") else value for key, value in batch.items()}
+    text = make_batch(config, LAYOUTS, text_length=6, max_images=1)
+    text.update({key: text[key][:, :0] for key in ("images", "image_positions", "image_segment_ids")})
     other = dataclasses.replace(config, alignment="naavit", flamingo=FlamingoConfig())
     own = {key: value for key, value in params.items() if key != "cross_layers"}
     alone = jax.jit(lambda p, b: Saisa(other).apply({"params": p}, b)[0])(own, text)
