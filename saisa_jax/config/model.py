@@ -10,6 +10,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from saisa_jax.batch import Slot
 from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 from saisa_jax.config.vision import ProjectorConfig, VisionConfig
 
@@ -220,6 +223,14 @@ class ModelConfig:
     def num_visual_tokens(self) -> int:
         """P, visual tokens of an image: as many as patches, or what the projector makes of them."""
         return self.projector.num_tokens or self.vision.num_patches
+
+    @property
+    def image_slot(self) -> Slot:
+        """What an image slot of a batch holds that the model is trained on: an image, or its features."""
+        vision = self.vision
+        if vision.precomputed:
+            return Slot((vision.num_patches, vision.embed_dim), np.dtype(self.dtype))
+        return Slot.of(vision.image_size)
 
     @property
     def cross_layers(self) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ class VisionConfig:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     image_mode: str = "pad"  # how an image is made square: pad | square (centre crop) | resize
+    precomputed: bool = False  # a batch holds the encoder's features in place of images; set by `data.features`
 
     def __post_init__(self) -> None:
         where = "model.vision"
