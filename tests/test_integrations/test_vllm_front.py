@@ -336,6 +336,7 @@ def test_runs_hold_what_a_whole_prefill_computes(name, vllm, tmp_path):
     ("name", "fields", "message"),
     [
         ("llava", {}, "model.alignment=llava: its visual tokens depend on the text before them"),
+        ("flamingo", {}, "model.alignment=flamingo: it has layers that no stock decoder has"),
         ("saisa", {"visual_layers": (0,)}, r"model.visual_layers leaves out \[1\]"),
         ("saisa", {"frozen_prefix": True}, "model.frozen_prefix: a stock decoder has no such text"),
     ],
@@ -344,7 +345,6 @@ def test_models_that_a_stock_decoder_does_not_compute(name, fields, message, vll
     model = SimpleNamespace(
         model_config=dataclasses.replace(tiny_config(name).model, **fields),
         config=tiny_config(name),
-        generator=SimpleNamespace(caches_images=name != "llava"),
     )
     with pytest.raises(ConfigError, match=message):
         vllm.prefixes.check_served(model)

@@ -32,11 +32,10 @@ PLACEHOLDER = 0
 def check_served(model: VisionLanguageModel) -> None:
     """Raises ConfigError for a model that a stock decoder, with what can be put into its cache, does not compute."""
     config, instead = model.model_config, "`python -m saisa_jax serve` answers with it"
-    if not model.generator.caches_images:
-        raise ConfigError(
-            f"model.alignment={config.alignment}: its visual tokens depend on the text before them, so that no picture "
-            "is encoded ahead; saisa and naavit are served, and chat and eval.py answer with all three"
-        )
+    if config.alignment not in ("saisa", "naavit"):
+        llava = "its visual tokens depend on the text before them, so that no picture is encoded ahead"
+        reason = llava if config.alignment == "llava" else f"it has layers that no stock decoder has; {instead}"
+        raise ConfigError(f"model.alignment={config.alignment}: {reason}; vLLM serves saisa and naavit")
     if len(config.visible_layers) < config.num_layers:
         unseen = sorted(set(range(config.num_layers)) - set(config.visible_layers))
         raise ConfigError(
