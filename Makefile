@@ -117,9 +117,8 @@ PROOF_RUNS := $(PROOF_VARIANTS) $(PROOF_SEEDS)
 PROOF_SET := --captions=6000 --train=9000
 PROOF_FLAGS :=
 PROOF_REPEAT := 20
-# Where training reads: `drawings` (JSON and pictures), or `shards` that `data prepare` makes of them.
-PROOF_DATA := drawings
-PROOF_PREPARE :=
+# What training reads: `drawings`, or `features`, what the frozen encoder makes of them, computed once for all runs.
+PROOF_DATA := features
 PROOF_EVALUATIONS := $(PROOF_RUNS:%=$(PROOF)/%/evaluation/drawings.json)
 comma := ,
 empty :=
@@ -138,17 +137,17 @@ $(PROOF)/drawings/set.json: | $(PROOF)/packages/unpacked $(VENV)/installed-proof
 # $(call prepare,directory,stage,split)
 define prepare
 $(BIN)/python -m saisa_jax data prepare --config=configs/proof.py:saisa,$(PROOF) --stage=$(2) --split=$(3) \
-  --output=$(PROOF)/shards/$(1) $(PROOF_PREPARE)
+  --output=$(PROOF)/features/$(1) --features
 endef
 
-$(PROOF)/shards/prepared: | $(PROOF)/start/model.json $(PROOF)/drawings/set.json
+$(PROOF)/features/prepared: | $(PROOF)/start/model.json $(PROOF)/drawings/set.json
 	$(call prepare,captions,pretrain,train)
 	$(call prepare,captions_validation,pretrain,validation)
 	$(call prepare,train,finetune,train)
 	$(call prepare,validation,finetune,validation)
 	@touch $@
 
-PROOF_READY := $(PROOF)/start/model.json $(PROOF)/drawings/set.json $(if $(filter shards,$(PROOF_DATA)),$(PROOF)/shards/prepared)
+PROOF_READY := $(PROOF)/start/model.json $(PROOF)/drawings/set.json $(if $(filter features,$(PROOF_DATA)),$(PROOF)/features/prepared)
 
 # A run is called by its variant, or VARIANT-seedN.
 $(PROOF)/%/evaluation/drawings.json: | $(PROOF_READY)

@@ -6,7 +6,7 @@ r"""The proof: SAISA beside its family on real weights and pictures, each by the
 
 The argument is VARIANT[,ROOT[,DATA]]. VARIANT is one of saisa, naavit, llava, low_rank, vica and blind (SAISA that
 never sees a picture). ROOT holds `start` (SmolLM2-135M-Instruct and DINOv2-small, or whatever else `convert import` has
-put together) and what DATA names: `drawings` (of `data drawings`; the default) or `shards` (of `data prepare`).
+put together) and what DATA names: `drawings` (of `data drawings`; the default) or `features` (what `data prepare --features` has made of them).
 
 Stage 1 trains the projector on captions, stage 2 projectors and decoder on questions; the encoder is frozen, and every
 variant reads the same samples in the same rows.
@@ -52,16 +52,16 @@ FROZEN = GroupConfig(frozen=True)  # float32, as everything: bfloat16 is slower 
 def get_config(argument: str = "saisa") -> ConfigDict:
     given = argument.split(",", 2)
     variant, root, data = given + ["saisa", "runs/proof", "drawings"][len(given) :]
-    if variant not in VARIANTS or data not in ("drawings", "shards"):
+    if variant not in VARIANTS or data not in ("drawings", "features"):
         raise ConfigError(
             f"configs/proof.py:{argument} is no VARIANT[,ROOT[,DATA]]; variants: {', '.join(VARIANTS)}; data: "
-            "drawings, shards"
+            "drawings, features"
         )
     where = Path(root)
 
     def source(name: str) -> SourceConfig:
-        if data == "shards":
-            return SourceConfig("arrayrecord", str(where / "shards" / name))
+        if data == "features":
+            return SourceConfig("arrayrecord", str(where / "features" / name))
         return SourceConfig("llava", str(where / "drawings" / f"{name}.json"), images=str(where / "drawings/images"))
 
     model = start_model(where / "start", VARIANTS[variant])
@@ -73,7 +73,12 @@ def get_config(argument: str = "saisa") -> ConfigDict:
         allow_random_init=variant == "blind",
         init_from=str(where / "start"),
         model=model,
-        data=DataConfig(tokenizer=str(where / "start/tokenizer"), system_prompt="", blind=variant == "blind"),
+        data=DataConfig(
+            tokenizer=str(where / "start/tokenizer"),
+            system_prompt="",
+            blind=variant == "blind",
+            features=data == "features",
+        ),
         # Stage 1: captions teach one projector for all layers. Rows of four pictures are those that cost least a sample
         # in both stages (`python -m saisa_jax rows`).
         pretrain=StageConfig(

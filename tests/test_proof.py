@@ -40,10 +40,10 @@ def test_every_variant_differs_in_the_model_alone(variant: str) -> None:
     assert config.stages == (("finetune",) if variant == "blind" else ("pretrain", "finetune"))
 
 
-def test_data_is_drawings_or_shards() -> None:
-    shards = from_config_dict(Config, get_config(f"saisa,{ROOT_OF_RUNS},shards"))
-    assert shards.finetune.sources[0].path == f"{ROOT_OF_RUNS}/shards/train"
-    for wrong in ("sausa", f"saisa,{ROOT_OF_RUNS},pictures", f"saisa,{ROOT_OF_RUNS},shards,more"):
+def test_data_is_drawings_or_features() -> None:
+    config = from_config_dict(Config, get_config(f"saisa,{ROOT_OF_RUNS},features"))
+    assert config.data.features and config.finetune.sources[0].path == f"{ROOT_OF_RUNS}/features/train"
+    for wrong in ("sausa", f"saisa,{ROOT_OF_RUNS},pictures", f"saisa,{ROOT_OF_RUNS},features,more"):
         with pytest.raises(ConfigError, match=r"VARIANT\[,ROOT\[,DATA\]\]"):
             get_config(wrong)
 

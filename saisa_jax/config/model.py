@@ -10,6 +10,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from saisa_jax.batch import Slot
 from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 
 ALIGNMENTS = ("saisa", "naavit", "llava")
@@ -65,6 +68,7 @@ class VisionConfig:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     image_mode: str = "pad"  # how an image is made square: pad | square (centre crop) | resize
+    precomputed: bool = False  # a batch holds the encoder's features in place of images; set by `data.features`
 
     def __post_init__(self) -> None:
         where = "model.vision"
@@ -344,6 +348,14 @@ class ModelConfig:
     def num_visual_tokens(self) -> int:
         """P, visual tokens of an image: as many as patches, or what the projector makes of them."""
         return self.projector.num_tokens or self.vision.num_patches
+
+    @property
+    def image_slot(self) -> Slot:
+        """What an image slot of a batch holds that the model is trained on: an image, or its features."""
+        vision = self.vision
+        if vision.precomputed:
+            return Slot((vision.num_patches, vision.embed_dim), np.dtype(self.dtype))
+        return Slot.of(vision.image_size)
 
     @property
     def visible_layers(self) -> tuple[int, ...]:

@@ -171,10 +171,12 @@ class Saisa(nn.Module):
             )
 
     def encode_images(self, images: Any) -> Float[Array, "B V C"]:
-        """Raw features Z of uint8 images [B, M, height, width, 3]; V = M * P."""
+        """Raw features Z of uint8 images [B, M, height, width, 3], or of slots that hold them [B, M, P, C]; V = M P."""
         rows, slots = images.shape[:2]
         if slots == 0:
             return jnp.zeros((rows, 0, self.config.vision.embed_dim), jnp.dtype(self.config.dtype))
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return jnp.asarray(images).reshape(rows, -1, images.shape[-1])
         features, _ = self.vision(jnp.asarray(images).reshape(rows * slots, *images.shape[2:]))
         return features.reshape(rows, -1, features.shape[-1])
 

@@ -19,6 +19,7 @@ from saisa_jax.config import ADAPTER_PATTERN, PROJECTOR_PATTERN, STAGES, Config,
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.text.conversation import end_token_id
+from saisa_jax.inference.features import feature_spec
 from saisa_jax.models.projectors import PROJECTORS, base_of
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
@@ -187,6 +188,7 @@ def check_stages(
     data = {name: StageData(config, name, tokenizer, str(workdir / name), effort) for name in config.stages}
     for name in config.stages:
         settings = config.stage(name)
+        _check_features(config, name, workdir, data[name])
         end_token_id(settings.template, tokenizer)
         _ = data[name].steps
         params = abstract_params(config.trained_model(name))
@@ -199,6 +201,31 @@ def check_stages(
                 f"{', '.join(training)}; use groups=TRAIN_ADAPTERS, or --config.{name}.lora.rank=0"
             )
     return data
+
+
+def _check_features(config: Config, stage: str, workdir: epath.Path, data: StageData) -> None:
+    """With `data.features`: the stage keeps the encoder frozen, and it is the one that made the features.
+
+    Raises:
+      ConfigError, DataError: it does not, or is not.
+    """
+    if not config.data.features:
+        return
+    groups = config.stage(stage).groups
+    rows = assign_groups(abstract_params(config.model_for(stage)), groups)
+    trained = [path for path, row in rows.items() if path.startswith("vision/") and not groups[row][1].frozen]
+    if trained:
+        raise ConfigError(
+            f"{stage}.groups train the vision encoder ({trained[0]} and {len(trained) - 1} more), and with "
+            "--config.data.features=True it is not run: freeze r'vision/.*', or train on images"
+        )
+    source = start_model(config, workdir)  # whose encoder every stage keeps
+    if not source:
+        raise ConfigError(
+            "--config.data.features=True needs the encoder that made the features: name a model that holds it with "
+            "--config.init_from"
+        )
+    data.check_features(feature_spec(config, source))
 
 
 def check_projectors(config: Config, workdir: epath.Path) -> None:
