@@ -6,7 +6,8 @@ r"""The proof: SAISA beside its family on real weights and pictures, each by the
 
 The argument is VARIANT[,ROOT[,DATA]]. VARIANT is one of saisa, naavit, llava, low_rank, vica and blind (SAISA that
 never sees a picture). ROOT holds `start` (SmolLM2-135M-Instruct and DINOv2-small, or whatever else `convert import` has
-put together) and what DATA names: `drawings` (of `data drawings`; the default) or `features` (what `data prepare --features` has made of them).
+put together) and what DATA names: `drawings` (of `data drawings`; the default) or `features` (what `data prepare
+--features` has made of them).
 
 Stage 1 trains the projector on captions, stage 2 projectors and decoder on questions; the encoder is frozen, and every
 variant reads the same samples in the same rows.
