@@ -113,8 +113,8 @@ $(PROOF)/packages/unpacked: $(PROOF)/downloads/checked
 # Stopped, the same command goes on. Sizes are such that all of it takes about eight hours of two cores (docs/proof.md).
 PROOF_VARIANTS := saisa naavit llava low_rank vica blind
 PROOF_SEEDS := saisa-seed1
-PROOF_RUNS := $(PROOF_VARIANTS) $(PROOF_SEEDS)
-PROOF_SET := --captions=6000 --train=9000
+PROOF_RUNS = $(strip $(PROOF_VARIANTS) $(PROOF_SEEDS))
+PROOF_SET := --captions=5000 --train=7000
 PROOF_FLAGS :=
 PROOF_REPEAT := 20
 # What training reads: `drawings`, or `features`, what the frozen encoder makes of them, computed once for all runs.
