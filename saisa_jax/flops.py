@@ -88,8 +88,9 @@ def prefill(config: ModelConfig, text: int, images: int = 1, convention: str = "
 
 
 def layer(config: ModelConfig, text: int, images: int = 1) -> Breakdown:
-    """FLOPs of one decoder layer that sees the images; arguments as in `prefill`."""
-    return prefill(dataclasses.replace(config, num_layers=1, visual_layers=None), text, images, "paper")
+    """FLOPs of one decoder layer that sees the images, under Flamingo with its cross layer; arguments of `prefill`."""
+    every = {"flamingo": dataclasses.replace(config.flamingo, every=1)} if config.cross_layers else {}
+    return prefill(dataclasses.replace(config, num_layers=1, visual_layers=None, **every), text, images, "paper")
 
 
 @functools.lru_cache(maxsize=1024)

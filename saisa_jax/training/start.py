@@ -15,7 +15,16 @@ from jax.sharding import Mesh
 from saisa_jax import parallel
 from saisa_jax.checkpoints import is_model, load_model, local_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
-from saisa_jax.config import ADAPTER_PATTERN, PROJECTOR_PATTERN, STAGES, Config, ConfigError, ModelConfig
+from saisa_jax.config import (
+    ADAPTER_PATTERN,
+    CROSS_PATTERN,
+    PROJECTOR_PATTERN,
+    STAGES,
+    Config,
+    ConfigError,
+    FlamingoConfig,
+    ModelConfig,
+)
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.text.conversation import end_token_id
@@ -129,9 +138,11 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
     shared, sharing = "visual_proj" not in params["layers"], model.projector.sharing
     stored = dataclasses.replace(model.projector, sharing="shared" if shared else "per_layer")
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
+    without_cross = bool(model.cross_layers) and "cross_layers" not in params
+    fresh = [CROSS_PATTERN] if without_cross else []
     if _has_untrained_other(document, account.model, model):
         stored = dataclasses.replace(account.model.projector, sharing="shared")
-        convert = functools.partial(_with_fresh, config=config, stage=stage, pattern=PROJECTOR_PATTERN)
+        fresh.append(PROJECTOR_PATTERN)
     elif model.per_layer_projectors and shared:
         convert = functools.partial(share_to_per_layer, config=model, seed=config.seed)
     elif not shared and sharing == "shared":
@@ -144,9 +155,13 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
             f"{source} has a projector for each layer, and model.projector.kind={model.projector.kind} starts from one "
             "for all: name a model of stage 1 with --config.init_from, or set --config.model.projector.kind=mlp"
         )
+    if fresh:
+        convert = functools.partial(_with_fresh, config=config, stage=stage, pattern="|".join(fresh))
     lines = differences(describe(jax.eval_shape(convert, params)), describe(abstract_params(model)), dtypes=False)
     if lines:
         raise ConfigError(f"{source} does not fit --config.model: {'; '.join(lines)}")
+    if without_cross:  # the parameters of any other alignment with one projector
+        model = dataclasses.replace(model, alignment="naavit", flamingo=FlamingoConfig())
     return convert, dataclasses.replace(model, projector=stored)
 
 
@@ -240,14 +255,18 @@ def check_projectors(config: Config, workdir: epath.Path) -> None:
     if names_step(config.init_from):
         return  # which was trained
     if config.init_from:
-        imported = read_account(config.init_from)[0]["metadata"].get("imported")
-        if imported is None or "projector" in imported["parts"]:
+        document = read_account(config.init_from)[0]
+        imported = document["metadata"].get("imported")
+        crossed = not config.model.cross_layers or any(re.fullmatch(CROSS_PATTERN, path) for path in document["leaves"])
+        if crossed and (imported is None or "projector" in imported["parts"]):
             return
-        seen = f"--config.init_from={config.init_from} was imported without a trained projector"
+        lacks = "was imported without a trained projector" if crossed else "holds no cross layers"
+        seen = f"--config.init_from={config.init_from} {lacks}"
     else:
         seen = f"there is no {local_model(workdir, 'pretrain')} and no --config.init_from"
+    what = "projectors or cross layers" if config.model.cross_layers else "projectors"
     raise ConfigError(
-        f"stage 2 would start from random projectors: {seen}. Name a model of stage 1 with --config.init_from=WORKDIR/"
+        f"stage 2 would start from random {what}: {seen}. Name a model of stage 1 with --config.init_from=WORKDIR/"
         "pretrain/model, train both stages (--config.stages=pretrain,finetune), or start so on purpose with "
         "--config.allow_random_init=True"
     )
