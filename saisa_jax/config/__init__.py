@@ -16,6 +16,7 @@ from saisa_jax.config.config_dict import (
 )
 from saisa_jax.config.data import DataConfig, SourceConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
+from saisa_jax.config.distill import DistillConfig, Teacher
 from saisa_jax.config.model import (
     ACTIVATIONS,
     ALIGNMENTS,
@@ -79,6 +80,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "DistributedConfig",
     "EvaluationConfig",
     "GroupConfig",
@@ -92,6 +94,7 @@ __all__ = [
     "RopeScalingConfig",
     "SourceConfig",
     "StageConfig",
+    "Teacher",
     "TrainingConfig",
     "VisionConfig",
     "from_config_dict",
