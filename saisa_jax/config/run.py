@@ -69,6 +69,7 @@ class Config:
             "model.projector.sharing=per_layer, or model.projector.kind=mlp",
         )
         check(self.model.lora.rank == 0, "model.lora belongs to a stage: set finetune.lora")
+        check(not self.model.vision.precomputed, "model.vision.precomputed belongs to the data: set data.features")
         if self.model.alignment != "saisa":
             for stage in self.stages:
                 check(
@@ -81,14 +82,16 @@ class Config:
     @property
     def teacher(self) -> Teacher | None:
         """Of stage 2; None: there is none."""
-        return teacher_of(self.distill, self.model_for("finetune"), self.init_from)
+        return teacher_of(self.distill, self.trained_model("finetune"), self.init_from)
 
     def stage(self, name: str) -> StageConfig:
         return getattr(self, name)
 
     def trained_model(self, stage: str) -> ModelConfig:
-        """The model while stage `stage` trains it: with the adapters that are merged into it at the end."""
-        return dataclasses.replace(self.model_for(stage), lora=self.stage(stage).lora)
+        """The model while stage `stage` trains it: with the adapters that are merged into it at the end, and on
+        features where the data hold them."""
+        vision = dataclasses.replace(self.model.vision, precomputed=self.data.features)
+        return dataclasses.replace(self.model_for(stage), lora=self.stage(stage).lora, vision=vision)
 
     def model_for(self, stage: str) -> ModelConfig:
         """The model as stage `stage` leaves it: its own sharing of projectors."""

@@ -102,6 +102,7 @@ def _differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
     def fields(model: ModelConfig) -> dict[str, Any]:
         plain = {name: value for name, value in dataclasses.asdict(model).items() if name not in _FREE}
         plain["projector"].pop("rank")
+        plain["vision"].pop("precomputed")
         return flatten({**plain, "projector": {**plain["projector"], "hidden_dim": model.projector_dim}})
 
     ours, theirs = fields(expected), fields(found)

@@ -178,7 +178,7 @@ def _gradient(
 ) -> Any:
     """The jaxpr of loss and gradients of `rows` rows."""
     model = _traceable(model)
-    batch = empty_batch(rows, text, images, model.vision.image_size)
+    batch = empty_batch(rows, text, images, model.image_slot)
     trainable, frozen = jax.eval_shape(lambda params: split(params, groups), abstract_params(model))
     own = None
     if teacher is not None:

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ from saisa_jax.config import Config, ConfigError, ModelConfig
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.models.layers import ACTIVATIONS
 from saisa_jax.models.saisa import Saisa, share_to_per_layer
+from saisa_jax.training import processes
 from saisa_jax.training.setup import setup_stage
 from saisa_jax.training.start import check_tokenizer, copy_of_start, fits_start
 from saisa_jax.training.state import param_shardings
@@ -109,19 +112,15 @@ def save_fit(
         ]
         del moments
         params = _student(model, params, fits, config.seed, param_shardings(model, mesh, rules))
-    for layer, found in zip(model.visible_layers, fits, strict=True):
-        logging.info(
-            "layer %d: the teacher's visual tokens are missed by %.1f%% of their size; by %.1f%% as a copy",
-            layer, 100 * found.fitted, 100 * found.copied,
-        )  # fmt: skip
+    if processes.is_first():
+        print(f"fitted to {tokens:,} visual tokens of {path} in {time.monotonic() - began:.0f} s", file=sys.stderr)
+        for layer, found in zip(model.visible_layers, fits, strict=True):
+            print(f"layer {layer}: they are missed by {found.fitted:.1%} of their size, as a copy of the connector by "
+                  f"{found.copied:.1%}", file=sys.stderr, flush=True)  # fmt: skip
     errors = {name: [getattr(found, name) for found in fits] for name in ("copied", "fitted")}
     metadata = {"stage": "finetune", "start": path, "seed": config.seed, "alignment": model.alignment}
     metadata |= {"fit": {"layers": list(model.visible_layers), "tokens": tokens, **errors}}
     save_model(start, params, config, tokenizer, metadata, copy_sidecar(path))
-    logging.info(
-        "%s is a student of %s: its projectors were fitted to %s visual tokens in %.0f s", start, path, f"{tokens:,}",
-        time.monotonic() - began,
-    )  # fmt: skip
 
 
 def _tell_of_few(config: Config, tokens: int, width: int) -> None:
@@ -157,7 +156,9 @@ def _student(model: ModelConfig, params: Params, fits: list[Fit], seed: int, sha
         projectors = {**projectors, **({"fc2": changed} if added else fitted)}
         return {**params, "layers": {**params["layers"], "visual_proj": projectors}}
 
-    return jax.jit(convert, out_shardings=shardings, donate_argnums=0)(params, fitted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # the connector's
+        return jax.jit(convert, out_shardings=shardings, donate_argnums=0)(params, fitted)
 
 
 # --- Sums over visual tokens ------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def gather(
             if stopped() and jax.process_count() == 1:
                 raise FitStopped
             host = parallel.together(lambda: next(batches))
-            found = _of_batch(teacher, student, mesh, params, parallel.to_device(host.batch, mesh, rows))
+            found = sums_of_batch(teacher, student, mesh, params, parallel.to_device(host.batch, mesh, rows))
             bad = np.flatnonzero(~np.isfinite(np.asarray(found.yy)))
             if len(bad):
                 layer = student.visible_layers[bad[0]]
@@ -191,7 +192,7 @@ def gather(
                     f"or --config.model.dtype={teacher.dtype} is too narrow for it"
                 )
             with jax.enable_x64(True):
-                sums = _add(sums, found)
+                sums = add_sums(sums, found)
             logging.log_every_n_seconds(logging.INFO, "fit: batch %d of %d", 30, step + 1, count)
     finally:
         batches.close()
@@ -200,7 +201,7 @@ def gather(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _of_batch(teacher: ModelConfig, student: ModelConfig, mesh: Mesh, params: Params, batch: Batch) -> Moments:
+def sums_of_batch(teacher: ModelConfig, student: ModelConfig, mesh: Mesh, params: Params, batch: Batch) -> Moments:
     """Sums over a batch's visual tokens, float32, split over the mesh."""
     variables = {"params": params}
     features = Saisa(teacher).apply(variables, batch["images"], method=Saisa.encode_images)
@@ -250,7 +251,7 @@ def _split(x: Any, mesh: Mesh) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(sums: Moments | None, found: Moments) -> Moments:
+def add_sums(sums: Moments | None, found: Moments) -> Moments:
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), found)
     return wide if sums is None else jax.tree.map(jnp.add, sums, wide)
 

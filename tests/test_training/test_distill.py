@@ -112,7 +112,9 @@ def test_divergence_and_its_gradient_are_the_formulas():
 def step_of(groups, sizes=(1, 1, 1), **stage):
     """(setup, state before, state after two steps, their metrics, the step) of a student that starts as copies."""
     base = tiny_config()
-    finetune = dataclasses.replace(base.finetune, groups=groups, optimizer=OptimizerConfig(lr=1e-2, eps=1e-3, warmup_fraction=0.0), **stage)
+    finetune = dataclasses.replace(
+        base.finetune, groups=groups, optimizer=OptimizerConfig(lr=1e-2, eps=1e-3, warmup_fraction=0.0), **stage
+    )
     distill = DistillConfig(teacher="somewhere", weight=0.5, temperature=2.0, start="copy")
     config = dataclasses.replace(
         base, stages=("finetune",), finetune=finetune, distill=distill, mesh=MeshConfig(*sizes)

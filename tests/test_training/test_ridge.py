@@ -48,9 +48,9 @@ def moments_of(model: ModelConfig, sizes=(1, 1, 1)) -> list[Moments]:
     sums = None
     with parallel.use(mesh, parallel.make_rules(LLAVA, mesh)):
         for batch in batches():
-            found = ridge._of_batch(LLAVA, model, mesh, params(), parallel.to_device(batch, mesh))
+            found = ridge.sums_of_batch(LLAVA, model, mesh, params(), parallel.to_device(batch, mesh))
             with jax.enable_x64(True):
-                sums = ridge._add(sums, found)
+                sums = ridge.add_sums(sums, found)
         assert sums.xx.dtype == "float64"
         return list(ridge._layers(sums, mesh))
 
