@@ -352,6 +352,17 @@ class Saisa(nn.Module):
         params = in_dtype(dequantized(params, dtype), dtype)
         return self.block.apply({"params": params}, *args, method=method)
 
+    def _gathered_once(self, params: Params) -> Params:
+        """A layer's parameters, with the kernels that serve both streams, `k_proj` and `v_proj`, whole on each device.
+
+        So the compiler gathers them, and reduces their gradients, for both streams together, and not for each product.
+        """
+        dtype, attn = jnp.dtype(self.config.dtype), dict(params["attn"])
+        for name in ("k_proj", "v_proj"):
+            if not isinstance(kernel := attn[name]["kernel"], tuple):  # of int8 weights, which do not train
+                attn[name] = {**attn[name], "kernel": constrain(kernel.astype(dtype), None, "kv_heads", "head_dim")}
+        return {**params, "attn": attn}
+
     def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
         c = self.config
         return scan_stack(body, carry, xs, remat_policy=c.remat_policy, scan=c.scan_layers)
@@ -411,6 +422,7 @@ class Saisa(nn.Module):
         (x, state), (params, of_visual, past_kv, hides) = carry, inputs
         others, tokens = [], reading.tokens
         if role in ("keys", "mlp"):
+            params = self._gathered_once(params)
             state, image = reading.source.read(params, state, of_visual, role)
             others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
         elif role == "queries" and hides is not None:
