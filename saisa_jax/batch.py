@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypedDict
 
+import ml_dtypes  # noqa: F401  # numpy learns of bfloat16 by it
 import numpy as np
 
 Array = Any  # numpy on the host, jax.Array on the device
@@ -40,9 +41,23 @@ class Batch(TypedDict):
     loss_weights: Array  # [B, T] float32
     positions: Array  # [B, T] int32
     segment_ids: Array  # [B, T] int32, 0 = padding
-    images: Array  # [B, M, height, width, 3] uint8
+    # [B, M, height, width, 3] uint8; or, where a frozen encoder has read them (`data.features`), its features
+    # [B, M, P, C] in the model's dtype
+    images: Array
     image_positions: Array  # [B, M] int32, position of an image's first visual token
     image_segment_ids: Array  # [B, M] int32, 0 = empty slot
+
+
+class Slot(NamedTuple):
+    """What an image slot of a batch holds."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, image: int | Slot) -> Slot:
+        """A slot as it is; a number: an image of so many pixels a side."""
+        return cls((image, image, 3), np.dtype(np.uint8)) if isinstance(image, int) else image
 
 
 class HostBatch(NamedTuple):
@@ -64,15 +79,16 @@ class HostBatch(NamedTuple):
         return int(self.lost[:, 1].sum())
 
 
-def empty_batch(rows: int, text_length: int, max_images: int, image_size: int) -> Batch:
+def empty_batch(rows: int, text_length: int, max_images: int, image: int | Slot) -> Batch:
     """All padding: the shapes and dtypes of a batch, for abstract evaluation and for filling in.
 
     Args:
       rows: B.
       text_length: T.
       max_images: M.
-      image_size: height and width in pixels.
+      image: what an image slot holds: pixels of a side, or something else.
     """
+    slot = Slot.of(image)
     text, slots = (rows, text_length), (rows, max_images)
     return Batch(
         tokens=np.zeros(text, np.int32),
@@ -80,7 +96,7 @@ def empty_batch(rows: int, text_length: int, max_images: int, image_size: int) -
         loss_weights=np.zeros(text, np.float32),
         positions=np.zeros(text, np.int32),
         segment_ids=np.zeros(text, np.int32),
-        images=np.zeros((*slots, image_size, image_size, 3), np.uint8),
+        images=np.zeros((*slots, *slot.shape), slot.dtype),
         image_positions=np.zeros(slots, np.int32),
         image_segment_ids=np.zeros(slots, np.int32),
     )

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from rich.table import Table
 
-from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.batch import Batch, Slot, empty_batch
 from saisa_jax.config import ConfigError, Groups, ModelConfig
 from saisa_jax.models.saisa import Saisa, abstract_params
 
@@ -88,14 +88,15 @@ def prefill(config: ModelConfig, text: int, images: int = 1, convention: str = "
 
 
 def layer(config: ModelConfig, text: int, images: int = 1) -> Breakdown:
-    """FLOPs of one decoder layer that sees the images; arguments as in `prefill`."""
-    return prefill(dataclasses.replace(config, num_layers=1, visual_layers=None), text, images, "paper")
+    """FLOPs of one decoder layer that sees the images, under Flamingo with its cross layer; arguments of `prefill`."""
+    every = {"flamingo": dataclasses.replace(config.flamingo, every=1)} if config.cross_layers else {}
+    return prefill(dataclasses.replace(config, num_layers=1, visual_layers=None, **every), text, images, "paper")
 
 
 @functools.lru_cache(maxsize=1024)
 def _prefill(config: ModelConfig, text: int, images: int) -> Breakdown:
     config = _plain(config)
-    program = _trace(_read(config), _params(config), _abstract_batch(config, 1, text, images))
+    program = _trace(_read(config), _params(config), _abstract_batch(1, text, images, config.vision.image_size))
     return _by_part(products(program))
 
 
@@ -107,7 +108,9 @@ def xla_prefill(config: ModelConfig, text: int, images: int = 1) -> float:
     """
     config = dataclasses.replace(config, scan_layers=False)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # other backends do not count before they compile
-        lowered = jax.jit(_read(config)).lower(_params(config), _abstract_batch(config, 1, text, images))
+        lowered = jax.jit(_read(config)).lower(
+            _params(config), _abstract_batch(1, text, images, config.vision.image_size)
+        )
         costs = lowered.cost_analysis()
     if not costs or "flops" not in costs:
         raise RuntimeError(f"XLA counted no FLOPs on the CPU backend, only {costs!r}")
@@ -163,7 +166,9 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
         params = traverse_util.unflatten_dict(frozen | trainable, sep="/")
         return jnp.sum(Saisa(config).apply({"params": params}, batch)[0])  # any loss: all logits get a gradient
 
-    program = _trace(jax.value_and_grad(loss), trainable, frozen, _abstract_batch(config, rows, text, images))
+    program = _trace(
+        jax.value_and_grad(loss), trainable, frozen, _abstract_batch(rows, text, images, config.image_slot)
+    )
     forward, backward = [], []
     for product in products(program):
         (backward if "transpose(" in product.scope else forward).append(product)
@@ -219,8 +224,8 @@ def _params(config: ModelConfig) -> Any:
     return abstract_params(config)
 
 
-def _abstract_batch(config: ModelConfig, rows: int, text: int, images: int) -> Batch:
-    batch = empty_batch(rows, text, images, config.vision.image_size)
+def _abstract_batch(rows: int, text: int, images: int, image: int | Slot) -> Batch:
+    batch = empty_batch(rows, text, images, image)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 

@@ -49,7 +49,7 @@ def make(llm: str, vision: str | VisionConfig, alignment: str = "saisa", **overr
     Args:
       llm: a name in LLMS.
       vision: a name in VISIONS, or a custom encoder (`dataclasses.replace(VISIONS[name], image_size=224)`).
-      alignment: saisa | naavit | llava. SAISA gets a projector for each layer, the others have one.
+      alignment: saisa | naavit | llava | flamingo. SAISA gets a projector for each layer, the others have one.
       **overrides: further fields of ModelConfig; they win over the preset's.
 
     Raises:

@@ -8,6 +8,7 @@ from saisa_jax.cli.flags import read_config
 from saisa_jax.config import (
     Config,
     ConfigError,
+    FlamingoConfig,
     GroupConfig,
     ModelConfig,
     ProjectorConfig,
@@ -66,6 +67,10 @@ def convnext(**changes):
     return VisionConfig(kind="convnext", **(fields | changes))
 
 
+def flamingo(**changes) -> ModelConfig:
+    return ModelConfig(**({"projector": ProjectorConfig(sharing="shared")} | changes), alignment="flamingo")
+
+
 IMPOSSIBLE = [
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), r"num_heads=6 is not divisible by model.num_kv_heads=4"),
     (lambda: VisionConfig(image_size=13, patch_size=14), r"image_size=13 holds no patch of model.vision.patch_size=14"),
@@ -100,6 +105,15 @@ IMPOSSIBLE = [
     (lambda: Config(model=ModelConfig(projector=ProjectorConfig("low_rank", "shared")),
                     finetune=StageConfig(sharing="shared")),
      r"low_rank trains a part for each layer in stage 2: set finetune.sharing=per_layer"),
+    (lambda: flamingo(flamingo=FlamingoConfig(every=0)), r"model.flamingo.every=0 must be positive"),
+    (lambda: flamingo(flamingo=FlamingoConfig(every=33)),
+     r"model.flamingo.every=33 is out of range for model.num_layers=32 \(legal: 1..32\)"),
+    (lambda: flamingo(visual_layers=(1,)), r"visual_layers is a choice of model.alignment=saisa, not of 'flamingo'"),
+    (lambda: flamingo(naavit_layers=(1,)), r"naavit_layers is a choice of model.alignment=llava, not of 'flamingo'"),
+    (lambda: flamingo(frozen_prefix=True), r"frozen_prefix is a choice of .*saisa or naavit, not of 'flamingo'"),
+    (lambda: flamingo(projector=ProjectorConfig()), r"alignment='flamingo' has one projector: set model.projector.sha"),
+    (lambda: ModelConfig(flamingo=FlamingoConfig(local_text=True)),
+     r"flamingo.every and .local_text are choices of model.alignment=flamingo, not of 'saisa'"),
     (lambda: ModelConfig(dtype="float64"), r"model.dtype='float64' is not one of"),
     (lambda: dataclasses.replace(MODEL, remat_policy="all"), r"remat_policy='all'"),
     (lambda: StageConfig(groups=((".*", GroupConfig(frozen=True)),)), r"nothing would train"),

@@ -24,6 +24,7 @@ from saisa_jax.config import (
     TRAIN_PROJECTOR,
     Config,
     ConfigError,
+    FlamingoConfig,
     GroupConfig,
     Groups,
     LoraConfig,
@@ -91,6 +92,11 @@ VARIANTS = {
     "naavit": small("naavit"),
     "llava, resampler": small("llava", projector=ProjectorConfig("resampler", "shared", num_tokens=7)),
     "llava": small("llava", num_kv_heads=4),
+    "flamingo": small("flamingo", flamingo=FlamingoConfig(2)),
+    "flamingo, local text": small("flamingo", flamingo=FlamingoConfig(1, local_text=True)),
+    "flamingo, resampler": small(
+        "flamingo", projector=ProjectorConfig("resampler", "shared", num_tokens=5), flamingo=FlamingoConfig(3)
+    ),
     "llava, switched": small("llava", naavit_layers=(0,), frozen_visual_layers=(2,)),
 }
 
@@ -110,6 +116,9 @@ def closed_form(config: ModelConfig, text: int, images: int = 1, head_rows: int 
         o             2(t+v)AD        2tAD            2tAD
         attention     4(t+v)(t+v)A    4t(t+v)A        4t(t+v)A           scores and values, in full
         mlp           6(t+v)DF        6(t+v)DF        6tDF
+
+    Flamingo's decoder is that of text alone. A cross layer costs q 2tDA, kv 4vDKH (with local text 4(t+v)DKH),
+    o 2tAD, attention 4tvA (4t(t+v)A) and mlp 6tDF; where there is neither image nor local text, the mlp alone.
     """
     c, visual = config, images * config.num_visual_tokens
     queries, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -136,6 +145,13 @@ def closed_form(config: ModelConfig, text: int, images: int = 1, head_rows: int 
         parts["attention"] += layers * 4 * asking * (text + seen) * queries
         parts["o"] += layers * 2 * asking * queries * c.embed_dim
         parts["mlp"] += layers * 6 * through_mlp * c.embed_dim * c.mlp_dim
+    read = visual + (text if c.flamingo.local_text else 0)
+    for _ in c.cross_layers:
+        parts["q"] += 2 * text * c.embed_dim * queries if read else 0
+        parts["kv"] += 4 * read * c.embed_dim * kv_heads
+        parts["attention"] += 4 * text * read * queries
+        parts["o"] += 2 * text * queries * c.embed_dim if read else 0
+        parts["mlp"] += 6 * text * c.embed_dim * c.mlp_dim
     return parts
 
 
@@ -223,6 +239,8 @@ def test_the_family_at_7b() -> None:
     vica = seven_b("saisa", projector=SHARED, visual_layers=(0, 1, 7, 8, 9, 10, 11, 14))
     assert (round(low_rank.projectors / 1e12, 3), round(low_rank.total / 1e12, 2)) == (0.063, 2.15)
     assert round(flops.prefill(vica, text=64, convention="decoder").total / 1e12, 2) == 1.17
+    flamingo = flops.prefill(seven_b("flamingo"), text=64, convention="decoder").total
+    assert round(flamingo / 1e12, 2) == 1.34
     frozen = seven_b("llava", frozen_visual_layers=tuple(range(13, 32)))
     assert round(flops.prefill(frozen, text=64, convention="paper").total / 1e12, 1) == 4.7  # as ShortV prints it
 
@@ -237,11 +255,13 @@ def test_the_documentations_table_of_the_family() -> None:
         "SAISA, shared": {"projector": SHARED},
         "SAISA, low rank": {"projector": ProjectorConfig("low_rank")},
         "SAISA, resampler": {"projector": ProjectorConfig("resampler", num_tokens=64)},
+        "Flamingo": {"alignment": "flamingo"},
+        "Flamingo, local text": {"alignment": "flamingo", "flamingo": FlamingoConfig(local_text=True)},
         "ViCA": {"projector": SHARED, "visual_layers": (0, 1, 7, 8, 9, 10, 11, 14), "frozen_prefix": True},
     }.items():
         config = presets.make("vicuna-7b", "clip-vit-l-336", **change)
         params = {path: leaf.size for path, leaf in flatten(abstract_params(config)).items()}
-        projector = sum(size for path, size in params.items() if "visual_proj" in path)
+        projector = sum(size for path, size in params.items() if "visual_proj" in path or "cross_layers/" in path)
         prefill = flops.prefill(config, text=64, convention="decoder").total
         train = flops.train_step(config, TRAIN_ALL_BUT_VISION, 1, 512, 1)
         shape = (len(config.visible_layers), 2, config.num_kv_heads, config.num_visual_tokens, config.head_dim, 2)
@@ -257,7 +277,7 @@ def test_an_unknown_convention_is_an_error() -> None:
 # --- The closed form, and XLA's count ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alignment", ["llava", "naavit", "saisa"])
+@pytest.mark.parametrize("alignment", ["llava", "naavit", "saisa", "flamingo"])
 @pytest.mark.parametrize(
     ("llm", "vision"),
     [
@@ -404,7 +424,7 @@ def step_flops(config: Config, stage: str) -> tuple[int, int]:
     return executed, flops.train_step(p.model, s.groups, s.batch_size, s.text_length, s.max_images)
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", *TINY_PROJECTORS])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", "casa", *TINY_PROJECTORS])
 @pytest.mark.parametrize(("stage", "groups"), [("pretrain", TRAIN_PROJECTOR), ("finetune", TRAIN_ALL_BUT_VISION)])
 def test_a_train_step_executes_what_it_needs(alignment: str, stage: str, groups: Groups) -> None:
     config = tiny_config(alignment)
@@ -516,10 +536,20 @@ def test_cudnns_attention_is_counted_by_its_name() -> None:
 # --- The verb --------------------------------------------------------------------------------------------------------
 
 
-def test_the_verb_prints_the_three_alignments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_prints_the_alignments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["flops", "--model=vicuna-7b", "--vision=clip-vit-l-336", "--text=64"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("LLaVA", "NAAViT", "SAISA", "8.504", "2.860 (-66.4%)", "8.528", "2.860 (-66.5%)", "projectors"):
+    for expected in (
+        "LLaVA",
+        "NAAViT",
+        "SAISA",
+        "8.504",
+        "2.860 (-66.4%)",
+        "8.528",
+        "2.860 (-66.5%)",
+        "projectors",
+        "Flamingo",
+    ):
         assert expected in printed
     assert "as XLA counts it" in printed and "XLA's count / ours" in printed and "other" not in printed
 

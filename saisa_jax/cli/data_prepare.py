@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from saisa_jax.cli.parser import Parser
-from saisa_jax.config import STAGES
+from saisa_jax.config import STAGES, ConfigError
 from saisa_jax.data import prepare
+from saisa_jax.inference.features import FeatureEncoder, feature_spec
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +32,16 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--workers", type=int, help="processes, each making a shard (default: one for each core)")
     parser.add_argument("--image_size", type=int, help="make larger images smaller (default: keep them as they are)")
+    parser.add_argument(
+        "--features", action="store_true", help="what the vision encoder of --config.init_from makes of the images"
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="with --features: images that are encoded at once")
     args, config = parser.parse_recipe(argv)
+    if args.features and args.image_size is not None:
+        parser.error("--image_size is of images, and --features writes none")
+    if args.features and not config.init_from:
+        raise ConfigError("--features needs the vision encoder: name a model that holds it with --config.init_from")
+    features = feature_spec(config, config.init_from) if args.features else None
     job, plan = prepare.make_job(
         config,
         args.output,
@@ -40,18 +50,21 @@ def main(argv: Sequence[str]) -> int:
         source=args.source,
         shards=args.shards,
         image_size=args.image_size,
+        features=features,
     )
     console, started = Console(), time.perf_counter()
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
     try:
-        index = prepare.prepare(job, plan, workers, console)
+        encode = lambda: FeatureEncoder(config, config.init_from, args.batch_size)  # noqa: E731
+        index = prepare.prepare(job, plan, workers, console, encode if features else None)
     except KeyboardInterrupt:
         print(f"data prepare: stopped; the same command resumes in {job.to}", file=sys.stderr)
         return 130
     left_out = len(job.samples) - len(index.tokens)
+    held = f"{'features of ' if features else ''}{int(index.images.sum()):,} images"
     size = sum(shard.bytes for shard in index.shards)
     console.print(
-        f"{job.to}: {len(index.tokens):,} samples with {int(index.images.sum()):,} images and "
+        f"{job.to}: {len(index.tokens):,} samples with {held} and "
         f"{int(index.tokens.sum()):,} text tokens in {len(index.shards)} shard(s), {size / 2**20:,.1f} MiB, in "
         f"{time.perf_counter() - started:.0f} s",
         highlight=False,
@@ -61,8 +74,9 @@ def main(argv: Sequence[str]) -> int:
         console.print(
             f"{left_out:,} of {len(job.samples):,} samples left out: {job.to}/{prepare.REPORT}", highlight=False
         )
+    also = " --config.data.features=True" if features else ""
     console.print(
-        f"to train on it: --config.{job.stage}.sources=\"({{'format': 'arrayrecord', 'path': '{job.to}'}},)\"",
+        f"to train on it: --config.{job.stage}.sources=\"({{'format': 'arrayrecord', 'path': '{job.to}'}},)\"{also}",
         highlight=False,
         markup=False,
         soft_wrap=True,

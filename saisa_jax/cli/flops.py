@@ -1,4 +1,4 @@
-"""`python -m saisa_jax flops`: what a prompt costs under the three alignments, side by side.
+"""`python -m saisa_jax flops`: what a prompt costs under each alignment, side by side.
 
 python -m saisa_jax flops --model=vicuna-7b --vision=clip-vit-l-336 --text=64
 """
@@ -16,7 +16,7 @@ from saisa_jax import flops, presets
 from saisa_jax.cli.parser import Parser
 from saisa_jax.config import ConfigError, ModelConfig
 
-NAMES = {"llava": "LLaVA", "naavit": "NAAViT", "saisa": "SAISA"}
+NAMES = {"llava": "LLaVA", "naavit": "NAAViT", "saisa": "SAISA", "flamingo": "Flamingo"}
 CONVENTIONS = {
     "paper": "authors' convention",
     "decoder": "+ projector before layer 1",
@@ -25,7 +25,7 @@ CONVENTIONS = {
 
 
 def layer_table(configs: Mapping[str, ModelConfig], text: int, images: int = 1) -> Table:
-    """What one decoder layer that sees the image costs, by part."""
+    """What one decoder layer that sees the image costs, by part; under Flamingo with the cross layer before it."""
     layers = {name: flops.layer(config, text, images) for name, config in configs.items()}
     unit, scale = _unit(layers.values())
     table = _new_table(f"One decoder layer ({unit})", configs)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
-from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig
+from saisa_jax.config import ConfigError, FlamingoConfig, ModelConfig, ProjectorConfig
 
 if TYPE_CHECKING:
     from saisa_jax.evaluation.layers import LayerUse
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
     task = TASKS[name].under("llava")
     data = TaskData(options.data, options.images, model.stage_config.validation, model.stage, "llava", name)
     items = runner.read_items(task, data, options.limit)
-    keep = max(1, config.num_layers // 4) if options.keep is None else options.keep
+    few = max(1, min(config.num_layers // 4, len(config.visible_layers)))
+    keep = few if options.keep is None else options.keep
 
     def progress(what: str, done: int, total: int) -> None:
         console.print(f"{what}: {done} of {total}", highlight=False)
@@ -102,6 +103,6 @@ def table(used: LayerUse) -> Table:
 
 def proposed(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
     """A SAISA with one projector whose tokens these layers read, as ViCA is."""
-    others = {"naavit_layers": (), "frozen_visual_layers": ()}
+    others = {"naavit_layers": (), "frozen_visual_layers": (), "flamingo": FlamingoConfig()}
     shared = ProjectorConfig(sharing="shared", hidden_dim=config.projector.hidden_dim)
     return dataclasses.replace(config, alignment="saisa", projector=shared, visual_layers=layers, **others)

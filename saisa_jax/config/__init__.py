@@ -17,25 +17,23 @@ from saisa_jax.config.config_dict import (
 from saisa_jax.config.data import DataConfig, SourceConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
 from saisa_jax.config.model import (
-    ACTIVATIONS,
     ALIGNMENTS,
     ATTENTION_IMPLS,
-    IMAGE_MODES,
     LIGHTEST_FIRST,
     PROJECTIONS,
     REMAT_POLICIES,
     ROPE_SCALINGS,
-    SHARINGS,
     VOCAB_MULTIPLE,
+    FlamingoConfig,
     LoraConfig,
     ModelConfig,
-    ProjectorConfig,
     RopeScalingConfig,
-    VisionConfig,
 )
 from saisa_jax.config.run import Config
 from saisa_jax.config.training import (
     ADAPTER_PATTERN,
+    CONNECTOR_PATTERN,
+    CROSS_PATTERN,
     ON_NAN,
     PROJECTOR_PATTERN,
     SCHEDULES,
@@ -53,12 +51,15 @@ from saisa_jax.config.training import (
     StageConfig,
     TrainingConfig,
 )
+from saisa_jax.config.vision import ACTIVATIONS, IMAGE_MODES, SHARINGS, ProjectorConfig, VisionConfig
 
 __all__ = [
     "ACTIVATIONS",
     "ADAPTER_PATTERN",
     "ALIGNMENTS",
     "ATTENTION_IMPLS",
+    "CONNECTOR_PATTERN",
+    "CROSS_PATTERN",
     "DTYPES",
     "IMAGE_MODES",
     "LIGHTEST_FIRST",
@@ -81,6 +82,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
+    "FlamingoConfig",
     "GroupConfig",
     "Groups",
     "LoraConfig",

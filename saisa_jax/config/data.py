@@ -70,6 +70,8 @@ class DataConfig:
     # Questions of a sample whose questions are independent (all of easy_vqa's): None: all; 1: one question a sample.
     # Fewer than there are: another random choice in each epoch.
     turns_per_sample: int | None = None
+    # The sources hold what a frozen encoder made of the images, not the images: sets of `data prepare --features`.
+    features: bool = False
     augment: bool = False  # mirror and shift images, for data whose text does not depend on left and right
     blind: bool = False  # leave every image slot empty: what can be answered without the images
     num_workers: int = 0  # processes that read rows; 0: threads of this one
@@ -94,6 +96,10 @@ class DataConfig:
         )
         for name in ("num_workers", "num_threads"):
             check((getattr(self, name) or 0) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
+        check(
+            not (self.features and self.augment),
+            "data.augment changes images, and data.features=True has none: set data.augment=False, or train on images",
+        )
         positive("data.prefetch", self.prefetch)
         positive("data.shuffle_block_size", self.shuffle_block_size)
         if self.cache_bytes is not None:

@@ -10,170 +10,25 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
+import numpy as np
 
-ALIGNMENTS = ("saisa", "naavit", "llava")
-SHARINGS = ("shared", "per_layer")
+from saisa_jax.batch import Slot
+from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
+from saisa_jax.config.vision import ProjectorConfig, VisionConfig
+
+ALIGNMENTS = ("saisa", "naavit", "llava", "flamingo")
 # What a layer keeps for the backward pass: everything, its input alone, arrays of some names, its products; the rest it
 # computes again. `auto` is settled when a stage is set up: the first of LIGHTEST_FIRST that fits the devices' memory.
 REMAT_POLICIES = ("none", "full", "names", "dots", "dots_no_batch")
 LIGHTEST_FIRST = ("none", "dots", "names", "full")
 ATTENTION_IMPLS = {"xla": None, "flash": "tpu", "cudnn": "gpu"}  # models/attention.py, and what each runs on
 ROPE_SCALINGS = ("none", "linear", "llama3")
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
-IMAGE_MODES = ("pad", "square", "resize")
 PROJECTIONS = (
     *(f"layers/attn/{name}_proj" for name in "qkvo"),
     *(f"layers/mlp/{n}_proj" for n in ("gate", "up", "down")),
 )
 
 VOCAB_MULTIPLE = 128  # The vocabulary is padded to this in the parameters; padded logits are -inf.
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """A vision encoder: a ViT (CLIP, SigLIP or DINOv2, which switch parts of it on or off) or a ConvNeXt.
-
-    `kind` says how it computes, `family` whose weights and files these are.
-
-    The layers of a ConvNeXt are its stages: `depths` and `widths` say how many blocks each has and how wide they are,
-    `embed_dim` and `patch_size` are width and stride of the output. It has no heads, no class token and no
-    `mlp_dim` of its own, and reads images of any size.
-    """
-
-    kind: str = "vit"  # a module of `models/encoders/`
-    family: str = "clip"  # a module of `convert/families/`: whose tensors and config.json an export writes
-    image_size: int = 336  # a remainder beyond whole patches, at the right and the bottom, is never read
-    position_size: int | None = None  # of the images that the positions were learnt on: resampled; None: image_size
-    patch_size: int = 14
-    embed_dim: int = 1024  # C
-    num_layers: int = 24
-    num_heads: int = 16
-    mlp_dim: int = 4096
-    activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
-    class_token: bool = True
-    pre_norm: bool = True  # CLIP normalises the embeddings before the first layer
-    patch_bias: bool = False
-    layer_scale: bool = False  # DINOv2, ConvNeXt
-    depths: tuple[int, ...] = ()  # ConvNeXt: blocks of each stage
-    widths: tuple[int, ...] = ()
-    # Which entry of the hidden states [embeddings, layer 1, ..., layer num_layers] is the output; only the layers
-    # up to it exist. -2 is LLaVA's and SAISA's choice; of a ConvNeXt it is -1, the raw map of the last stage.
-    select_layer: int = -2
-    post_norm: bool = False  # the encoder's final LayerNorm on the selected features
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    image_mode: str = "pad"  # how an image is made square: pad | square (centre crop) | resize
-
-    def __post_init__(self) -> None:
-        where = "model.vision"
-        for name in ("image_size", "patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
-            positive(f"{where}.{name}", getattr(self, name))
-        check(
-            self.image_size >= self.patch_size,
-            f"{where}.image_size={self.image_size} holds no patch of {where}.patch_size={self.patch_size}",
-        )
-        if self.position_size is not None:
-            check(
-                self.kind == "vit" and self.position_size >= self.patch_size,
-                f"{where}.position_size={self.position_size} needs {where}.kind=vit and at least "
-                f"{where}.patch_size={self.patch_size}",
-            )
-        choice(f"{where}.activation", self.activation, ACTIVATIONS)
-        choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
-        check(
-            -(self.num_layers + 1) <= self.select_layer <= self.num_layers,
-            f"{where}.select_layer={self.select_layer} is out of range: {where}.num_layers={self.num_layers} has "
-            f"hidden states {-(self.num_layers + 1)}..{self.num_layers}",
-        )
-        check(
-            len(self.image_mean) == 3 and len(self.image_std) == 3 and all(std > 0 for std in self.image_std),
-            f"{where}.image_mean and {where}.image_std need one value for each of R, G, B, the latter positive",
-        )
-        if self.kind == "convnext":
-            self._check_convnext(where)
-        else:
-            check(
-                self.embed_dim % self.num_heads == 0,
-                f"{where}.embed_dim={self.embed_dim} is not divisible by {where}.num_heads={self.num_heads}",
-            )
-            check(not self.depths and not self.widths, f"{where}.depths and {where}.widths need {where}.kind=convnext")
-
-    def _check_convnext(self, where: str) -> None:
-        check(
-            len(self.depths) == len(self.widths) == self.num_layers,
-            f"{where}.depths={self.depths} and {where}.widths={self.widths} need one entry for each of the "
-            f"{where}.num_layers={self.num_layers} stages",
-        )
-        for size in (*self.depths, *self.widths):
-            positive(f"an entry of {where}.depths and .widths,", size)
-        for name in ("class_token", "pre_norm", "post_norm"):
-            check(not getattr(self, name), f"{where}.kind=convnext has no {name}: set {where}.{name}=False")
-        last = max(self.num_used_layers, 1) - 1
-        check(
-            self.embed_dim == self.widths[last],
-            f"{where}.embed_dim={self.embed_dim} is not the width {self.widths[last]} of the selected stage",
-        )
-        check(
-            self.patch_size % 2**last == 0,
-            f"{where}.patch_size={self.patch_size} is no stride of the selected stage: a multiple of {2**last}",
-        )
-
-    @property
-    def num_used_layers(self) -> int:
-        """Layers up to the selected hidden state; later ones have no parameters here."""
-        return self.select_layer % (self.num_layers + 1)
-
-    @property
-    def stem_size(self) -> int:
-        """ConvNeXt: the side of the patches that the stem cuts; each further stage halves the sides of the map."""
-        return self.patch_size // 2 ** (max(self.num_used_layers, 1) - 1)
-
-    @property
-    def patches_per_side(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """P, visual tokens of an image: a square of patches, row by row."""
-        return self.patches_per_side**2
-
-    @property
-    def positions_per_side(self) -> int:
-        """Of the learned table, which is resampled to `patches_per_side`."""
-        return (self.position_size or self.image_size) // self.patch_size
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """From the vision encoder's features [., C] into the decoder's embedding space [., D]."""
-
-    kind: str = "mlp"  # a module of `models/projectors/`
-    sharing: str = "per_layer"  # one projector for each decoder layer (SAISA's stage 2), or one for all
-    hidden_dim: int | None = None  # None: embed_dim, as in LLaVA-1.5 and SAISA
-    rank: int = 128  # low_rank: of each layer's part
-    num_tokens: int | None = None  # P, visual tokens of an image, of a kind that chooses it (resampler)
-    num_layers: int = 2  # resampler
-    num_heads: int = 8  # resampler
-
-    def __post_init__(self) -> None:
-        choice("model.projector.sharing", self.sharing, SHARINGS)
-        if self.hidden_dim is not None:
-            positive("model.projector.hidden_dim", self.hidden_dim)
-        for name in ("rank", "num_layers", "num_heads"):
-            positive(f"model.projector.{name}", getattr(self, name))
-        if self.num_tokens is not None:
-            positive("model.projector.num_tokens", self.num_tokens)
-        check(
-            self.kind != "resampler" or self.num_tokens is not None,
-            "model.projector.kind=resampler reads an image into a number of tokens: set model.projector.num_tokens",
-        )
-        check(
-            self.kind not in ("mlp", "low_rank") or self.num_tokens is None,
-            f"model.projector.num_tokens={self.num_tokens} is a choice of model.projector.kind=resampler: "
-            f"{self.kind!r} makes one of each patch",
-        )
 
 
 @dataclass(frozen=True)
@@ -227,6 +82,17 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class FlamingoConfig:
+    """Gated cross-attention between the layers of a decoder that sees no image itself; see `models/cross.py`."""
+
+    every: int = 4  # a cross layer stands before every so many layers of the decoder, the first one included
+    local_text: bool = False  # their keys are also the text since the last image (CASA); False: images alone
+
+    def __post_init__(self) -> None:
+        positive("model.flamingo.every", self.every)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-family decoder with a vision encoder and an alignment (paper section 3)."""
 
@@ -259,6 +125,7 @@ class ModelConfig:
     attention_impl: str = "auto"  # of training; auto: what suits the devices. Generation always uses xla
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    flamingo: FlamingoConfig = field(default_factory=FlamingoConfig)  # of alignment flamingo
     lora: LoraConfig = field(default_factory=LoraConfig)  # of the stage that trains; see `Config.trained_model`
 
     def __post_init__(self) -> None:
@@ -304,10 +171,22 @@ class ModelConfig:
                 f"model.visual_layers is a choice of model.alignment=saisa, not of {self.alignment!r}",
             )
         check(
-            self.alignment != "llava" or not self.frozen_prefix,
-            "model.frozen_prefix is a choice of model.alignment=saisa or naavit, not of 'llava'",
+            self.alignment in ("saisa", "naavit") or not self.frozen_prefix,
+            f"model.frozen_prefix is a choice of model.alignment=saisa or naavit, not of {self.alignment!r}",
         )
         self._check_layers()
+        if self.alignment == "flamingo":
+            check(
+                self.flamingo.every <= self.num_layers,
+                f"model.flamingo.every={self.flamingo.every} is out of range for model.num_layers={self.num_layers} "
+                f"(legal: 1..{self.num_layers})",
+            )
+        else:
+            check(
+                self.flamingo == FlamingoConfig(),
+                f"model.flamingo.every and .local_text are choices of model.alignment=flamingo, not of "
+                f"{self.alignment!r}",
+            )
 
     def _check_layers(self) -> None:
         """Lists of layers are increasing and in range, and belong to the alignment."""
@@ -346,17 +225,44 @@ class ModelConfig:
         return self.projector.num_tokens or self.vision.num_patches
 
     @property
+    def image_slot(self) -> Slot:
+        """What an image slot of a batch holds that the model is trained on: an image, or its features."""
+        vision = self.vision
+        if vision.precomputed:
+            return Slot((vision.num_patches, vision.embed_dim), np.dtype(self.dtype))
+        return Slot.of(vision.image_size)
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """The layers of the decoder that a cross layer of Flamingo stands before."""
+        return tuple(range(0, self.num_layers, self.flamingo.every)) if self.alignment == "flamingo" else ()
+
+    @property
     def visible_layers(self) -> tuple[int, ...]:
-        """The layers that attend to the image."""
+        """The layers that attend to the image; under Flamingo, those before which a cross layer does."""
+        if self.alignment == "flamingo":
+            return self.cross_layers
         return tuple(range(self.num_layers)) if self.visual_layers is None else self.visual_layers
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Layers that have keys and values of the text: the decoder's, and cross layers that read it."""
+        return self.num_layers + (len(self.cross_layers) if self.flamingo.local_text else 0)
+
+    @property
+    def rotates_images(self) -> bool:
+        """Whether keys of visual tokens are rotated to their positions: not where they stand beside no text."""
+        return self.alignment != "flamingo" or self.flamingo.local_text
 
     @property
     def visual_roles(self) -> tuple[str, ...]:
         """What visual tokens are in each layer: `none` (not seen), `keys`, `mlp` (keys that then go through the MLP)
-        or `queries` (of one stream with the text)."""
+        or `queries` (of one stream with the text). Under Flamingo cross layers alone see them."""
         if self.alignment == "saisa":
             seen = set(self.visible_layers)
             return tuple("keys" if layer in seen else "none" for layer in range(self.num_layers))
+        if self.alignment == "flamingo":
+            return ("none",) * self.num_layers
         roles = ["mlp" if self.alignment == "naavit" else "queries"] * self.num_layers
         for role, layers in (("mlp", self.naavit_layers), ("keys", self.frozen_visual_layers)):
             for layer in layers:

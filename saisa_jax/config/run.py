@@ -67,6 +67,7 @@ class Config:
             "model.projector.sharing=per_layer, or model.projector.kind=mlp",
         )
         check(self.model.lora.rank == 0, "model.lora belongs to a stage: set finetune.lora")
+        check(not self.model.vision.precomputed, "model.vision.precomputed belongs to the data: set data.features")
         if self.model.alignment != "saisa":
             for stage in self.stages:
                 check(
@@ -78,8 +79,10 @@ class Config:
         return getattr(self, name)
 
     def trained_model(self, stage: str) -> ModelConfig:
-        """The model while stage `stage` trains it: with the adapters that are merged into it at the end."""
-        return dataclasses.replace(self.model_for(stage), lora=self.stage(stage).lora)
+        """The model while stage `stage` trains it: with the adapters that are merged into it at the end, and on
+        features where the data hold them."""
+        vision = dataclasses.replace(self.model.vision, precomputed=self.data.features)
+        return dataclasses.replace(self.model_for(stage), lora=self.stage(stage).lora, vision=vision)
 
     def model_for(self, stage: str) -> ModelConfig:
         """The model as stage `stage` leaves it: its own sharing of projectors."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from saisa_jax.config.checks import DTYPES, ConfigError, check, choice, positive
 from saisa_jax.config.data import SourceConfig
-from saisa_jax.config.model import SHARINGS, LoraConfig
+from saisa_jax.config.model import LoraConfig
+from saisa_jax.config.vision import SHARINGS
 
 STAGES = ("pretrain", "finetune")  # in this order
 SCHEDULES = ("cosine", "linear", "constant")
@@ -60,13 +61,16 @@ class OptimizerConfig:
 
 VISION_PATTERN = r"vision/.*"
 PROJECTOR_PATTERN = r"(layers/)?visual_proj/.*"
+CROSS_PATTERN = r"cross_layers/.*"
+# What stands between encoder and decoder: projectors, and Flamingo's cross layers.
+CONNECTOR_PATTERN = rf"{PROJECTOR_PATTERN}|{CROSS_PATTERN}"
 ADAPTER_PATTERN = r".*_lora_[ab]"
 
 Groups = tuple[tuple[str, GroupConfig], ...]
 
 # Frozen parts in bfloat16: stage 2's float32 parameters then start from rounded ones, as LLaVA's do.
-TRAIN_PROJECTOR: Groups = (  # stage 1 of LLaVA and SAISA
-    (PROJECTOR_PATTERN, GroupConfig()),
+TRAIN_PROJECTOR: Groups = (  # stage 1
+    (CONNECTOR_PATTERN, GroupConfig()),
     (r".*", GroupConfig(frozen=True, dtype="bfloat16")),
 )
 TRAIN_ALL_BUT_VISION: Groups = (  # stage 2
@@ -76,7 +80,7 @@ TRAIN_ALL_BUT_VISION: Groups = (  # stage 2
 TRAIN_ALL: Groups = ((r".*", GroupConfig()),)
 TRAIN_ADAPTERS: Groups = (  # stage 2 with `lora`; LLaVA's rates are 2e-4 and 2e-5
     (ADAPTER_PATTERN, GroupConfig()),
-    (PROJECTOR_PATTERN, GroupConfig(lr_scale=0.1)),
+    (CONNECTOR_PATTERN, GroupConfig(lr_scale=0.1)),
     (r".*", GroupConfig(frozen=True, dtype="bfloat16")),
 )
 

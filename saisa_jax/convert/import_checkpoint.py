@@ -140,6 +140,11 @@ def _aligned(model: ModelConfig, layout: str, options: ImportOptions) -> ModelCo
       ConvertError: the layout's projectors are not those of that alignment, or other options do not fit it.
     """
     alignment, projector = options.alignment or model.alignment, model.projector
+    if alignment == "flamingo":
+        raise ConvertError(
+            "--as=flamingo: no layout holds cross layers, without which it sees no image; import it without --as, and "
+            "train them from there: --config=configs/flamingo_vicuna_7b.py --config.init_from=IMPORT"
+        )
     if layout == "hf-llm":
         projector = ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared")
     elif model.per_layer_projectors and alignment != "saisa":

@@ -242,8 +242,13 @@ def check_says(config: ModelConfig, name: str) -> None:
         raise ConvertError(f"the layout {name!r} cannot say what this model is:\n  " + "\n  ".join(reasons))
 
 
+_CROSSED = "model.alignment='flamingo': it has no place for cross layers; hf-llm and hf-vision hold what they join"
+
+
 def _reasons_of_our_class(config: ModelConfig) -> Iterator[str]:
-    if config.alignment not in ("saisa", "naavit"):
+    if config.alignment == "flamingo":
+        yield _CROSSED
+    elif config.alignment == "llava":
         yield f"model.alignment={config.alignment!r}: it is saisa and naavit; LLaVA has a class of its own, llava-hf"
     if config.projector.kind not in ("mlp", "low_rank"):
         yield f"model.projector.kind={config.projector.kind!r}: its projectors are 'mlp' and 'low_rank'"
@@ -254,7 +259,9 @@ def _reasons_of_our_class(config: ModelConfig) -> Iterator[str]:
 
 def _alignment_reasons(config: ModelConfig, name: str) -> Iterator[str]:
     wanted = "saisa" if name == "saisa" else "llava"
-    if config.alignment != wanted:
+    if config.alignment == "flamingo":
+        yield _CROSSED
+    elif config.alignment != wanted:
         yield f"model.alignment={config.alignment!r}: its readers compute {wanted!r}, which is another model"
     elif config.visual_layers is not None:
         yield (

@@ -76,8 +76,10 @@ class TensorRow:
 
 
 def part_of_path(path: str) -> str:
-    """The part that a parameter of ours belongs to: decoder, projector or vision."""
-    return "vision" if path.startswith("vision/") else "projector" if "visual_proj/" in path else "decoder"
+    """The part that a parameter of ours belongs to: decoder, vision, or projector, which stands between these."""
+    if path.startswith("vision/"):
+        return "vision"
+    return "projector" if "visual_proj/" in path or path.startswith("cross_layers/") else "decoder"
 
 
 def plain(path: str, key: str, shape: Shape, layers: Shape | None = None, ours: Shape | None = None) -> TensorRow:

@@ -71,6 +71,8 @@ def read_image(source: ImageSource, sample_id: str = "") -> bytes:
     """
     if isinstance(source, bytes):
         return source
+    if isinstance(source, np.ndarray):
+        raise _no_file(source, sample_id)
     try:
         return source.read() if isinstance(source, StoredImage) else Path(source).read_bytes()
     except FileNotFoundError as error:
@@ -173,17 +175,25 @@ def _open(source: ImageSource, sample_id: str) -> Image.Image:
         source = read_image(source, sample_id)
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
+    if isinstance(source, np.ndarray):
+        raise _no_file(source, sample_id)
     return Image.open(Path(source), formats=FORMATS)
 
 
 def _name(source: ImageSource | Image.Image) -> str:
     if isinstance(source, bytes):
         return f"image of {len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"array of {source.shape} {source.dtype}"
     if isinstance(source, Image.Image):
         return f"{source.mode} image"
     if isinstance(source, StoredImage):
         return source.name
     return os.fspath(source)
+
+
+def _no_file(source: np.ndarray, sample_id: str) -> DataError:
+    return DataError(f"the features of an image are here ({_name(source)}), and the image is wanted", sample_id)
 
 
 def _check_bytes(source: ImageSource | Image.Image, name: str, sample_id: str) -> None:
@@ -241,9 +251,10 @@ def _extremes(image: Image.Image) -> Any:
 
 
 def image_name(image: ImageSource) -> str:
-    """Where an image lies: unique to it; of one that is given as bytes, a name by content."""
-    if isinstance(image, bytes):
-        return f"bytes:{hashlib.blake2b(image, digest_size=16).hexdigest()}"
+    """Where an image lies: unique to it; of one that is given as bytes, or as its features, a name by content."""
+    if isinstance(image, bytes | np.ndarray):
+        content = image if isinstance(image, bytes) else image.tobytes()
+        return f"bytes:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
     return image.name if isinstance(image, StoredImage) else os.fspath(image)
 
 

@@ -23,8 +23,9 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from saisa_jax.batch import Batch, HostBatch
+from saisa_jax.batch import Batch, HostBatch, Slot
 from saisa_jax.config import STAGES, Config, SourceConfig, StageConfig
+from saisa_jax.data.features import FeatureSpec, check_encoder, check_sources, held_by
 from saisa_jax.data.rows.collate import pack_rows
 from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.rows.counts import Counts, counts_of_sources, room_needed
@@ -66,7 +67,7 @@ class StageData:
     def _opened(self) -> tuple[list[Samples], list[SourceConfig]]:
         """The sources that an epoch goes through."""
         chosen = _chosen_sources(self._settings, self._stage)
-        return [open_source(source) for source in chosen], chosen
+        return _opened(chosen, self._config), chosen
 
     @cached_property
     def _contents(self) -> list[str]:
@@ -138,6 +139,15 @@ class StageData:
         # Epochs of one block are in the order that earlier versions gave them.
         return mark | ({"shuffle_block_size": order.block} if order.blocks(0) > 1 else {})
 
+    def check_features(self, wanted: FeatureSpec) -> None:
+        """Raises DataError where a source of the stage, held out or not, has features of another encoder."""
+        held_out = self._settings.validation
+        for samples, source in zip(
+            (*self._opened[0], *_opened(held_out, self._config)), (*self._opened[1], *held_out), strict=True
+        ):
+            if held := held_by(samples):
+                check_encoder(held, wanted, str(source))
+
     def batches(self, own: Sequence[int] | None = None) -> TrainIterator:
         """Endless training batches.
 
@@ -166,11 +176,11 @@ class StageData:
             can.
         """
         config, settings = self._config, self._settings
-        source = Concatenated([open_source(held_out) for held_out in settings.validation])
+        source = Concatenated(_opened(settings.validation, config))
         reader = Reader(config, self._stage, self._tokenizer, training=False)
         size, shape = settings.batch_size, (settings.text_length, settings.max_images)
         order = np.random.default_rng(0).permutation(len(source))[: limit * size]
-        padding = _padding_row(*shape, config.model.vision.image_size)
+        padding = _padding_row(*shape, reader.slot)
         batches: list[HostBatch] = []
         unusable = Unusable()
         for start in range(0, len(order), size):
@@ -193,10 +203,17 @@ def _chosen_sources(settings: StageConfig, stage: str) -> list[SourceConfig]:
     return [source for source in settings.sources if source.weight > 0]
 
 
+def _opened(sources: Sequence[SourceConfig], config: Config) -> list[Samples]:
+    """Samples with what the run reads of images: pixels or features."""
+    opened = [open_source(source) for source in sources]
+    check_sources(opened, sources, config.data.features)
+    return opened
+
+
 def stage_counts(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) -> Counts:
     """Text tokens and images of all samples of a stage that can be used, in full length; errors as `StageData.rows`."""
     chosen = _chosen_sources(config.stage(stage), stage)
-    opened = [open_source(source) for source in chosen]
+    opened = _opened(chosen, config)
     encoder = Encoder(config, stage, tokenizer)
     (tokens, images), unusable = counts_of_sources(opened, chosen, encoder, Effort(), None)
     check_unusable(unusable, len(tokens), config.data, stage)
@@ -221,7 +238,7 @@ class TrainIterator(Iterator[HostBatch]):
     def padding(self) -> HostBatch:
         """Empty rows in the shape of the next batch."""
         shape = self._rows.shape(self._next_row)
-        empty = _padding_row(*shape, self._rows.reader.config.model.vision.image_size)
+        empty = _padding_row(*shape, self._rows.reader.slot)
         return _batched([empty] * len(self._own))
 
     def get_state(self) -> dict[str, Any]:
@@ -278,8 +295,8 @@ class _Share:
         return self.rows[self.start + step * self.rows.settings.batch_size + self.own[within]]
 
 
-def _padding_row(text_length: int, max_images: int, image_size: int) -> BatchRow:
-    return BatchRow(pack_rows([[]], text_length, max_images, image_size), (), (), 0)
+def _padding_row(text_length: int, max_images: int, image: Slot) -> BatchRow:
+    return BatchRow(pack_rows([[]], text_length, max_images, image), (), (), 0)
 
 
 def _batched(rows: Sequence[BatchRow]) -> HostBatch:

@@ -8,31 +8,35 @@ is listed in DIR/report.jsonl with its id and the reason, and left out. Files ar
 A shard holds a fixed run of the source's samples, so that it is the same whenever it is made. A finished one has an
 account (shard-....json) beside it, and a second start makes only those without one. The accounts become the index
 when all shards are there.
+
+With --features the records hold what the frozen vision encoder of --config.init_from makes of the images, in the
+recipe's dtype, and no images. Every run that keeps this encoder frozen can train on them
+(--config.data.features=True), and none of them computes the encoder again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from saisa_jax import buckets
 from saisa_jax.config import Config, to_dict
-from saisa_jax.data.images import load_image, read_image
+from saisa_jax.data.features import FeatureSpec, check_sources
+from saisa_jax.data.records import Encode, Prepared, with_features, with_files
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
@@ -46,6 +50,7 @@ PLAN, REPORT = "plan.json", "report.jsonl"
 SAMPLES_PER_SHARD = 4096
 SPLITS = {"train": "sources", "validation": "validation"}  # and the field of a stage that lists them
 LEFT_OUT = "left_out"
+Read = Callable[[range], Iterable[Prepared | DataError]]  # of the samples' numbers
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Job:
     samples: Concatenated
     shards: int
     image_size: int | None
+    features: FeatureSpec | None = None  # what the records hold in place of images
 
     def shard_name(self, number: int) -> str:
         return f"shard-{number:05d}-of-{self.shards:05d}.arrayrecord"
@@ -68,6 +74,9 @@ class Job:
 
     def encoder(self) -> Encoder:
         return Encoder(self.config, self.stage, load_tokenizer(self.config.data.tokenizer))
+
+    def with_files(self, encoder: Encoder) -> Read:
+        return functools.partial(with_files, self.samples, encoder, self.config.model.vision, self.image_size)
 
     def bounds(self, number: int) -> range:
         """The samples of a shard."""
@@ -88,8 +97,14 @@ class Job:
         return mark.hexdigest()[:16]
 
 
-def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> Index:
+def prepare(
+    job: Job, plan: dict[str, Any], workers: int, console: Console, encode: Callable[[], Encode] | None = None
+) -> Index:
     """Makes the shards that are not there yet, then report and index.
+
+    Args:
+      workers: processes that make a shard each; with features: threads that read.
+      encode: makes the encoder of `job.features`.
 
     Raises:
       DataError: the directory holds something else, no sample can be used, or the recipe is invalid.
@@ -132,10 +147,17 @@ def prepare(job: Job, plan: dict[str, Any], workers: int, console: Console) -> I
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(job.samples))
         progress.advance(task, len(job.samples) - sum(len(job.bounds(number)) for number in missing))
-        if workers < 2 or len(missing) < 2:
-            encoder = job.encoder()
+        tick = lambda: progress.advance(task)  # noqa: E731
+        if encode is not None and missing:
+            vision, encoder, vision_encoder = job.config.model.vision, job.encoder(), encode()
+            with ThreadPoolExecutor(max(1, workers)) as readers:
+                read = functools.partial(with_features, job.samples, encoder, vision, vision_encoder, readers)
+                for number in missing:
+                    _make_shard(job, number, read, tick)
+        elif workers < 2 or len(missing) < 2:
+            read = job.with_files(job.encoder())
             for number in missing:
-                _make_shard(job, number, encoder, lambda: progress.advance(task))
+                _make_shard(job, number, read, tick)
         else:
             _in_workers(job, missing, min(workers, len(missing)), lambda count: progress.advance(task, count))
     return _finish(job, plan, directory)
@@ -196,22 +218,20 @@ def _finish(job: Job, plan: dict[str, Any], directory: epath.Path) -> Index:
 # --- Shards ----------------------------------------------------------------------------------------------------------
 
 
-def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], object]) -> None:
-    """Makes one shard and its account; calls `tick` after each sample."""
+def _make_shard(job: Job, number: int, read: Read, tick: Callable[[], object]) -> None:
+    """Makes one shard and its account of what `read` makes of its samples; calls `tick` after each."""
     account: dict[str, Any] = {"tokens": [], "images": [], LEFT_OUT: [], "mark": job.mark(number)}
 
     def records() -> Iterator[bytes]:
-        for index in job.bounds(number):
-            try:
-                record, tokens, images = _prepare_sample(job, index, encoder)
-            except DataError as error:
-                if not error.sample_id:  # the recipe is wrong, not the sample
-                    raise
-                account[LEFT_OUT].append({"id": error.sample_id, "reason": error.reason})
+        for sample in read(job.bounds(number)):
+            if isinstance(sample, DataError):
+                if not sample.sample_id:  # the recipe is wrong, not the sample
+                    raise sample
+                account[LEFT_OUT].append({"id": sample.sample_id, "reason": sample.reason})
             else:
-                account["tokens"].append(tokens)
-                account["images"].append(images)
-                yield record
+                account["tokens"].append(sample.tokens)
+                account["images"].append(len(sample.sample.images))
+                yield encode_record(sample.sample, sample.images)
             tick()
 
     path = buckets.place(job.to) / job.shard_name(number)
@@ -220,45 +240,10 @@ def _make_shard(job: Job, number: int, encoder: Encoder, tick: Callable[[], obje
     buckets.write_text(job.account(number), json.dumps(account))
 
 
-def _prepare_sample(job: Job, index: int, encoder: Encoder) -> tuple[bytes, int, int]:
-    """One sample's record, its text tokens and its images; DataError if it cannot be trained on."""
-    sample = job.samples[index]
-    encoded = encoder.whole(sample)
-    files = [read_image(image, sample.id) for image in sample.images]
-    for number, data in enumerate(files):
-        image = load_image(data, sample.id)
-        if job.image_size is not None:
-            files[number] = shrunk(image, data, job.image_size, job.config.model.vision.image_mode)
-    return encode_record(sample, files), len(encoded.tokens), len(files)
-
-
-def shrunk(image: Image.Image, data: bytes, size: int, mode: str) -> bytes:
-    """An image's file made smaller, so that the side which `mode` brings to `size` pixels has them already.
-
-    A file that is small enough comes back as it is. A JPEG stays one (quality 95, full colour), others become PNG.
-
-    Args:
-      image: the decoded file, upright.
-      data: the file.
-      size: pixels of the longer side (`pad`), the shorter one (`square`) or both (`resize`).
-      mode: `model.vision.image_mode`.
-    """
-    sides = image.size
-    target = {"pad": max, "square": min}.get(mode)
-    small = tuple(max(1, round(side * size / target(sides))) for side in sides) if target else (size, size)
-    if any(new >= old for new, old in zip(small, sides, strict=True)):
-        return data
-    stream = io.BytesIO()
-    jpeg = data.startswith(b"\xff\xd8")
-    options = {"format": "JPEG", "quality": 95, "subsampling": 0} if jpeg else {"format": "PNG"}
-    image.resize((small[0], small[1]), resample=Image.Resampling.BICUBIC).save(stream, **options)
-    return stream.getvalue()
-
-
 def _image_version(image: ImageSource) -> Any:
     """Changes when a picture is replaced, and not when its folder is moved."""
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, bytes | np.ndarray):
+        return hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()
     if isinstance(image, StoredImage):
         return os.path.basename(image.name), getattr(image, "version", None)
     try:
@@ -295,7 +280,7 @@ _worker: dict[str, Any] = {}  # what a worker process was started with
 
 
 def _start_worker(stop: Any, job: Job, counter: Any) -> None:
-    _worker.update(job=job, stop=stop, counter=counter, encoder=job.encoder())
+    _worker.update(job=job, stop=stop, counter=counter, read=job.with_files(job.encoder()))
 
 
 def _work(number: int) -> None:
@@ -308,7 +293,7 @@ def _work(number: int) -> None:
             raise _Stopped
 
     if not stop.is_set():
-        _make_shard(_worker["job"], number, _worker["encoder"], tick)
+        _make_shard(_worker["job"], number, _worker["read"], tick)
 
 
 def make_job(
@@ -320,6 +305,7 @@ def make_job(
     source: int | None = None,
     shards: int | None = None,
     image_size: int | None = None,
+    features: FeatureSpec | None = None,
 ) -> tuple[Job, dict[str, Any]]:
     """The job, and the plan that is stored in its directory: the same plan makes the same files."""
     settings = config.stage(stage)
@@ -337,12 +323,13 @@ def make_job(
             "--source=0, --source=1, ... and give each set its weight"
         )
     opened = [open_source(each) for each in listed]
+    check_sources(opened, listed, features=False)
     warn_of_text_alone(opened, listed)
     samples = Concatenated(opened)
     shards = shards or -(-len(samples) // SAMPLES_PER_SHARD)
     if not 0 < shards <= len(samples):
         raise DataError(f"--shards={shards} of {len(samples)} samples")
-    job = Job(to, config, stage, samples, shards, image_size)
+    job = Job(to, config, stage, samples, shards, image_size, features)
     encoder = job.encoder()
     warn_of_unknown_words(opened, encoder)
     plan = {
@@ -358,4 +345,6 @@ def make_job(
         "image_size": image_size,
         "image_mode": config.model.vision.image_mode if image_size else None,
     }
+    if features is not None:
+        plan["features"] = features.for_plan()
     return job, json.loads(json.dumps(plan))

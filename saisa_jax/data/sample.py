@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from saisa_jax.errors import UserError
 
 USER = "user"
@@ -26,7 +28,8 @@ class StoredImage(Protocol):
         ...
 
 
-ImageSource = str | os.PathLike[str] | bytes | StoredImage  # a path, an encoded file, or a place of one
+# A path, an encoded file, or a place of one; or an array [P, C]: what a frozen encoder made of it (`data/features.py`).
+ImageSource = str | os.PathLike[str] | bytes | StoredImage | np.ndarray
 
 
 class DataError(UserError, ValueError):

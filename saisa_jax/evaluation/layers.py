@@ -3,7 +3,8 @@
 Two measures of a trained model, over the tokens of the answers that it gives itself (of the correct one where it gives
 none):
 
-    attention   how much of a layer's attention is on visual tokens, averaged over heads
+    attention   how much of a layer's attention is on visual tokens, averaged over heads (under Flamingo of the cross
+                layer's before it: all of it, unless that reads the text as well)
     divergence  KL(p || p_l), in nats: p is what the model predicts, p_l what it predicts when the text does not attend
                 to the picture in layer l (after ShortV, arXiv 2504.00502, which freezes visual tokens instead)
 
@@ -94,7 +95,7 @@ def measure(
     if model.config.data.blind:
         raise ConfigError(f"{model.config.name} was trained blind (data.blind): it sees no picture in any layer")
     config = model.model_config
-    seen = np.asarray([role != "none" for role in config.visual_roles])
+    seen = np.isin(np.arange(config.num_layers), config.visible_layers)
     if not 1 <= keep <= seen.sum():
         raise ConfigError(f"--keep={keep} is not a number of layers that see the picture: 1 to {seen.sum()}")
     items = [item for item in items if item.images]

@@ -151,7 +151,7 @@ def evaluate(
         if not first:
             return None
         predictions = task.rescore([rows[item.id] for item in items])
-        record = scoring.summary(name, task, predictions)
+        record = scoring.summary(name, task, predictions, data)
         record |= _costs(model, predictions) | {"seconds": time.monotonic() - started}
         record |= {"settings": dataclasses.asdict(settings), "complete": settings.limit is None}
         record |= {"decoding": _decoding(model, settings)}

@@ -13,9 +13,11 @@ from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import metrics
 from saisa_jax.evaluation.results import cluster
-from saisa_jax.evaluation.tasks.task import Item, Task
+from saisa_jax.evaluation.tasks.task import Item, Task, TaskData
 
 INTERVAL = "95%, Wilson's score with the effective number of questions: answers about one image are not independent"
+
+NOWHERE = TaskData()
 
 
 def question(item: Item, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -46,7 +48,9 @@ def answered(task: Task, item: Item, output: str | DataError) -> dict[str, Any]:
     return {"output": output, "prediction": task.parse(output, item), "score": score}
 
 
-def summary(name: str, task: Task, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(
+    name: str, task: Task, predictions: Sequence[Mapping[str, Any]], data: TaskData = NOWHERE
+) -> dict[str, Any]:
     """Accuracies in 0..1, the means of scores: overall, of the task's groups, of every kind; and of an answer without
     the image. They are None where the right answers are not known."""
     asked = [row for row in predictions if "error" not in row]
@@ -63,7 +67,7 @@ def summary(name: str, task: Task, predictions: Sequence[Mapping[str, Any]]) -> 
     groups = {
         group: _accuracy(rows)
         for group, belongs in task.groups.items()
-        if (rows := [row for row in scored if belongs(row["kind"])])
+        if (rows := [row for row in scored if belongs(row)])
     }
     return {
         "task": name,
@@ -81,7 +85,7 @@ def summary(name: str, task: Task, predictions: Sequence[Mapping[str, Any]]) -> 
         "groups": groups,
         "kinds": {kind: _accuracy(rows) for kind, rows in sorted(kinds.items())},
         "interval_method": INTERVAL,
-        "baseline": dict(task.baseline()),
+        "baseline": dict(task.baseline(data)),
         "note": "" if scored else f"{len(asked)} answers, not scored here: {task.note or 'the data have no answers'}",
         "files": [],
     }

@@ -297,7 +297,7 @@ class Answerer:
             [[p and Example(p.encoded, [nothing] * len(p.images) if slots else None)] for p in asked],
             text_length=bucket(max(len(prompt.encoded.tokens) for prompt in longest)),
             max_images=slots,
-            image_size=0,
+            image=0,
         )
         numbered = np.zeros((len(rows), slots), np.int32)
         bad = {}

@@ -78,9 +78,9 @@ class ImageSlots(NamedTuple):
 class Generator:
     """Generates with one model; keeps its compiled programs.
 
-    Under SAISA and NAAViT generation is always two programs: `encode` the images, then prefill the text that reads them
-    and decode; images that were encoded before skip the first. Under LLaVA images are encoded within the second. A
-    conversation, which wants every token as it comes, has `encode`, `start` or `extend`, and `step`.
+    Under all alignments but LLaVA generation is always two programs: `encode` the images, then prefill the text that
+    reads them and decode; images that were encoded before skip the first. Under LLaVA images are encoded within the
+    second. A conversation, which wants every token as it comes, has `encode`, `start` or `extend`, and `step`.
 
     Args:
       config: the model.

@@ -1,6 +1,6 @@
 """Images that were encoded once: their keys and values for all layers, found again by content.
 
-Under SAISA and NAAViT an image's keys and values depend on the image alone, so every further question and turn
+Under all alignments but LLaVA an image's keys and values depend on the image alone, so every further question and turn
 about it reuses them. Under LLaVA this is impossible across different prefixes: an image's keys in layer l depend on
 what its tokens attended to in the layers below, which is everything before it.
 """

@@ -58,7 +58,7 @@ def row_bytes(config: ModelConfig, mesh: Mesh | None, shape: Shape) -> int:
     wide, visual = _itemsize(config), shape.images * config.num_visual_tokens
     queries = shape.text + (visual if config.alignment == "llava" else 0)
     keys = 2 * _kv_heads(config, mesh) * config.head_dim * wide
-    cached = keys * (config.num_layers * (queries + shape.new))
+    cached = keys * (config.num_cached_layers * (queries + shape.new))
     cached += 0 if config.alignment == "llava" else keys * len(config.visible_layers) * visual
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     scores = 3 * 4 * config.num_heads // tensor * queries * (shape.text + visual)  # float32: masked, exp, product

@@ -404,7 +404,7 @@ class VisionLanguageModel:
             count=bucket(len(requests), smallest=self.row_ways),
             text_length=bucket(max(len(request.encoded.tokens) for request in requests)),
             max_images=bucket(slots, smallest=1) if slots else 0,
-            image_size=size,
+            image=size,
         )
 
     def image_slots(self, batch: Batch, requests: Sequence[Request]) -> ImageSlots | None:

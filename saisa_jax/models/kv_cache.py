@@ -1,9 +1,9 @@
 """What generation caches: the image's keys and values, and one preallocated buffer for the text.
 
-Under SAISA and NAAViT the image part depends on the image alone: `ImageKV` is computed once for an image and used for
-every question about it (`inference/image_cache.py`); `VisualKV` is its copy at the positions of a row. Under LLaVA the
-visual tokens are part of the query stream: their keys depend on the text before them, stand at the front of the
-text buffer, and cannot be reused for another prompt; `visual` is None.
+Under all alignments but LLaVA the image part depends on the image alone: `ImageKV` is computed once for an image and
+used for every question about it (`inference/image_cache.py`); `VisualKV` is its copy at the positions of a row. Under
+LLaVA the visual tokens are part of the query stream: their keys depend on the text before them, stand at the front of
+the text buffer, and cannot be reused for another prompt; `visual` is None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class ImageKV(NamedTuple):
 
 
 class VisualKV(NamedTuple):
-    """Keys, rotated to their rows' positions, and values of visual tokens for the layers that attend to them."""
+    """Keys, rotated to their rows' positions (of Flamingo's images alone: not), and values of visual tokens for the
+    layers that attend to them."""
 
     k: Float[Array, "Lv B K V H"]
     v: Float[Array, "Lv B K V H"]
@@ -32,7 +33,10 @@ class VisualKV(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of the query stream; columns whose segment is 0 are empty."""
+    """Keys (rotated) and values of the query stream; columns whose segment is 0 are empty.
+
+    Behind the decoder's L layers stand Flamingo's cross layers that read the text (`ModelConfig.num_cached_layers`).
+    """
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]

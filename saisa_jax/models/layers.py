@@ -262,12 +262,17 @@ def scan_stack(
     the visual part of a layer alone (the image cache). Blocks are pure functions of their parameters; this is the
     plain scan over them.
     """
-    if remat_policy != "none":
-        # `auto` that nobody has settled: a model that does not train.
-        policy = _POLICIES["full" if remat_policy == "auto" else remat_policy]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
-    length = jax.tree.leaves(xs)[0].shape[0]
+    body, length = rematerialised(body, remat_policy, scan), jax.tree.leaves(xs)[0].shape[0]
     return jax.lax.scan(body, carry, xs, unroll=1 if scan else length)
+
+
+def rematerialised(body: Callable[..., Any], remat_policy: str, scan: bool) -> Callable[..., Any]:
+    """A layer, inside a scan or not, of which the backward pass has what the policy keeps."""
+    if remat_policy == "none":
+        return body
+    # `auto` that nobody has settled: a model that does not train.
+    policy = _POLICIES["full" if remat_policy == "auto" else remat_policy]
+    return jax.checkpoint(body, policy=policy, prevent_cse=not scan)
 
 
 def with_scales(module: nn.Module, name: str, stack: Params) -> Params:

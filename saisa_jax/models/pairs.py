@@ -15,7 +15,7 @@ from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention_tpu import needed_tiles
 from saisa_jax.models.mask import PackedPositions, may_attend
-from saisa_jax.models.streams import visual_positions
+from saisa_jax.models.streams import visual_positions, windows
 
 
 class Square(NamedTuple):
@@ -24,6 +24,7 @@ class Square(NamedTuple):
     layers: int
     queries: PackedPositions
     keys: PackedPositions
+    window: int | None = None  # of `mask.legal`
 
 
 def squares(config: ModelConfig, batch: Batch) -> Iterator[Square]:
@@ -31,23 +32,31 @@ def squares(config: ModelConfig, batch: Batch) -> Iterator[Square]:
     text = PackedPositions(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
     slots = batch["image_segment_ids"].shape[1]
     roles = config.visual_roles if slots else ("none",) * config.num_layers
-    together, alone = roles.count("queries"), roles.count("none")
-    if alone < len(roles):
-        visual = visual_positions(batch, slots * config.num_visual_tokens)
-        both = PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True)))
-        if together:
-            yield Square(together, both, both)
-        if together + alone < len(roles):
-            yield Square(len(roles) - together - alone, text, both)
+    together, alone, window = roles.count("queries"), roles.count("none"), config.sliding_window
+    visual = visual_positions(batch, slots * config.num_visual_tokens) if slots else text
+    both = _joined(visual, text)
+    if together:
+        yield Square(together, both, both, window)
+    if together + alone < len(roles):
+        yield Square(len(roles) - together - alone, text, both, window)
     if alone:
-        yield Square(alone, text, text)
+        yield Square(alone, text, text, window)
+    if config.flamingo.local_text:
+        asks, seen = (windows(x, visual, config.num_visual_tokens) for x in (text, visual)) if slots else (text, visual)
+        yield Square(len(config.cross_layers), asks, _joined(seen, asks) if slots else asks)
+    elif config.cross_layers and slots:
+        yield Square(len(config.cross_layers), text, visual)
+
+
+def _joined(first: PackedPositions, second: PackedPositions) -> PackedPositions:
+    return PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True)))
 
 
 def legal_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:
     """Pairs of a query and a key that may attend, of all pairs of the layers' squares (0..1)."""
 
     def share(square: Square) -> Array:
-        return jnp.mean(may_attend(*square.queries, *square.keys, config.sliding_window))
+        return jnp.mean(may_attend(*square.queries, *square.keys, square.window))
 
     return _over_layers(config, batch, share)
 
@@ -57,7 +66,7 @@ def visited_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:
     if config.attention_impl != "flash":
         return jnp.ones(())
     return _over_layers(
-        config, batch, lambda square: jnp.mean(needed_tiles(square.queries, square.keys, config.sliding_window))
+        config, batch, lambda square: jnp.mean(needed_tiles(square.queries, square.keys, square.window))
     )
 
 

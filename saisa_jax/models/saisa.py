@@ -14,6 +14,7 @@ The mask is one line, in `mask.py`. An alignment says what the visual tokens do 
     llava       one projector          yes (causal)   yes                 residual stream
     naavit      one projector          no             yes                 residual stream
     saisa       a projector per layer  no             no                  nothing: projected anew for each layer
+    flamingo    one projector          no             no                  nothing: read by cross layers (`cross.py`)
 
 So there are two streams, never one sequence with holes: the query stream (text; in layers of LLaVA joined by the visual
 tokens) and the visual stream. Positions and segments alone say where an image stands.
@@ -24,8 +25,7 @@ N query heads, K key/value heads, H head_dim, L layers, Lv layers that see the i
 
 from __future__ import annotations
 
-import functools
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models import kv_cache
-from saisa_jax.models.attention import attention_of_text
+from saisa_jax.models.cross import CrossedStack, init_cross_layers
 from saisa_jax.models.decoder import Block, example_inputs
 from saisa_jax.models.encoders import ENCODERS
 from saisa_jax.models.kv_cache import ImageKV, KVCache, VisualKV
@@ -45,32 +45,27 @@ from saisa_jax.models.layers import (
     RMSNorm,
     constrain,
     dense,
-    dequantized,
     for_float32_product,
     init_stack,
     look_up,
     named,
     rotate_keys,
     rotation,
-    scan_stack,
-    take_layers,
     with_scales,
 )
-from saisa_jax.models.lora import in_dtype, with_adapters
-from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask, without
+from saisa_jax.models.lora import with_adapters
+from saisa_jax.models.mask import PackedPositions
 from saisa_jax.models.projectors import base_of, init_projectors, shared_projector
+from saisa_jax.models.stack import STACKED, LayerStack
 from saisa_jax.models.streams import (
     CachedVisual,
-    LayerGroup,
     Stream,
     StreamedVisual,
     joined,
-    layer_groups,
     visual_positions,
 )
 
-STACKED_CAPTURES = ("hidden", "attention", "image_attention")  # one entry a layer
-CAPTURES = (*STACKED_CAPTURES, "features", "final_norm")
+CAPTURES = (*STACKED, "features", "final_norm")
 
 
 class Saisa(nn.Module):
@@ -91,7 +86,12 @@ class Saisa(nn.Module):
         )
         self.vision = ENCODERS[c.vision.kind](c.vision, dtype, param_dtype, c.scan_layers, c.remat_policy)
         self.block = with_adapters(self.block_class(c, parent=None), c.lora, ("__call__", "visual_kv", "update_visual"))
-        self.layers: Params = with_scales(self, "layers", self.param("layers", self._init_layers))
+        layers = with_scales(self, "layers", self.param("layers", self._init_layers))
+        if c.alignment == "flamingo":
+            crossed = with_scales(self, "cross_layers", self.param("cross_layers", init_cross_layers(c)))
+            self.stack = CrossedStack(c, self.block, layers, crossed)
+        else:
+            self.stack = LayerStack(c, self.block, layers)
         if projector := shared_projector(c):
             self.visual_proj = projector(c)
         self.final_norm = RMSNorm(c.norm_eps, param_dtype)
@@ -145,12 +145,12 @@ class Saisa(nn.Module):
         self._check_capture(capture)
         features = self.encode_images(batch["images"]) if features is None else features
         stream, visual = self._streams(batch, features)
-        x, captured = self._run_layers(
+        x, captured = self.stack.run(
             stream,
             self._streamed(visual, stream),
             asking=self._asking(stream, batch["image_positions"], batch["image_segment_ids"]),
             unseen=unseen,
-            capture=tuple(name for name in capture if name in STACKED_CAPTURES),
+            capture=tuple(name for name in capture if name in STACKED),
             impl=self.config.attention_impl,
         )
         x = self.final_norm(x)
@@ -171,10 +171,12 @@ class Saisa(nn.Module):
             )
 
     def encode_images(self, images: Any) -> Float[Array, "B V C"]:
-        """Raw features Z of uint8 images [B, M, height, width, 3]; V = M * P."""
+        """Raw features Z of uint8 images [B, M, height, width, 3], or of slots that hold them [B, M, P, C]; V = M P."""
         rows, slots = images.shape[:2]
         if slots == 0:
             return jnp.zeros((rows, 0, self.config.vision.embed_dim), jnp.dtype(self.config.dtype))
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return jnp.asarray(images).reshape(rows, -1, images.shape[-1])
         features, _ = self.vision(jnp.asarray(images).reshape(rows * slots, *images.shape[2:]))
         return features.reshape(rows, -1, features.shape[-1])
 
@@ -194,17 +196,10 @@ class Saisa(nn.Module):
     def image_kv(self, features: Float[Array, "I _ C"]) -> ImageKV:
         """Keys and values of images for every layer; they depend on no text and on no position.
 
-        The same `Block.visual_kv` as in training, scanned alone. LLaVA has no equivalent: its visual tokens
+        The same `visual_kv` as in training, scanned alone. LLaVA has no equivalent: its visual tokens
         attend to whatever precedes them.
         """
-        x = self._before_layers(features)
-        outs = []
-        for group in layer_groups(self.config):
-            if group.reads_keys:
-                layers, role = (self._layers_of(group), self.projectors_of(group)), group.role
-                x, kv = self._scan(lambda x, layer, role=role: self.visual_kv(layer[0], layer[1], x, role), x, layers)
-                outs.append(kv)
-        return ImageKV(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs))
+        return self.stack.image_kv(self._before_layers(features))
 
     def prefill(
         self,
@@ -232,7 +227,7 @@ class Saisa(nn.Module):
         else:
             held = stream = self._embed(batch)
             source = self._cached(visual, stream)
-        x, captured = self._run_layers(
+        x, captured = self.stack.run(
             stream,
             source,
             asking=self._asking(stream, batch["image_positions"], batch["image_segment_ids"]),
@@ -245,6 +240,8 @@ class Saisa(nn.Module):
     def place_images(self, image_kv: ImageKV, batch: Batch) -> VisualKV:
         """Keys and values [Lv, B, K, V, H] rotated, once, to the positions of their rows' slots."""
         positions, segment_ids = visual_positions(batch, image_kv.k.shape[3])
+        if not self.config.rotates_images:
+            return VisualKV(*image_kv, positions, segment_ids)
         rope = rotation(positions, self.config)
         # Layer by layer, since they are float32 while they are rotated.
         k = jax.lax.map(lambda k: rotate_keys(k, rope), image_kv.k)
@@ -265,7 +262,7 @@ class Saisa(nn.Module):
         visual = cache.visual
         asking = None if visual is None else self._asking(stream, visual.positions, visual.segment_ids)
         source = self._cached(visual, stream)
-        x, captured = self._run_layers(stream, source, past=cache, asking=asking, capture=("kv",))
+        x, captured = self.stack.run(stream, source, past=cache, asking=asking, capture=("kv",))
         k, v = captured["kv"]
         return self._last_logits(x, stream), kv_cache.append(cache, k, v, positions, segment_ids)
 
@@ -279,7 +276,7 @@ class Saisa(nn.Module):
     def _streamed(self, visual: Stream | None, stream: Stream) -> StreamedVisual | None:
         if visual is None:
             return None
-        return StreamedVisual(visual, stream, self.config, self.projectors_of, self.visual_kv)
+        return StreamedVisual(visual, stream, self.config, self.stack.projectors_of, self.stack.visual_kv)
 
     def _cached(self, visual: VisualKV | None, stream: Stream) -> CachedVisual | None:
         return None if visual is None else CachedVisual(visual, stream, self.config)
@@ -328,126 +325,6 @@ class Saisa(nn.Module):
     def _before_layers(self, features: Any) -> Any:
         """What the layers read: features, or the tokens of the projector that they share."""
         return self.visual_proj(features) if shared_projector(self.config) else features
-
-    # --- The layers --------------------------------------------------------------------------------------------------
-
-    def _layers_of(self, group: LayerGroup) -> Params:
-        """The parameters of a group of layers, without their projectors."""
-        layers = {name: value for name, value in self.layers.items() if name != "visual_proj"}
-        return take_layers(layers, group.start, group.stop)
-
-    def projectors_of(self, group: LayerGroup) -> Params:
-        """The projectors of a group that sees the image, as parameters of its blocks; none where one serves all."""
-        if not self.config.per_layer_projectors:
-            return {}
-        return {"visual_proj": take_layers(self.layers["visual_proj"], *group.projectors)}
-
-    def visual_kv(self, params: Params, projector: Params, x: Any, role: str) -> tuple[Any, tuple[Any, Any]]:
-        """One layer's keys (not rotated) and values of the visual stream, and the stream for the next layer."""
-        kv = self._block(params | projector, "visual_kv", x)
-        return self._block(params, "update_visual", x) if role == "mlp" else x, kv
-
-    def _block(self, params: Params, method: str, *args: Any) -> Any:
-        dtype = jnp.dtype(self.config.dtype)
-        params = in_dtype(dequantized(params, dtype), dtype)
-        return self.block.apply({"params": params}, *args, method=method)
-
-    def _gathered_once(self, params: Params) -> Params:
-        """A layer's parameters, with the kernels that serve both streams, `k_proj` and `v_proj`, whole on each device.
-
-        So the compiler gathers them, and reduces their gradients, for both streams together, and not for each product.
-        """
-        dtype, attn = jnp.dtype(self.config.dtype), dict(params["attn"])
-        for name in ("k_proj", "v_proj"):
-            if not isinstance(kernel := attn[name]["kernel"], tuple):  # of int8 weights, which do not train
-                attn[name] = {**attn[name], "kernel": constrain(kernel.astype(dtype), None, "kv_heads", "head_dim")}
-        return {**params, "attn": attn}
-
-    def _scan(self, body: Any, carry: Any, xs: Any) -> Any:
-        c = self.config
-        return scan_stack(body, carry, xs, remat_policy=c.remat_policy, scan=c.scan_layers)
-
-    def _run_layers(
-        self,
-        stream: Stream,
-        visual: StreamedVisual | CachedVisual | None,
-        past: KVCache | None = None,
-        asking: PackedPositions | None = None,
-        unseen: Bool[Array, " L"] | None = None,
-        capture: tuple[str, ...] = (),
-        impl: str = "xla",
-    ) -> tuple[Any, dict[str, Any]]:
-        """The text through all layers.
-
-        Args:
-          stream: the text.
-          visual: visual tokens, or their keys and values, layer by layer; None: there is no image.
-          past: keys and values of the tokens before.
-          asking: places of the text as queries; None: those that it has as keys.
-          unseen: layers in which the text does not attend to the image.
-          capture: what to stack over the layers: hidden, attention, image_attention, kv (the query stream's own keys,
-            rotated, and values; under LLaVA those of visual tokens before them).
-          impl: of attention.
-        """
-        c, source = self.config, cast(Any, visual)
-        asking = asking or PackedPositions(*stream[1:])
-        of_text = rotation(stream.positions, c), make_mask(asking, stream, c.sliding_window)
-        past_mask = None if past is None else make_mask(asking, past, c.sliding_window)
-        reading = _Reading(source, 0 if visual is None else source.places.positions.shape[1], past_mask, capture, impl)
-
-        x, state = stream.x, None if visual is None else source.state
-        states, outs = [(x[None], None if state is None else state[None])], []
-        for group in layer_groups(c, visual is not None):
-            places, together = of_text, group.role == "queries"
-            if together:
-                of_both = zip(source.places, stream[1:], strict=True)
-                both = PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in of_both))
-                places = rotation(both.positions, c), make_mask(both, both, c.sliding_window)
-                x, state = jnp.concatenate([cast(Any, state), x], axis=1), None
-            of_visual = source.inputs(group) if group.reads_keys else None
-            of_layers = ((past.k, past.v) if past is not None else None, unseen)
-            of_layers = take_layers(of_layers, group.start, group.stop)
-            body = functools.partial(self._layer, reading, group.role, *places)
-            (x, state), out = self._scan(body, (x, state), (self._layers_of(group), of_visual, *of_layers))
-            if together:
-                state, x = x[:, : reading.tokens], x[:, reading.tokens :]
-            states.append(out.pop("hidden", None))
-            outs.append(out)
-        stack = lambda *parts: jnp.concatenate(parts)  # noqa: E731
-        captured = jax.tree.map(stack, *outs)
-        return x, captured | ({"hidden": jax.tree.map(stack, *states)} if "hidden" in capture else {})
-
-    def _layer(self, reading: _Reading, role: str, rope: Any, mask: Mask, carry: Any, inputs: Any) -> Any:
-        """A layer in which visual tokens have that role: (text, visual state), and what is captured of it."""
-        (x, state), (params, of_visual, past_kv, hides) = carry, inputs
-        others, tokens = [], reading.tokens
-        if role in ("keys", "mlp"):
-            params = self._gathered_once(params)
-            state, image = reading.source.read(params, state, of_visual, role)
-            others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
-        elif role == "queries" and hides is not None:
-            of_image = jnp.arange(x.shape[1]) < tokens
-            mask = without(mask, hides & ~of_image[:, None] & of_image)
-        if reading.past_mask is not None:
-            others.append(KeyBlock(past_kv[0], past_kv[1], reading.past_mask))
-        x, kv, attention = self._block(params, "__call__", x, rope, mask, others, reading.impl)
-        if self.config.alignment == "llava" and role in ("keys", "mlp"):  # in one cache with the other layers'
-            kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(others[0][:2], kv, strict=True))
-        hidden = (x[:, tokens:], x[:, :tokens]) if role == "queries" else (x, state)
-        available = {"hidden": hidden, "kv": kv}
-        if {"attention", "image_attention"} & set(reading.capture):
-            available |= attention_of_text(attention, tokens, role)
-        return (x, state), {name: available[name] for name in reading.capture}
-
-
-class _Reading(NamedTuple):
-    """What is the same for all layers through which the text runs."""
-
-    source: Any  # of the image's keys and values
-    tokens: int  # V
-    past_mask: Mask | None
-    capture: tuple[str, ...]
-    impl: str
 
 
 def init_params(config: ModelConfig, key: Any) -> Params:

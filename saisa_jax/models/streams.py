@@ -19,7 +19,7 @@ from saisa_jax.batch import Batch
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.kv_cache import VisualKV
 from saisa_jax.models.layers import Params, rotate_keys, rotation, take_layers
-from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask
+from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask
 
 
 class Stream(NamedTuple):
@@ -73,6 +73,35 @@ def visual_positions(batch: Batch, visual_tokens: int) -> PackedPositions:
     return PackedPositions(positions.reshape(starts.shape[0], -1), jnp.repeat(segments, per_image, axis=1))
 
 
+def windows(tokens: Any, images: Any, per_image: int) -> PackedPositions:
+    """Places of tokens [B, S] whose segments are windows of Flamingo's local text (`cross.py`).
+
+    A window begins with images, of which each stands right behind the one before, and holds the text up to the next
+    image; what stands before the first image of a sample is a window as well.
+
+    Args:
+      tokens: anything with `positions` and `segment_ids` [B, S].
+      images: likewise, of visual tokens [B, V], slot by slot.
+      per_image: P.
+    """
+    starts, samples = images.positions[:, ::per_image], images.segment_ids[:, ::per_image]  # [B, M]
+    behind = starts[:, :, None] == starts[:, None] + per_image
+    begins = (samples > 0) & ~(behind & (samples[:, :, None] == samples[:, None])).any(axis=2)
+    segments, positions = tokens.segment_ids[:, :, None], tokens.positions[:, :, None]
+    begun = jnp.sum(begins[:, None] & (segments == samples[:, None]) & (positions >= starts[:, None]), axis=2)
+    numbered = tokens.segment_ids * (starts.shape[1] + 1) + begun
+    return PackedPositions(tokens.positions, jnp.where(tokens.segment_ids > 0, numbered, 0))
+
+
+def image_mask(queries: Any, visual: Any, config: ModelConfig) -> Mask:
+    """Which visual tokens a stream attends to; under Flamingo, in cross layers."""
+    if config.alignment != "flamingo":
+        return make_mask(queries, visual, config.sliding_window)
+    if config.flamingo.local_text:
+        queries, visual = (windows(places, visual, config.num_visual_tokens) for places in (queries, visual))
+    return make_mask(queries, visual)
+
+
 class StreamedVisual:
     """Keys and values of the image, made as the layers run: V_l is projected anew (SAISA), or carried on (NAAViT).
 
@@ -96,16 +125,17 @@ class StreamedVisual:
         self.inputs = projectors_of  # what each layer of a group needs
         self.places = PackedPositions(visual.positions, visual.segment_ids)
         # What no layer changes stays out of the scan's carry, of which the backward pass keeps a copy for every layer.
-        self.state = None if config.alignment == "saisa" else visual.x
+        self.state = None if config.alignment in ("saisa", "flamingo") else visual.x
         self._features = visual.x
         self._visual_kv = visual_kv
-        self._rope = rotation(visual.positions, config)
-        self._mask = make_mask(queries, visual, config.sliding_window)
+        self._rope = rotation(visual.positions, config) if config.rotates_images else None
+        self._mask = image_mask(queries, visual, config)
 
     def read(self, params: Params, state: Any, projector: Params, role: str) -> tuple[Any, KeyBlock]:
         """One layer: the state for the next one, and its keys (rotated) and values."""
         after, (k, v) = self._visual_kv(params, projector, self._features if state is None else state, role)
-        return None if state is None else after, KeyBlock(rotate_keys(k, self._rope), v, self._mask)
+        k = k if self._rope is None else rotate_keys(k, self._rope)
+        return None if state is None else after, KeyBlock(k, v, self._mask)
 
 
 class CachedVisual:
@@ -122,7 +152,7 @@ class CachedVisual:
     def __init__(self, visual: VisualKV, queries: Stream, config: ModelConfig) -> None:
         self.places = PackedPositions(visual.positions, visual.segment_ids)
         self._kv = visual.k, visual.v
-        self._mask = make_mask(queries, visual, config.sliding_window)
+        self._mask = image_mask(queries, visual, config)
 
     def inputs(self, group: LayerGroup) -> tuple[Any, Any]:
         """What each layer of a group needs: its keys and values."""

@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from saisa_jax.config import Config
+from saisa_jax.config import Config, FlamingoConfig
 from saisa_jax.planning import remedies, tables
 from saisa_jax.planning.compile import Program, compile_stage
 from saisa_jax.planning.lengths import Length
@@ -57,7 +57,11 @@ def as_llava(config: Config) -> Config:
     """The same recipe with LLaVA's alignment: what SAISA saves is measured against it."""
     shared = lambda part: dataclasses.replace(part, sharing="shared")  # noqa: E731
     model = dataclasses.replace(
-        config.model, alignment="llava", visual_layers=None, projector=shared(config.model.projector)
+        config.model,
+        alignment="llava",
+        visual_layers=None,
+        flamingo=FlamingoConfig(),
+        projector=shared(config.model.projector),
     )
     return dataclasses.replace(config, model=model, pretrain=shared(config.pretrain), finetune=shared(config.finetune))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from saisa_jax import flops
 from saisa_jax.checkpoints import read_account
-from saisa_jax.config import STAGES, Config, ModelConfig, ProjectorConfig, StageConfig
+from saisa_jax.config import STAGES, Config, FlamingoConfig, ModelConfig, ProjectorConfig, StageConfig
 from saisa_jax.convert import sidecar
 from saisa_jax.convert.layouts import decoder_family
 
@@ -73,6 +73,9 @@ def _what(model: ModelConfig, parameters: int, sees: bool) -> str:
         "saisa": "visual tokens are keys and values of its layers, and nothing else: no queries, no MLP",
         "naavit": "visual tokens ask nothing; they are keys and values, and go through the MLPs",
         "llava": "visual tokens are part of the sequence",
+        "flamingo": "visual tokens are keys and values of gated cross layers, one before every "
+        f"{model.flamingo.every} of the decoder's"
+        + (", which read the text since the image as well" if model.flamingo.local_text else ""),
     }[model.alignment]
     each = "one for each layer that sees the image" if model.per_layer_projectors else "one for all layers"
     rows = {
@@ -95,7 +98,9 @@ def _what(model: ModelConfig, parameters: int, sees: bool) -> str:
 def _cost(model: ModelConfig) -> str:
     """Prefill of one image, beside LLaVA of the same decoder and encoder."""
     shared = ProjectorConfig(sharing="shared")
-    llava = dataclasses.replace(model, alignment="llava", projector=shared, visual_layers=None)
+    llava = dataclasses.replace(
+        model, alignment="llava", projector=shared, visual_layers=None, flamingo=FlamingoConfig()
+    )
     here, there = (flops.prefill(each, TEXT).total / 1e12 for each in (model, llava))
     beside = "" if model.alignment == "llava" else f"; LLaVA of the same decoder and encoder {there:.4g}"
     return (

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from saisa_jax import flops
-from saisa_jax.config import ModelConfig, ProjectorConfig
+from saisa_jax.config import FlamingoConfig, ModelConfig, ProjectorConfig
 from saisa_jax.evaluation.scorers.words import normalise
 from saisa_jax.report import units
 from saisa_jax.report.runs import NAMES, Run, StageRecord
@@ -25,6 +25,7 @@ from saisa_jax.report.runs import NAMES, Run, StageRecord
 # Okabe and Ito's palette, distinguishable with color blindness; markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PAPER = ("llava", "naavit", "saisa")  # alignments that are drawn whether they were run or not
 INK, FAINT = "#222222", "#8a8a8a"
 # Vision and head, which all alignments share, are grey; related parts are shades of one color.
 PART_COLORS = ("#cdd2d8", "#E69F00", "#0b4f8a", "#3f8fd2", "#a6cdee", "#D55E00", "#009E73", "#7d838a", "#56B4E9")
@@ -141,14 +142,16 @@ def alignment_like(model: ModelConfig, alignment: str) -> ModelConfig:
         return model
     sharing = "per_layer" if alignment == "saisa" else "shared"
     projector = ProjectorConfig(sharing=sharing, hidden_dim=model.projector.hidden_dim)
-    return dataclasses.replace(model, alignment=alignment, projector=projector, visual_layers=None)
+    return dataclasses.replace(
+        model, alignment=alignment, projector=projector, visual_layers=None, flamingo=FlamingoConfig()
+    )
 
 
 def prefill_by_alignment(run: Run, convention: str) -> dict[str, float]:
-    """Prefill FLOPs of the run's mean question under each alignment; the run has been evaluated."""
+    """Prefill FLOPs of the mean question of an evaluated run, under each alignment of PAPER and its own."""
     record: Any = run.evaluation
     text, images = round(record["prompt_tokens"]), record["images_per_question"]
-    models = {name: alignment_like(run.model, name) for name in NAMES}
+    models = {name: alignment_like(run.model, name) for name in dict.fromkeys((*PAPER, run.model.alignment))}
     return {name: flops.prefill(model, text, images, convention=convention).total for name, model in models.items()}
 
 
@@ -217,7 +220,7 @@ def cost_by_part(title: str, run: Run) -> Figure:
     """What the parts of a prefill cost under each alignment, for a model of the run's size."""
     record: Any = run.evaluation
     text, images = round(record["prompt_tokens"]), record["images_per_question"]
-    models = {name: alignment_like(run.model, name) for name in ("llava", "naavit", "saisa")}
+    models = {name: alignment_like(run.model, name) for name in dict.fromkeys((*PAPER, run.model.alignment))}
     costs = {name: flops.prefill(model, text, images) for name, model in models.items()}
     unit, prefix = units.thousands(max(cost.total for cost in costs.values()))
     figure, axes = _axes(title, (10.8, 2.5))

@@ -13,7 +13,7 @@ from saisa_jax.checkpoints import local_model
 from saisa_jax.config import Config, ConfigError, ModelConfig, from_saved
 from saisa_jax.errors import UserError
 
-NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA"}
+NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA", "flamingo": "Flamingo"}
 TITLES = {"pretrain": "Stage 1: pretrain", "finetune": "Stage 2: finetune"}
 
 

@@ -122,7 +122,7 @@ class Engine:
     """Answers questions in rows of one batch.
 
     Args:
-      model: of alignment saisa or naavit.
+      model: of any alignment but llava.
       rows: how many are answered at once.
       max_images: of a question.
       pieces: of prompts (`Rows`).

@@ -60,7 +60,7 @@ class Rows:
     """The batch on its devices.
 
     Args:
-      model: of alignment saisa or naavit, on devices that do not split rows.
+      model: of any alignment but llava, on devices that do not split rows.
       count: B.
       max_images: of a question.
       pieces: sizes of what `read` takes, the smaller first.
@@ -76,7 +76,7 @@ class Rows:
         if not model.generator.caches_images:
             raise ConfigError(
                 f"model.alignment={config.alignment} is not served: its visual tokens depend on the text before them, "
-                "so that no picture is encoded ahead; saisa and naavit are, and chat and eval.py answer with all three"
+                "so that no picture is encoded ahead; the other alignments are, and chat and eval.py answer with all"
             )
         if model.row_ways != 1:
             raise ConfigError("a server splits no rows: load the model on a mesh with data=1 and fsdp=1, or without")
@@ -228,7 +228,7 @@ def _empty(model: VisionLanguageModel, rows: int, level: Level) -> KVCache:
     c = model.model_config
     zeros = functools.partial(jnp.zeros, dtype=jnp.dtype(c.dtype))
     places = functools.partial(jnp.zeros, dtype=jnp.int32)
-    text, visual = (c.num_layers, rows, c.num_kv_heads, level.columns, c.head_dim), None
+    text, visual = (c.num_cached_layers, rows, c.num_kv_heads, level.columns, c.head_dim), None
     if level.images:
         tokens = level.images * c.num_visual_tokens
         of_images = (len(c.visible_layers), rows, c.num_kv_heads, tokens, c.head_dim)

@@ -14,6 +14,7 @@ from saisa_jax.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    FlamingoConfig,
     ModelConfig,
     OptimizerConfig,
     ProjectorConfig,
@@ -24,6 +25,7 @@ from saisa_jax.config import (
     to_config_dict,
 )
 
+FLAMINGOS = {"flamingo": FlamingoConfig(every=2), "casa": FlamingoConfig(every=1, local_text=True)}
 PROJECTORS = {  # of SAISA, by the name of the variant
     "low_rank": ProjectorConfig("low_rank", rank=8),
     "resampler": ProjectorConfig("resampler", num_tokens=5),
@@ -34,10 +36,11 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
     """Two layers of width 32 on 32 x 32 pixel images of easy-VQA; three steps of eight rows in each stage, float32.
 
     Args:
-      alignment: saisa | naavit | llava, or a name in PROJECTORS.
+      alignment: saisa | naavit | llava, or a name in FLAMINGOS or PROJECTORS.
       blind: leave every image slot empty.
     """
-    name, alignment = alignment, "saisa" if alignment in PROJECTORS else alignment
+    name = alignment
+    alignment = "saisa" if name in PROJECTORS else "flamingo" if name in FLAMINGOS else name
     sharing = "per_layer" if alignment == "saisa" else "shared"
     vision = VisionConfig(
         image_size=32,
@@ -62,6 +65,7 @@ def tiny_config(alignment: str = "saisa", *, blind: bool = False) -> Config:
         dtype="float32",
         vision=vision,
         projector=PROJECTORS.get(name, ProjectorConfig(sharing=sharing)),
+        flamingo=FLAMINGOS.get(name, FlamingoConfig()),
     )
     optimizer = OptimizerConfig(lr=1e-3)
     return Config(
@@ -114,7 +118,7 @@ def packed_config() -> Config:
 def get_config(variant: str = "saisa") -> ConfigDict:
     """The same as a recipe for `--config`.
 
-    `variant` is an alignment or a name in PROJECTORS, `blind` for SAISA without images, or `packed`.
+    `variant` is an alignment, a name in FLAMINGOS or PROJECTORS, `blind` for SAISA without images, or `packed`.
     """
     if variant == "packed":
         return to_config_dict(packed_config())

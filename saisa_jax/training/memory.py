@@ -143,7 +143,7 @@ def _gradient(
     if model.attention_impl != "xla":
         dtype = "float32" if model.dtype == "float32" else "bfloat16"
         model = dataclasses.replace(model, attention_impl="flash", dtype=dtype)
-    batch = empty_batch(rows, text, images, model.vision.image_size)
+    batch = empty_batch(rows, text, images, model.image_slot)
     trainable, frozen = jax.eval_shape(lambda params: split(params, groups), abstract_params(model))
     gradient = jax.value_and_grad(sums_of(model, loss_chunk), has_aux=True)
     with nn.logical_axis_rules(()), on_platform(platform):

@@ -15,7 +15,7 @@ from flax import traverse_util
 from saisa_jax.config import ConfigError, GroupConfig, Groups, OptimizerConfig
 
 Params = Any
-NO_DECAY = ("bias", "scale", "scale1", "scale2")  # norms, biases and layer scales
+NO_DECAY = ("bias", "scale", "scale1", "scale2", "attn_gate", "mlp_gate")  # norms, biases, layer scales, gates
 
 
 def flatten(params: Params) -> dict[str, Any]:

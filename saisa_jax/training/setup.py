@@ -39,7 +39,7 @@ class StageSetup(NamedTuple):
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a global batch."""
         s = self.settings
-        batch = empty_batch(s.batch_size, s.text_length, s.max_images, self.model.vision.image_size)
+        batch = empty_batch(s.batch_size, s.text_length, s.max_images, self.model.image_slot)
         sharding = parallel.batch_sharding(self.mesh)
         return jax.tree.map(lambda x: _placed(x, sharding), batch)
 

@@ -15,10 +15,20 @@ from jax.sharding import Mesh
 from saisa_jax import parallel
 from saisa_jax.checkpoints import is_model, load_model, local_model, read_account
 from saisa_jax.checkpoints.checksums import describe, differences
-from saisa_jax.config import ADAPTER_PATTERN, PROJECTOR_PATTERN, STAGES, Config, ConfigError, ModelConfig
+from saisa_jax.config import (
+    ADAPTER_PATTERN,
+    CROSS_PATTERN,
+    PROJECTOR_PATTERN,
+    STAGES,
+    Config,
+    ConfigError,
+    FlamingoConfig,
+    ModelConfig,
+)
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.rows.counting import Effort
 from saisa_jax.data.text.conversation import end_token_id
+from saisa_jax.inference.features import feature_spec
 from saisa_jax.models.projectors import PROJECTORS, base_of
 from saisa_jax.models.saisa import abstract_params, init_params, share_to_per_layer
 from saisa_jax.training.optimizer import assign_groups, flatten, unflatten
@@ -128,9 +138,11 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
     shared, sharing = "visual_proj" not in params["layers"], model.projector.sharing
     stored = dataclasses.replace(model.projector, sharing="shared" if shared else "per_layer")
     convert: Callable[[Any], Any] = lambda params: params  # noqa: E731
+    without_cross = bool(model.cross_layers) and "cross_layers" not in params
+    fresh = [CROSS_PATTERN] if without_cross else []
     if _has_untrained_other(document, account.model, model):
         stored = dataclasses.replace(account.model.projector, sharing="shared")
-        convert = functools.partial(_with_fresh, config=config, stage=stage, pattern=PROJECTOR_PATTERN)
+        fresh.append(PROJECTOR_PATTERN)
     elif model.per_layer_projectors and shared:
         convert = functools.partial(share_to_per_layer, config=model, seed=config.seed)
     elif not shared and sharing == "shared":
@@ -143,9 +155,13 @@ def _conversion(config: Config, stage: str, source: str) -> tuple[Callable[[Any]
             f"{source} has a projector for each layer, and model.projector.kind={model.projector.kind} starts from one "
             "for all: name a model of stage 1 with --config.init_from, or set --config.model.projector.kind=mlp"
         )
+    if fresh:
+        convert = functools.partial(_with_fresh, config=config, stage=stage, pattern="|".join(fresh))
     lines = differences(describe(jax.eval_shape(convert, params)), describe(abstract_params(model)), dtypes=False)
     if lines:
         raise ConfigError(f"{source} does not fit --config.model: {'; '.join(lines)}")
+    if without_cross:  # the parameters of any other alignment with one projector
+        model = dataclasses.replace(model, alignment="naavit", flamingo=FlamingoConfig())
     return convert, dataclasses.replace(model, projector=stored)
 
 
@@ -187,6 +203,7 @@ def check_stages(
     data = {name: StageData(config, name, tokenizer, str(workdir / name), effort) for name in config.stages}
     for name in config.stages:
         settings = config.stage(name)
+        _check_features(config, name, workdir, data[name])
         end_token_id(settings.template, tokenizer)
         _ = data[name].steps
         params = abstract_params(config.trained_model(name))
@@ -201,6 +218,31 @@ def check_stages(
     return data
 
 
+def _check_features(config: Config, stage: str, workdir: epath.Path, data: StageData) -> None:
+    """With `data.features`: the stage keeps the encoder frozen, and it is the one that made the features.
+
+    Raises:
+      ConfigError, DataError: it does not, or is not.
+    """
+    if not config.data.features:
+        return
+    groups = config.stage(stage).groups
+    rows = assign_groups(abstract_params(config.model_for(stage)), groups)
+    trained = [path for path, row in rows.items() if path.startswith("vision/") and not groups[row][1].frozen]
+    if trained:
+        raise ConfigError(
+            f"{stage}.groups train the vision encoder ({trained[0]} and {len(trained) - 1} more), and with "
+            "--config.data.features=True it is not run: freeze r'vision/.*', or train on images"
+        )
+    source = start_model(config, workdir)  # whose encoder every stage keeps
+    if not source:
+        raise ConfigError(
+            "--config.data.features=True needs the encoder that made the features: name a model that holds it with "
+            "--config.init_from"
+        )
+    data.check_features(feature_spec(config, source))
+
+
 def check_projectors(config: Config, workdir: epath.Path) -> None:
     """Stage 2 alone does not start from random projectors, unless it is asked to.
 
@@ -213,14 +255,18 @@ def check_projectors(config: Config, workdir: epath.Path) -> None:
     if names_step(config.init_from):
         return  # which was trained
     if config.init_from:
-        imported = read_account(config.init_from)[0]["metadata"].get("imported")
-        if imported is None or "projector" in imported["parts"]:
+        document = read_account(config.init_from)[0]
+        imported = document["metadata"].get("imported")
+        crossed = not config.model.cross_layers or any(re.fullmatch(CROSS_PATTERN, path) for path in document["leaves"])
+        if crossed and (imported is None or "projector" in imported["parts"]):
             return
-        seen = f"--config.init_from={config.init_from} was imported without a trained projector"
+        lacks = "was imported without a trained projector" if crossed else "holds no cross layers"
+        seen = f"--config.init_from={config.init_from} {lacks}"
     else:
         seen = f"there is no {local_model(workdir, 'pretrain')} and no --config.init_from"
+    what = "projectors or cross layers" if config.model.cross_layers else "projectors"
     raise ConfigError(
-        f"stage 2 would start from random projectors: {seen}. Name a model of stage 1 with --config.init_from=WORKDIR/"
+        f"stage 2 would start from random {what}: {seen}. Name a model of stage 1 with --config.init_from=WORKDIR/"
         "pretrain/model, train both stages (--config.stages=pretrain,finetune), or start so on purpose with "
         "--config.allow_random_init=True"
     )

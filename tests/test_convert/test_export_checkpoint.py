@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import read_account, save_model
 from saisa_jax.config import Config, ModelConfig, ProjectorConfig, from_saved, to_dict
-from saisa_jax.convert.layouts import LAYOUTS
+from saisa_jax.convert.layouts import LAYOUTS, MULTIMODAL
 from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.write import export_params
 from saisa_jax.errors import UserError
@@ -99,6 +99,11 @@ FINAL_NORM = {"post_norm": True, "select_layer": -1}
     ("layouts", "model", "reason"),
     [
         (("llava", "llava-hf"), changed("naavit"), r"alignment='naavit': its readers compute 'llava'.* another model"),
+        (
+            MULTIMODAL,
+            changed("flamingo"),
+            r"alignment='flamingo': it has no place for cross layers; hf-llm and hf-vision",
+        ),
         (("llava", "llava-hf"), changed("saisa", projector=SHARED), r"alignment='saisa': its readers compute 'llava'"),
         (("llava", "llava-hf"), changed("llava", FINAL_NORM), r"post_norm=True: its readers take .* before"),
         (("saisa",), changed("saisa", FINAL_NORM), r"post_norm=True: its readers take .* before"),
@@ -151,6 +156,16 @@ def test_another_model_than_the_layout_says(
         with pytest.raises(UserError, match=reason):
             export_params(params, model, layout, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_of_cross_layers_the_parts_that_have_a_layout(tmp_path: Path) -> None:
+    """A decoder and an encoder go out without what joins them."""
+    for layout in ("hf-llm", "hf-vision"):
+        crossed, plain = (
+            export_params(zeros(model), model, layout, tmp_path / f"{layout} of {model.alignment}")
+            for model in (changed("flamingo"), changed("llava"))
+        )
+        assert [path.read_bytes() for path in crossed] == [path.read_bytes() for path in plain]
 
 
 @pytest.mark.parametrize(

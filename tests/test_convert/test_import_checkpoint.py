@@ -100,6 +100,7 @@ def test_a_llava_is_read_as_saisa(sources: Path, tmp_path: Path, capsys: pytest.
     for source, wrong, message in (
         ("llava", ["--visual_layers=1"], "visual_layers is a choice of model.alignment=saisa, not of 'llava'"),
         ("llava", ["--as=saisa", "--visual_layers=0,7"], "names [7], out of range for model.num_layers=2"),
+        ("llava", ["--as=flamingo"], "no layout holds cross layers"),
         ("saisa", ["--as=llava"], "has a projector for each layer, which only saisa reads"),
     ):
         assert main(["convert", "import", f"--from={sources / source}", f"--to={tmp_path / 'no'}", *wrong]) == 2

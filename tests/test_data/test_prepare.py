@@ -26,6 +26,7 @@ from saisa_jax.config import SourceConfig
 from saisa_jax.data import prepare
 from saisa_jax.data.images import read_image
 from saisa_jax.data.pipeline import StageData
+from saisa_jax.data.records import shrunk
 from saisa_jax.data.rows.counting import count
 from saisa_jax.data.rows.counts import fingerprint
 from saisa_jax.data.sample import DataError, SourceChangedError
@@ -156,15 +157,17 @@ def test_what_cannot_be_used_is_reported_and_left_out(mine, tmp_path, capsys) ->
 def test_a_stopped_one_goes_on(mine, tmp_path, monkeypatch, capsys) -> None:
     whole, argv = arguments(mine, tmp_path / "whole", "--shards=4"), arguments(mine, tmp_path / "out", "--shards=4")
     assert main(["data", "prepare", *whole]) == 0
-    real, seen = prepare._prepare_sample, []
+    real, seen = prepare.with_files, []
 
-    def stopped(job, index, encoder):
-        seen.append(index)
-        if len(seen) == 15:
-            raise KeyboardInterrupt
-        return real(job, index, encoder)
+    def stopped(*others):
+        *others, numbers = others
+        for number in numbers:
+            seen.append(number)
+            if len(seen) == 15:
+                raise KeyboardInterrupt
+            yield from real(*others, range(number, number + 1))
 
-    monkeypatch.setattr(prepare, "_prepare_sample", stopped)
+    monkeypatch.setattr(prepare, "with_files", stopped)
     assert main(["data", "prepare", *argv]) == 130
     assert "stopped; the same command resumes" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.part"))
@@ -259,10 +262,10 @@ def test_larger_images_are_made_smaller(mode, size) -> None:
         stream = io.BytesIO()
         image.save(stream, kind)
         target = 48 if mode == "pad" else 32
-        small = Image.open(io.BytesIO(prepare.shrunk(image, stream.getvalue(), target, mode)))
+        small = Image.open(io.BytesIO(shrunk(image, stream.getvalue(), target, mode)))
         assert (small.size, small.format, small.mode) == (size, kind, "RGB")
         assert np.abs(np.asarray(small).astype(int) - (255, 0, 0)).max() <= tolerance
-        assert prepare.shrunk(image, stream.getvalue(), 120, "pad") == stream.getvalue()
+        assert shrunk(image, stream.getvalue(), 120, "pad") == stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_damaged_shards(mine, tmp_path) -> None:
     text = index.read_text()
     for broken, message in (
         (text[:-20], "cannot be read"),
-        ("[]", "is of format None, and this version reads 2"),
+        ("[]", "is of format None, and this version reads 3"),
         (text.replace('"format": 2', '"format": 9'), "is of format 9"),
         (text.replace('"samples": 12', '"samples": 13'), "is damaged: it counts 24 samples"),
         (text.replace('"counts": "', '"counts": "0'), "counts.npz is not the one that index.json was written with"),

@@ -11,6 +11,7 @@ from saisa_jax.inference.generate import Generator, Sampling, bucket, sample
 from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.testing.batches import IMAGE, make_batch
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.gates import with_open_gates
 from saisa_jax.testing.programs import compilations
 
 LAYOUTS = [[1, 2, 3, 4, 5], [1, IMAGE, 7, 8], [9, IMAGE, 10, 11, IMAGE, 12, 13]]
@@ -20,7 +21,8 @@ NEVER = 127
 @functools.cache
 def model_of(alignment: str):
     config = tiny_config(alignment).model
-    return config, init_params(config, jax.random.key(1)), Generator(config, [NEVER])
+    params = with_open_gates(init_params(config, jax.random.key(1)))
+    return config, params, Generator(config, [NEVER])
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def by_repeated_forward(config, params, layout: list[int], new: int) -> list[int
     return tokens
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", "casa"])
 def test_a_batch_gives_what_each_row_gives_alone_and_without_a_cache(alignment):
     config, params, generator = model_of(alignment)
     batch = make_batch(config, LAYOUTS, text_length=16, max_images=2)

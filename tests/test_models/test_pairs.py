@@ -7,13 +7,19 @@ import dataclasses
 import pytest
 
 from saisa_jax.batch import empty_batch
-from saisa_jax.config import ProjectorConfig
+from saisa_jax.config import FlamingoConfig, ProjectorConfig
 from saisa_jax.models import attention_tpu
 from saisa_jax.models.pairs import legal_share, visited_share
 from saisa_jax.testing.configs import tiny_config
 
 CONFIG = tiny_config().model
 PATCHES = CONFIG.vision.num_patches
+FLAMINGO = {
+    "alignment": "flamingo",
+    "projector": ProjectorConfig(sharing="shared"),
+    "flamingo": FlamingoConfig(2),
+    "sliding_window": 9999,
+}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +33,8 @@ PATCHES = CONFIG.vision.num_patches
             (PATCHES + 3) * (PATCHES + 4) // 2,
             (PATCHES + 3) ** 2,
         ),
+        (FLAMINGO, 2 * 6 + 2 * PATCHES, 2 * 9 + 3 * PATCHES),  # two layers, and one cross layer
+        (FLAMINGO | {"flamingo": FlamingoConfig(2, True)}, 12 + 2 * PATCHES + 4, 18 + 3 * (PATCHES + 3)),
     ],
 )
 def test_legal_pairs_of_a_row(changes, legal, pairs) -> None:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saisa_jax.config import ModelConfig, ProjectorConfig
+from saisa_jax.config import FlamingoConfig, ModelConfig, ProjectorConfig
 from saisa_jax.models.layers import take_layers
 from saisa_jax.models.saisa import Saisa, abstract_params, init_params, share_to_per_layer
 from saisa_jax.models.streams import layer_groups
 from saisa_jax.testing.batches import IMAGE, make_batch, random_layout
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.gates import with_open_gates
 
 PATCHES = 16
 KINDS = {
@@ -36,14 +37,29 @@ KINDS = {
         "naavit_layers": (1,),
         "frozen_visual_layers": (2, 4),
     },
+    "flamingo": {
+        "alignment": "flamingo",
+        "projector": ProjectorConfig("resampler", "shared", num_tokens=5),
+        "num_layers": 3,
+        "flamingo": FlamingoConfig(every=2),
+    },
+    "casa": {
+        "alignment": "flamingo",
+        "projector": ProjectorConfig(sharing="shared"),
+        "num_layers": 3,
+        "flamingo": FlamingoConfig(every=2, local_text=True),
+    },
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
+SELDOM = {"flamingo"}  # its layers run as those of "casa"; `parity` compares it with IDEFICS
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in SELDOM else []) for kind in KINDS]
+)
 
 
 @functools.cache
 def model_of(kind: str) -> tuple[ModelConfig, dict]:
     config = dataclasses.replace(tiny_config().model, **KINDS[kind])
-    params = init_params(config, jax.random.key(0))
+    params = with_open_gates(init_params(config, jax.random.key(0)))
     if kind == "low-rank":  # as if trained: at the start it is the shared projector
         up = params["layers"]["visual_proj"]["up"]
         up["kernel"] = jax.random.normal(jax.random.key(1), up["kernel"].shape) / 3
@@ -157,10 +173,11 @@ def test_scan_unrolled_rematerialised_and_a_python_loop_are_one(kind):
 
 def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     """The layers one by one in Python: one sequence [V; T] with the whole mask, then what the alignment drops."""
+    from saisa_jax.models.cross import CrossBlock
     from saisa_jax.models.decoder import Block
     from saisa_jax.models.layers import rotate_keys, rotation
     from saisa_jax.models.mask import KeyBlock, PackedPositions, make_mask, without
-    from saisa_jax.models.streams import joined
+    from saisa_jax.models.streams import image_mask, joined, windows
 
     model, block = Saisa(config), Block(config)
     bound = model.bind({"params": params})
@@ -171,6 +188,17 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
     of_image = jnp.arange(x.shape[1]) < tokens
     for run in layer_groups(config):
         for i in range(run.start, run.stop):
+            if i in config.cross_layers:
+                cross, number = CrossBlock(config), config.cross_layers.index(i)
+                own = {"params": jax.tree.map(lambda leaf, i=number: leaf[i], params["cross_layers"])}
+                k, v = cross.apply(own, stream, method="visual_kv")
+                at, beside = rotation(places.positions, config), None
+                if config.flamingo.local_text:
+                    k = rotate_keys(k, rotation(visual.positions, config))
+                    near = windows(places, PackedPositions(*visual[1:]), config.num_visual_tokens)
+                    beside = at, make_mask(near, near)
+                image = KeyBlock(k, v, image_mask(places, PackedPositions(*visual[1:]), config))
+                x, _, _ = cross.apply(own, x, [image], beside)
             layers = {k: v for k, v in params["layers"].items() if k != "visual_proj"}
             own = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
             others, before, mask = [], x, make_mask(places, places)
@@ -222,10 +250,13 @@ def test_captures_have_their_shapes_and_change_nothing(kind):
     assert aux["hidden"].shape == (config.num_layers + 1, 4, 12, 32)
     assert aux["attention"].shape == (config.num_layers, 4, config.num_heads, 12, visual + 12)
     assert aux["features"].shape == (4, 3 * PATCHES, 32) and aux["final_norm"].shape == (4, 12, 32)
-    assert ("visual_hidden" in aux) == (config.alignment != "saisa")
+    assert ("visual_hidden" in aux) == (config.alignment in ("naavit", "llava"))
     of_image = np.asarray(aux["attention"])[..., :visual].sum(-1).mean(2)
     np.testing.assert_allclose(aux["image_attention"], of_image, atol=1e-5)
     sums, asking = np.asarray(aux["attention"]).sum(-1), batch["segment_ids"] > 0
+    if config.cross_layers:  # of two layers
+        sums = sums - np.asarray(aux["attention"])[..., :visual].sum(-1)
+        assert (of_image[1] == 0).all() and of_image[0, 0].max() == 0 and 0 < of_image[0, 1, :4].min() <= 1.00001
     if config.frozen_prefix:
         asking[2, :1] = asking[3, :4] = False
     np.testing.assert_allclose(sums, np.broadcast_to(asking[None, :, None], sums.shape), atol=1e-5)
@@ -233,7 +264,7 @@ def test_captures_have_their_shapes_and_change_nothing(kind):
     assert np.isneginf(np.asarray(logits)[..., config.vocab_size :]).all()
 
 
-@pytest.mark.parametrize("kind", ["saisa", "naavit", "llava-switched"])
+@pytest.mark.parametrize("kind", ["saisa", "naavit", "llava-switched", "flamingo"])
 def test_a_layer_that_does_not_see_the_image(kind):
     """Unseen in all layers is no image at all, in the places of one with it; in none it is the model."""
     config, params = model_of(kind)
@@ -243,13 +274,14 @@ def test_a_layer_that_does_not_see_the_image(kind):
             {"params": params}, b, capture=("image_attention",), unseen=unseen, method="hidden"
         )
     )
-    every, some = np.ones(config.num_layers, bool), np.arange(config.num_layers) == 1
+    every, some = np.ones(config.num_layers, bool), np.arange(config.num_layers) == config.visible_layers[-1]
     hidden, aux = apply(batch, every)
     without = dict(batch, image_segment_ids=np.zeros_like(batch["image_segment_ids"]))
     np.testing.assert_allclose(hidden, apply(without, ~every)[0], atol=1e-5)
     assert not np.asarray(aux["image_attention"]).any()
     _, aux = apply(batch, some)
-    assert [layer.any() for layer in np.asarray(aux["image_attention"])] == [not layer for layer in some]
+    seen = [layer in config.visible_layers and not some[layer] for layer in range(config.num_layers)]
+    assert [layer.any() for layer in np.asarray(aux["image_attention"])] == seen
     head = lambda x: Saisa(config).apply({"params": params}, x, method="head")  # noqa: E731
     whole = np.asarray(head(apply(batch, ~every)[0]))[..., : config.vocab_size]
     np.testing.assert_allclose(whole, logits_of(kind, batch), atol=1e-5)
@@ -338,7 +370,7 @@ def test_runs_cover_the_layers_and_their_projectors():
     assert take_layers(stack, 0, 6)["a"] is stack["a"] and take_layers(stack, 1, 3)["a"].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("kind", ["saisa", "saisa-shared", "naavit"])
+@pytest.mark.parametrize("kind", ["saisa", "saisa-shared", "naavit", "casa"])
 def test_the_backward_pass_keeps_no_copies_of_what_no_layer_changes(kind):
     """Under remat a layer keeps its inputs; SAISA's visual tokens are the same for all layers, NAAViT's are not."""
     config, _ = model_of(kind)
@@ -346,5 +378,5 @@ def test_the_backward_pass_keeps_no_copies_of_what_no_layer_changes(kind):
     batch = make_batch(config, mixed_layouts(), text_length=12, max_images=3)
     loss = lambda params: Saisa(config).apply({"params": params}, batch)[0][..., :100].sum()  # noqa: E731
     program = str(jax.make_jaxpr(jax.grad(loss))(abstract_params(config)))
-    copies = f"5,{len(mixed_layouts())},{3 * PATCHES},{config.embed_dim}]"
+    copies = f"{len(config.cross_layers) or 5},{len(mixed_layouts())},{3 * PATCHES},{config.embed_dim}]"
     assert (copies in program) == (kind == "naavit")

@@ -13,7 +13,7 @@ from saisa_jax.planning.rows import RowCost, compare
 from saisa_jax.testing.configs import tiny_config
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava"])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", "casa"])
 def test_the_cost_of_a_row_is_that_of_its_own_trace(alignment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(alignment)
     config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, groups=TRAIN_PROJECTOR))

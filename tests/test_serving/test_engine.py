@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from saisa_jax.config import ConfigError
 from saisa_jax.data.sample import ASSISTANT, USER, Turn
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.inference.chat import Chat
 from saisa_jax.inference.generate import GREEDY, Sampling
 from saisa_jax.inference.image_cache import ImageCache
+from saisa_jax.inference.model import VisionLanguageModel
+from saisa_jax.models.saisa import init_params
 from saisa_jax.serving.engine import (
     LENGTH,
     STOP,
@@ -31,6 +35,7 @@ from saisa_jax.serving.engine import (
 )
 from saisa_jax.serving.rows import Rows, make_levels
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.testing.gates import with_open_gates
 from saisa_jax.testing.programs import compilations
 
 LONG = "is there a red circle or a blue one or a green one in the image and what color is it?"
@@ -262,3 +267,25 @@ def test_models_that_are_not_served(model):
         Rows(dataclasses.replace(model, config=tiny_config("llava")), 1, 1)
     with pytest.raises(ConfigError, match="--rows=0"):
         Rows(model, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def crossed(pictures) -> VisionLanguageModel:
+    """Cross layers that read the text as well, whose keys stand in the rows' buffers behind the decoder's."""
+    config = tiny_config("casa")
+    params = with_open_gates(init_params(config.model_for("finetune"), jax.random.key(1)))
+    params = jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x, params)
+    return VisionLanguageModel(params, config, load_tokenizer("easy_vqa"), "finetune", {"stage": "finetune"})
+
+
+def test_cross_layers_are_served_as_they_answer_alone(crossed, pictures):
+    asked = [ASKED[n] for n in (0, 2, 4)]
+    expected = [by_chat(crossed, pictures, each) for each in asked]
+    assert len(set(expected)) > 1
+    engine = Engine(crossed, rows=2, max_images=2, pieces=(16,))
+    engine.start()
+    assert engine.ready.wait(300)
+    together = answers(engine, [question(crossed, pictures, each) for each in asked])
+    assert [text_of(events) for events in together] == expected
+    engine.drain()
+    engine.join(60)

@@ -25,9 +25,12 @@ from saisa_jax.training.step import make_train_step
 pytestmark = pytest.mark.multi_device
 
 STEPS = 5
-ALIGNMENTS = ("saisa", "naavit", "llava")
+ALIGNMENTS = ("saisa", "naavit", "llava", "flamingo")
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
-OFTEN = (*(("saisa", mesh) for mesh in MESHES), *((name, (2, 2, 2)) for name in ("naavit", "llava", *PROJECTORS)))
+OFTEN = (
+    *(("saisa", mesh) for mesh in MESHES),
+    *((name, (2, 2, 2)) for name in ("naavit", "llava", "casa", *PROJECTORS)),
+)
 SELDOM = [(alignment, mesh) for alignment in ALIGNMENTS for mesh in MESHES if (alignment, mesh) not in OFTEN]
 
 

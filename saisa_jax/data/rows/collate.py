@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 
-from saisa_jax.batch import Batch, empty_batch
+from saisa_jax.batch import Batch, Slot, empty_batch
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.conversation import Encoded, check_length
 
@@ -17,19 +17,19 @@ from saisa_jax.data.text.conversation import Encoded, check_length
 class Example:
     """A sample, ready for a row.
 
-    `images` stand in the order of its placeholders; None leaves the row's slots empty (segment 0) while its text keeps
-    the positions that it would have with them.
+    `images`, or their features, stand in the order of its placeholders; None leaves the row's slots empty (segment 0)
+    while its text keeps the positions that it would have with them.
     """
 
     encoded: Encoded
-    images: Sequence[UInt8[np.ndarray, "height width 3"]] | None
+    images: Sequence[Shaped[np.ndarray, "*slot"]] | None
 
 
 def pack_rows(
     rows: Sequence[Sequence[Example | None]],
     text_length: int,
     max_images: int,
-    image_size: int,
+    image: int | Slot,
     padding: str = "right",
     count: int | None = None,
 ) -> Batch:
@@ -41,7 +41,7 @@ def pack_rows(
       rows: the samples of each row; None is a sample that could not be used, whose segment stays empty.
       text_length: T.
       max_images: M.
-      image_size: height and width in pixels.
+      image: what an image slot holds: pixels of a side, or something else.
       padding: right or left, the side of the text stream that is filled up.
       count: B, if more than there are rows: the rest is all padding.
 
@@ -51,7 +51,7 @@ def pack_rows(
     """
     if padding not in ("right", "left"):
         raise DataError(f"padding={padding!r} is neither right nor left")
-    batch = empty_batch(len(rows) if count is None else count, text_length, max_images, image_size)
+    batch = empty_batch(len(rows) if count is None else count, text_length, max_images, image)
     for row, examples in enumerate(rows):
         start, slot = 0, 0
         if padding == "left":
@@ -60,7 +60,7 @@ def pack_rows(
             if example is None:
                 continue
             sample = example.encoded
-            _check_fit(example, text_length - start, max_images - slot, image_size)
+            _check_fit(example, text_length - start, max_images - slot, Slot.of(image))
             text = slice(start, start := start + len(sample.tokens))
             batch["tokens"][row, text] = sample.tokens
             batch["targets"][row, text] = sample.targets
@@ -75,7 +75,7 @@ def pack_rows(
     return batch
 
 
-def _check_fit(example: Example, text_left: int, slots_left: int, image_size: int) -> None:
+def _check_fit(example: Example, text_left: int, slots_left: int, image: Slot) -> None:
     sample, pictures = example.encoded, example.images
     check_length(sample, text_left)
     expected = len(sample.image_positions)
@@ -86,9 +86,9 @@ def _check_fit(example: Example, text_left: int, slots_left: int, image_size: in
     if len(pictures) != expected:
         raise DataError(f"{len(pictures)} images for {expected} placeholder(s)", sample.sample_id)
     for picture in pictures:
-        if picture.shape != (image_size, image_size, 3) or picture.dtype != np.uint8:
+        if (picture.shape, picture.dtype) != image:
             raise DataError(
-                f"an image of {picture.shape} {picture.dtype}, expected {(image_size, image_size, 3)} uint8 "
-                "(model.vision.image_size)",
+                f"an image of {picture.shape} {picture.dtype}, expected {image.shape} {image.dtype} "
+                "(model.vision.image_size; with data.features: its features)",
                 sample.sample_id,
             )

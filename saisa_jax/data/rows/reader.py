@@ -17,7 +17,7 @@ from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.rows.packing import PackingPlan
 from saisa_jax.data.rows.plans import BlockPlan, RowPlans, Start
-from saisa_jax.data.sample import DataError, EmptyAnswerError, Sample, SourceChangedError, TooLongError
+from saisa_jax.data.sample import DataError, EmptyAnswerError, ImageSource, Sample, SourceChangedError, TooLongError
 from saisa_jax.data.text.encoder import Encoder
 
 ENDLESS = 2**40  # rows
@@ -40,6 +40,7 @@ class Reader:
         vision, data = config.model.vision, config.data
         self.config, self.training = config, training
         self.encode = Encoder(config, stage, tokenizer)
+        self.slot = config.trained_model(stage).image_slot
         self.load = ImageLoader(vision.image_size, vision.image_mode, vision.image_mean)
         self.reorders = not data.packing  # a planned row has room for its samples as they were counted
 
@@ -71,8 +72,7 @@ class Reader:
                 dropped.append(str(error) if name in str(error) else f"sample {name!r}: {error}")
             examples.append(example)
             ids.append(name)
-        size = self.config.model.vision.image_size
-        batch = pack_rows([examples], text_length, max_images, size)
+        batch = pack_rows([examples], text_length, max_images, self.slot)
         return BatchRow(batch, tuple(ids), tuple(dropped), cut_tokens, unusable)
 
     def _may_drop(self, error: DataError) -> bool:
@@ -89,10 +89,13 @@ class Reader:
         if data.blind:
             return Example(encoded, None), cut
         # Truncation may have left later images out.
-        images = [self.load(image, sample.id) for image in sample.images[: len(encoded.image_positions)]]
+        images = [self._in_slot(image, sample.id) for image in sample.images[: len(encoded.image_positions)]]
         if self.training and data.augment:
             images = [augment(image, rng) for image in images]
         return Example(encoded, images), cut
+
+    def _in_slot(self, image: ImageSource, sample_id: str) -> np.ndarray:
+        return image if isinstance(image, np.ndarray) else self.load(image, sample_id)
 
 
 class StageRows:

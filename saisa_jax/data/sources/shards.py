@@ -2,7 +2,8 @@
 
     DIR/counts.npz                            tokens and images of every sample
     DIR/index.json                            the files; written last
-    DIR/shard-00000-of-00016.arrayrecord      records of samples: ids, turns, and the images as encoded files
+    DIR/shard-00000-of-00016.arrayrecord      records of samples: ids, turns, and the images as encoded files, or what
+                                              a frozen encoder made of them (`--features`)
     DIR/report.jsonl                          what was left out: {"id", "reason"} a line
 
 A directory without index.json is not finished. ArrayRecord knows local files alone (it waits for ever for a gs:// one),
@@ -36,12 +37,14 @@ from jaxtyping import Int64, Integer
 
 from saisa_jax import buckets
 from saisa_jax.config import SourceConfig
+from saisa_jax.data.features import FeatureSpec
 from saisa_jax.data.sample import DataError, Sample, SourceChangedError, Turn
 from saisa_jax.data.sources import SOURCES
 from saisa_jax.data.sources.cache import cache_folder, copy_once, is_copy, make_room, room_for_copies
 from saisa_jax.data.sources.record_files import records_digest
 
 FORMAT = 2  # of records and index; raised when older programs could not read them. In the first, index.json had counts
+FEATURES = 3  # of those that hold features
 INDEX, COUNTS = "index.json", "counts.npz"
 SUFFIX = ".arrayrecord"
 COPIERS = 8  # shards that are copied at the same time
@@ -75,7 +78,7 @@ class Index:
         np.savez(counts, tokens=small(self.tokens), images=small(self.images))
         (directory / COUNTS).write_bytes(counts.getvalue())
         document = {
-            "format": FORMAT,
+            "format": FEATURES if FeatureSpec.of_plan(self.plan) else FORMAT,
             "shards": [asdict(shard) for shard in self.shards],
             "fingerprint": self.fingerprint,
             "plan": self.plan,
@@ -103,8 +106,8 @@ class Index:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         seen = document.get("format") if isinstance(document, dict) else None
-        if seen not in (1, FORMAT):
-            raise DataError(f"{path} is of format {seen}, and this version reads {FORMAT}; run `data prepare` again")
+        if seen not in (1, FORMAT, FEATURES):
+            raise DataError(f"{path} is of format {seen}, and this version reads {FEATURES}; run `data prepare` again")
         try:
             shards = tuple(Shard(**shard) for shard in document["shards"])
             counts = _read_counts(directory, document)
@@ -148,6 +151,7 @@ class ShardedSamples:
         self.config = config
         self.directory = buckets.place(config.path)
         self.contents = Index.read(self.directory)
+        self.features = FeatureSpec.of_plan(self.contents.plan)
         self.copied = buckets.is_remote(self.directory)
         self.pieces = np.cumsum([shard.samples for shard in self.contents.shards])
         self._readers: list[ArrayRecordDataSource | None] = [None] * len(self.contents.shards)
@@ -177,7 +181,7 @@ class ShardedSamples:
         try:
             record = self._reader(number)[place]
             self._check_version(number)
-            return decode_record(record)
+            return decode_record(record, self.features)
         except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):  # a ValueError, too
                 raise
@@ -312,7 +316,7 @@ def _version(stat: os.stat_result) -> tuple[int, int]:
 
 
 def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
-    """A sample with the encoded files of its images, as the bytes of one record."""
+    """A sample with the encoded files of its images, or their features, as the bytes of one record."""
     record = {
         "id": sample.id,
         "system": sample.system,
@@ -324,13 +328,15 @@ def encode_record(sample: Sample, images: Sequence[bytes]) -> bytes:
     return msgpack.Packer().pack(record)
 
 
-def decode_record(record: bytes) -> Sample:
-    """The sample of a record, its images as bytes. Raises ValueError, KeyError or TypeError if it is none."""
+def decode_record(record: bytes, features: FeatureSpec | None = None) -> Sample:
+    """The sample of a record, its images as bytes, or as `features`. Raises ValueError, KeyError or TypeError if it is
+    none."""
     fields = msgpack.unpackb(record)
+    images = tuple(fields["images"])
     return Sample(
         id=fields["id"],
         turns=tuple(Turn(*turn) for turn in fields["turns"]),
-        images=tuple(fields["images"]),
+        images=tuple(map(features.array, images)) if features else images,
         independent_turns=fields["independent"],
         system=fields["system"],
     )

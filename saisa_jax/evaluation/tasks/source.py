@@ -15,6 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from saisa_jax.config import ConfigError, SourceConfig
+from saisa_jax.data.features import held_by
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Sample
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.sources.json_records import JsonRecords
@@ -38,6 +39,8 @@ def items(data: TaskData) -> Iterator[Item | DataError]:
     seen: dict[str, int] = {}
     for config in _sources(data):
         samples = open_source(config)
+        if held_by(samples):
+            raise DataError(f"source {config} holds features in place of images, and a question needs the image")
         for number in range(len(samples)):
             try:
                 for item in _items(samples[number]):

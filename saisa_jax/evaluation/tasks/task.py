@@ -83,7 +83,7 @@ class Task:
       rescore: all rows, in order, as they are scored where that depends on the others (MMMU's guesses).
       metrics: further numbers of the whole set, from its scored rows; they need not be means of items.
       headline: the one of them by which the benchmark is quoted; "": the mean of the scores is.
-      groups: parts of the questions to report besides the whole: a name, and whether a kind belongs to it.
+      groups: parts of the questions to report besides the whole: a name, and whether a row belongs to it.
       baseline: accuracies in 0..1 of an answer without the image, on all items: "overall" and one for each group; {}:
         it is not known.
       files: what a server or a judge takes, from all rows, those that could not be asked among them: {end of the name:
@@ -103,8 +103,8 @@ class Task:
     rescore: Callable[[Sequence[dict[str, Any]]], Sequence[dict[str, Any]]] = lambda rows: rows
     metrics: Callable[[Sequence[Row]], Mapping[str, float]] = lambda rows: {}
     headline: str = ""
-    groups: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
-    baseline: Callable[[], Mapping[str, float]] = dict
+    groups: Mapping[str, Callable[[Row], bool]] = field(default_factory=dict)
+    baseline: Callable[[TaskData], Mapping[str, float]] = lambda data: {}
     files: Callable[[Sequence[Row], TaskData], Mapping[str, bytes]] = lambda rows, data: {}
     max_new_tokens: int = 0
     note: str = ""

@@ -1,0 +1,1 @@
+"""A set of pictures with captions and questions, made of drawings that packages hold (`data drawings`)."""

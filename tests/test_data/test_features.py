@@ -1,0 +1,147 @@
+"""Features in place of images: prepared once, trained on as on the images themselves, and never another encoder's."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from saisa_jax import flops
+from saisa_jax.__main__ import main
+from saisa_jax.checkpoints import load_model, save_model
+from saisa_jax.config import PROJECTOR_PATTERN, TRAIN_ALL, ConfigError, GroupConfig, SourceConfig, to_dict
+from saisa_jax.data.images import load_image
+from saisa_jax.data.pipeline import StageData
+from saisa_jax.data.sample import DataError
+from saisa_jax.data.sources import open_source
+from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.inference.features import FeatureEncoder
+from saisa_jax.models.saisa import Saisa, init_params
+from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training import loop
+from saisa_jax.training.optimizer import flatten
+from saisa_jax.training.start import check_stages
+
+TOKENIZER = load_tokenizer("easy_vqa")
+SAMPLES = 20
+# As they were when the features were made: the recipes keep frozen weights in bfloat16.
+GROUPS = ((PROJECTOR_PATTERN, GroupConfig()), (r".*", GroupConfig(frozen=True, dtype="float32")))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A LLaVA file of 20 samples, one without a picture and one with two; a model to start from; and the features."""
+    root = tmp_path_factory.mktemp("home")
+    (root / "images").mkdir()
+    random, records = np.random.default_rng(0), []
+    for i in range(SAMPLES):
+        names = [f"{i}-{n}.png" for n in range({5: 0, 9: 2}.get(i, 1))]
+        for name in names:
+            Image.fromarray(random.integers(0, 256, (30 + i, 40, 3), np.uint8)).save(root / "images" / name)
+        question = "<image>" * len(names) + "what color is the shape?"
+        records.append({"id": f"s{i}", "image": names, "conversations": [
+            {"from": "human", "value": question}, {"from": "gpt", "value": "red" if i % 2 else "blue"}]})  # fmt: skip
+        if not names:
+            del records[-1]["image"]
+    (root / "train.json").write_text(json.dumps(records))
+    config = recipe(root)
+    save_model(root / "start", init_params(config.model, jax.random.key(1)), config, TOKENIZER, {})
+    flags = [
+        "--config=saisa_jax/testing/configs.py", f"--config.init_from={root}/start",
+        f"--config.finetune.sources=({{'path': '{root}/train.json', 'images': '{root}/images'}},)",
+        "--config.model.projector.sharing=shared", "--config.finetune.sharing=shared",
+    ]  # fmt: skip
+    assert (
+        main(["data", "prepare", *flags, f"--output={root}/features", "--features", "--shards=3", "--batch_size=4"])
+        == 0
+    )
+    return root
+
+
+def recipe(root, **data):
+    """Stage 2 alone, from a model that has one projector, on packed rows of what lies there."""
+    config = tiny_config("saisa")
+    shared = dataclasses.replace(config.model.projector, sharing="shared")
+    sources = (SourceConfig(path=f"{root}/train.json", images=f"{root}/images"),)
+    if data.get("features"):
+        sources = (SourceConfig("arrayrecord", path=f"{root}/features"),)
+    finetune = dataclasses.replace(
+        config.finetune, sources=sources, validation=sources, sharing="shared", groups=GROUPS, text_length=96,
+        max_images=4,
+    )  # fmt: skip
+    return dataclasses.replace(
+        config,
+        stages=("finetune",),
+        init_from=f"{root}/start",
+        model=dataclasses.replace(config.model, projector=shared),
+        data=dataclasses.replace(config.data, packing=True, turns_per_sample=None, **data),
+        finetune=finetune,
+    )
+
+
+def test_a_set_holds_what_the_encoder_makes_of_each_image(home):
+    prepared = open_source(SourceConfig("arrayrecord", path=f"{home}/features"))
+    images = open_source(recipe(home).finetune.sources[0])
+    assert [len(prepared[i].images) for i in range(SAMPLES)] == [len(images[i].images) for i in range(SAMPLES)]
+    config = recipe(home)
+    params = load_model(home / "start")[0]
+    for i in (0, 9, 19):
+        with_images = StageData(config, "finetune", TOKENIZER).rows.reader
+        pixels = np.stack([with_images.load(image) for image in images[i].images])
+        expected = Saisa(config.model).apply({"params": params}, pixels[None], method=Saisa.encode_images)
+        np.testing.assert_allclose(np.concatenate(prepared[i].images), expected[0], atol=1e-5)
+    assert prepared[0].turns == images[0].turns and prepared[5].images == ()
+
+
+def test_training_on_features_is_training_on_the_images(home, tmp_path):
+    trained = {}
+    for name in ("images", "features"):
+        assert loop.run(recipe(home, features=name == "features"), epath.Path(tmp_path / name)) == 0
+        trained[name] = flatten(load_model(tmp_path / name / "finetune" / "model")[0])
+        lines = (tmp_path / name / "finetune" / "metrics.jsonl").read_text().splitlines()
+        trained[name] |= {f"row {i}": row["loss"] for i, row in enumerate(map(json.loads, lines)) if "loss" in row}
+    assert trained["images"].keys() == trained["features"].keys() and "row 3" in trained["images"]
+    for path, value in trained["images"].items():
+        np.testing.assert_allclose(trained["features"][path], value, rtol=2e-4, atol=2e-5, err_msg=path)
+
+
+def test_an_encoder_that_does_not_run_costs_nothing(home):
+    sizes = GROUPS, 8, 96, 4
+    images, features = (
+        flops.training(recipe(home, features=on).trained_model("finetune"), *sizes) for on in (False, True)
+    )
+    assert images.forward.vision > 0 == features.forward.vision
+    assert dataclasses.replace(images.forward, vision=0) == features.forward and images.backward == features.backward
+
+
+def test_what_does_not_fit_is_refused(home, tmp_path):
+    def check(config):
+        check_stages(config, TOKENIZER, epath.Path(tmp_path))
+
+    good = recipe(home, features=True)
+    check(good)
+    with pytest.raises(DataError, match=r"holds images, and --config.data.features=True"):
+        check(dataclasses.replace(good, finetune=recipe(home).finetune))
+    with pytest.raises(DataError, match=r"holds features in place of images: set --config.data.features=True"):
+        check(dataclasses.replace(recipe(home), finetune=good.finetune))
+    with pytest.raises(ConfigError, match=r"train the vision encoder .*freeze"):
+        check(dataclasses.replace(good, finetune=dataclasses.replace(good.finetune, groups=TRAIN_ALL)))
+    with pytest.raises(ConfigError, match=r"name a model that holds it with --config.init_from"):
+        check(dataclasses.replace(good, init_from=""))
+    with pytest.raises(ConfigError, match=r"data.augment changes images"):
+        recipe(home, features=True, augment=True)
+    with pytest.raises(DataError, match=r"features of an image are here"):
+        load_image(open_source(good.finetune.sources[0])[0].images[0])
+
+    other = init_params(good.model, jax.random.key(2))
+    save_model(tmp_path / "other", other, good, TOKENIZER, {})
+    with pytest.raises(DataError, match=r"of another encoder: its weights or --config.model.vision differ"):
+        check(dataclasses.replace(good, init_from=f"{tmp_path}/other"))
+    half = dataclasses.replace(good, model=dataclasses.replace(good.model, dtype="bfloat16"))
+    with pytest.raises(DataError, match=r"of \(16, 32\) float32, and this run's are of \(16, 32\) bfloat16"):
+        check(half)
+    assert FeatureEncoder(half, f"{home}/start", 3)([np.zeros((32, 32, 3), np.uint8)]).dtype == "bfloat16"
+    assert not to_dict(good)["model"]["vision"]["precomputed"]
