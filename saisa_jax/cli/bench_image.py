@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from collections.abc import Sequence
 
+import jax
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -24,11 +28,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", required=True, help="a finished model")
     parser.add_argument("--repeat", type=int, default=20, help="pairs of questions (default 20)")
     parser.add_argument("--question", default=image.QUESTION, help="about every picture")
+    parser.add_argument("--output", help="a JSON file for the times; `report` reads WORKDIR/bench_image.json")
     flags = parser.parse_args(argv)
     if flags.repeat < 1:
         raise ConfigError(f"--repeat={flags.repeat} must be at least 1")
     model = load(flags.checkpoint)
+    before = os.getloadavg()[0]
     times = image.bench(model, flags.repeat, flags.question)
+    if flags.output:
+        machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+        load_averages = {"load_before": before, "load_after": os.getloadavg()[0]}
+        record = {"checkpoint": flags.checkpoint, "question": flags.question} | machine | load_averages | times
+        epath.Path(flags.output).write_text(json.dumps(record, indent=1) + "\n")
     table = Table(title=f"prefill of {model.config.name} ({model.model_config.alignment}), median of {flags.repeat}")
     for name in ("", "ms", "of a first question"):
         table.add_column(name, justify="right" if name else "left")

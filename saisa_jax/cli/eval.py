@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
                         "that stay on each device, such as 4e9 (default: what the memory has room for)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, help="the most tokens of an answer")
     parser.add_argument("--quantize", choices=("int8",), help="answers with 8-bit weights (needs qwix)")
+    parser.add_argument("--blind", action="store_true", help="without the pictures, whose slots stay empty: what the "
+                        "words alone give away")  # fmt: skip
     devices.add_model_flags(parser)
     devices.add_process_flags(parser)
     parser.add_argument("--data", default="", help="where a task's questions lie: a file or a folder")
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     stop = command.Stop(several=bool(options.coordinator))
     try:
         devices.join(options)
-        placed = {"quantize": options.quantize, **devices.placed(options)}
+        placed = {"quantize": options.quantize, "blind": options.blind, **devices.placed(options)}
         checkpoint = options.checkpoint or command.model_of(options.workdir)
         if options.question:
             print(command.ask(checkpoint, options.question, options.image, options.max_new_tokens, **placed))

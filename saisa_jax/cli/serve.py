@@ -20,11 +20,12 @@ from absl import logging
 from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
 from saisa_jax.config import ConfigError
-from saisa_jax.inference.model import load
+from saisa_jax.inference.model import VisionLanguageModel, load
 from saisa_jax.inference.quantize import QUANTIZATIONS
 from saisa_jax.serving.app import Server, Settings
 from saisa_jax.serving.engine import Engine
 from saisa_jax.serving.pictures import PictureLimits
+from saisa_jax.serving.questions import Answers
 
 KEY = "SAISA_JAX_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -37,11 +38,7 @@ def main(argv: Sequence[str]) -> int:
       CheckpointError, ConfigError, DataError: the model cannot be loaded or is not served, or a flag is wrong.
     """
     flags = _parser().parse_args(argv)
-    for name in ("rows", "max_new_tokens", "timeout", "max_body_mb", "max_picture_mb", "max_megapixels"):
-        if getattr(flags, name) <= 0:
-            raise ConfigError(f"--{name}={getattr(flags, name)} must be above 0")
-    if flags.queue < 0:
-        raise ConfigError(f"--queue={flags.queue} must be at least 0")
+    check_limits(flags, "rows")
     listening = listen(flags.host, flags.port)  # or else it would be known only after minutes of loading
     model = load(
         flags.checkpoint,
@@ -51,7 +48,21 @@ def main(argv: Sequence[str]) -> int:
     )
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)  # what is compiled, and what it takes
-    engine = Engine(model, flags.rows, flags.max_images)
+    serve(Engine(model, flags.rows, flags.max_images), settings_of(flags, model), listening)
+    return 0
+
+
+def check_limits(flags: Any, *more: str) -> None:
+    """Raises ConfigError for flags of `add_server_flags`, and `more` numbers, that are not above 0."""
+    for name in (*more, "max_new_tokens", "timeout", "max_body_mb", "max_picture_mb", "max_megapixels"):
+        if getattr(flags, name) <= 0:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be above 0")
+    if flags.queue < 0:
+        raise ConfigError(f"--queue={flags.queue} must be at least 0")
+
+
+def settings_of(flags: Any, model: VisionLanguageModel) -> Settings:
+    """What the flags of `add_server_flags` allow."""
     settings = Settings(
         name=flags.name or model.config.name,
         queue=flags.queue,
@@ -67,8 +78,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if flags.host not in LOOPBACK and not settings.api_key:
         logging.warning("--host=%s without --api_key: whoever reaches this machine may ask", flags.host)
-    serve(engine, settings, listening)
-    return 0
+    return settings
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -83,14 +93,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host={host} --port={port}: {error}") from error
 
 
-def serve(engine: Engine, settings: Settings, listening: socket.socket) -> None:
-    """Serves until SIGTERM or Ctrl-C, which lets answers end; a second one does not."""
+def serve(engine: Answers, settings: Settings, listening: socket.socket) -> None:
+    """Starts the engine, and serves until SIGTERM or Ctrl-C, which lets answers end; a second one does not."""
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(Server(engine, settings).app(), log_level="warning", lifespan="off", server_header=False)
     server = _Draining(config, engine)
     engine.start()
     url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-    print(f"{settings.name} at {url} as soon as its programs are compiled", file=sys.stderr, flush=True)
+    print(f"{settings.name} at {url} as soon as /health says so", file=sys.stderr, flush=True)
     server.run(sockets=[listening])
     if engine.ready.is_set() and not server.force_exit:
         engine.drain()
@@ -100,7 +110,7 @@ def serve(engine: Engine, settings: Settings, listening: socket.socket) -> None:
 class _Draining(uvicorn.Server):
     """A server whose first signal lets answers end."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Answers) -> None:
         super().__init__(config)
         self._engine = engine
 
@@ -114,15 +124,21 @@ class _Draining(uvicorn.Server):
 def _parser() -> Parser:
     parser = Parser("serve", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a finished model: WORKDIR/finetune/model, or an import")
+    devices.add_model_flags(parser)
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="int8: 8-bit weights (needs qwix)")
+    parser.add_argument("--rows", type=int, default=8, help="questions that are answered at once (default 8)")
+    add_server_flags(parser)
+    return parser
+
+
+def add_server_flags(parser: Parser) -> None:
+    """What every server of this program can be told: `settings_of` reads it, and `listen`."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine's own alone)")
     parser.add_argument("--api_key", default="", help=f"that clients must send; or ${KEY}, which `ps` does not show")
     parser.add_argument("--name", default="", help="of the model, in requests; by default its recipe's")
     parser.add_argument("--allow_hosts", default="", help="fetch pictures from these hosts: a.org,b.org (default none)")
-    devices.add_model_flags(parser)
-    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="int8: 8-bit weights (needs qwix)")
     numbers: list[tuple[str, Any, str]] = [
         ("port", 8000, "to listen at"),
-        ("rows", 8, "questions that are answered at once"),
         ("queue", 64, "questions that may wait; more get 429"),
         ("max_images", 4, "pictures of a question"),
         ("max_new_tokens", 256, "tokens of an answer whose request does not say"),
@@ -134,4 +150,3 @@ def _parser() -> Parser:
     ]
     for name, default, about in numbers:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{about} (default {default:g})")
-    return parser

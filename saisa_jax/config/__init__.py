@@ -16,6 +16,7 @@ from saisa_jax.config.config_dict import (
 )
 from saisa_jax.config.data import DataConfig, SourceConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
+from saisa_jax.config.distill import DistillConfig, Teacher
 from saisa_jax.config.model import (
     ALIGNMENTS,
     ATTENTION_IMPLS,
@@ -80,6 +81,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "DistributedConfig",
     "EvaluationConfig",
     "FlamingoConfig",
@@ -94,6 +96,7 @@ __all__ = [
     "RopeScalingConfig",
     "SourceConfig",
     "StageConfig",
+    "Teacher",
     "TrainingConfig",
     "VisionConfig",
     "from_config_dict",

@@ -57,7 +57,7 @@ def run(
 
     Args:
       stop: whether this process was asked to stop (`Stop`).
-      placed: where the parameters go, and as what: `mesh`, `dtype`, `quantize` and `switches` of `load`.
+      placed: where the parameters go, and as what: `mesh`, `dtype`, `quantize`, `switches` and `blind` of `load`.
 
     Raises:
       UserError: nothing can be evaluated; the message names the flag that fixes it.

@@ -498,6 +498,7 @@ def load(
     image_cache_bytes: int = DEFAULT_BYTES,
     allow_urls: bool = False,
     switches: Mapping[str, Any] | None = None,
+    blind: bool = False,
 ) -> VisionLanguageModel:
     """Loads a model.
 
@@ -512,6 +513,7 @@ def load(
       allow_urls: fetch pictures that are named by an http or https URL, within 20 s and 34 MB each.
       switches: fields of its `ModelConfig` to run it with, which need no other parameters:
         {"frozen_visual_layers": (20, 21)}.
+      blind: leave the slots of all pictures empty: what the words alone give away.
 
     Raises:
       CheckpointError: no such directory, something else in it, or damaged files.
@@ -534,6 +536,8 @@ def load(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     if switches:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **switches))
+    if blind:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, blind=True))
     if quantize:
         params = quantize_params(params, quantize)
     return VisionLanguageModel(

@@ -47,6 +47,8 @@ def _figures(runs: Sequence[Run], shown: Run | None) -> dict[str, bytes]:
         figures["accuracy_against_decoder_flops"] = plots.accuracy_against_flops(
             "Decoder and projectors", evaluated, "decoder"
         )
+        if timed := [(number, run) for number, run in evaluated if run.times]:
+            figures["accuracy_against_seconds"] = plots.accuracy_against_seconds("As measured", timed)
         figures["flops_by_part"] = plots.cost_by_part("Where the FLOPs of a prefill go", shown)
         if shown.evaluation and shown.evaluation["kinds"]:
             figures["accuracy_by_kind"] = plots.accuracy_by_kind("By kind of question, with 95% intervals", evaluated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -84,10 +85,13 @@ def result_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[tuple[str, st
     groups = list(dict.fromkeys(name for run in runs if run.evaluation for name in run.evaluation["groups"]))
     columns = ["", "accuracy", *(group.replace("_", "/") for group in groups), "prefill / question", "training FLOPs"]
     columns += ["training time", "parameters"]
-    return columns, [_result_row(run, groups) for run in runs]
+    timed = any(run.times for run in runs)
+    if timed:
+        columns.insert(columns.index("training FLOPs"), "measured")
+    return columns, [_result_row(run, groups, timed) for run in runs]
 
 
-def _result_row(run: Run, groups: Sequence[str]) -> list[tuple[str, str]]:
+def _result_row(run: Run, groups: Sequence[str], timed: bool) -> list[tuple[str, str]]:
     record = run.evaluation
     cells = [(run.label, "")]
     if record is None:
@@ -99,10 +103,20 @@ def _result_row(run: Run, groups: Sequence[str]) -> list[tuple[str, str]]:
         ]
         cost = record["prefill_flops"]
         cells.append((units.flops(cost["end_to_end"]), f"decoder {units.flops(cost['decoder'])}"))
+    if timed:
+        cells.append(_measured(run))
     cells.append((units.flops(run.train_flops), ""))
     cells.append((units.duration(run.wall_seconds), ""))
     cells.append((units.scaled(run.parameters).strip() if run.parameters else units.NOTHING, ""))
     return cells
+
+
+def _measured(run: Run) -> tuple[str, str]:
+    """Milliseconds of a first and a second question about a picture."""
+    if not run.times:
+        return units.NOTHING, ""
+    first, second = (1e3 * statistics.median(run.times[name]) for name in ("first", "second"))
+    return f"{first:.3g} ms", f"second {second:.3g} ms"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -152,10 +166,24 @@ def _results(content: Content) -> str:
             f'<p class="note">{escape(record["metric"].capitalize())} of freely generated answers to '
             f"{record['n']:,} test questions; below each accuracy its 95% interval, which allows for questions that "
             f"share an image.{escape(further)} Prefill: reading one question of {record['prompt_tokens']:.0f} text "
-            "tokens with its image, end to end and for the decoder with its projectors alone.</p>"
+            "tokens with its image, end to end and for the decoder with its projectors alone."
+            f"{_how_measured(content.runs)}</p>"
         )
     return (
         f'{numbers}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}'
+    )
+
+
+def _how_measured(runs: Sequence[Run]) -> str:
+    """Which machine the times are of, and whether it had other work."""
+    timed = [run.times for run in runs if run.times]
+    if not timed:
+        return ""
+    devices = ", ".join(dict.fromkeys(str(times["device"]) for times in timed))
+    load = max(max(times["load_before"], times["load_after"]) for times in timed)
+    return (
+        f" Measured: until the first token of the answer to a first and a second question about a picture, medians; "
+        f"{escape(devices)}, {timed[0]['cores']} cores, load at most {load:.1f}."
     )
 
 
@@ -198,7 +226,7 @@ def _costs(content: Content) -> str:
         "<h2>Accuracy against FLOPs</h2>\n<p>What reading a question and its image costs before the first word of the "
         "answer: with the vision encoder and the head, which all alignments share, and for the decoder with its "
         "projectors alone. Alignments that were not run are placed by what they would cost.</p>"
-        f"{_figures(content, 'accuracy_against_flops', 'accuracy_against_decoder_flops')}"
+        f"{_figures(content, *(name for name in COSTS if name in content.figures))}"
         f"{_wide(content, 'flops_by_part')}"
     )
 
@@ -319,11 +347,13 @@ def changed(config: Mapping[str, Any], defaults: Mapping[str, Any], path: str = 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
+COSTS = ("accuracy_against_flops", "accuracy_against_decoder_flops", "accuracy_against_seconds")
 ALTERNATIVES = {
     "loss_pretrain": "Loss of stage 1 against steps",
     "loss_finetune": "Loss of stage 2 against steps",
     "accuracy_against_flops": "Test accuracy against prefill FLOPs, end to end",
     "accuracy_against_decoder_flops": "Test accuracy against prefill FLOPs of the decoder",
+    "accuracy_against_seconds": "Test accuracy against measured seconds of a first question",
     "flops_by_part": "Prefill FLOPs of LLaVA, NAAViT and SAISA by part",
     "accuracy_by_kind": "Test accuracy by kind of question",
     "confusion": "Truths against answers",

@@ -165,30 +165,12 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
       convention: of `flops.CONVENTIONS`.
     """
     figure, axes = _axes(title)
-    first: Any = runs[0][1].evaluation
     costs = prefill_by_alignment(runs[0][1], convention)
     unit, prefix = units.thousands(max(costs.values()))
     for number, run in runs:
         record: Any = run.evaluation
-        low, high = record["interval"]
-        accuracy = record["accuracy"]
-        cost, color = record["prefill_flops"][convention] / unit, COLORS[number % len(COLORS)]
-        axes.plot([cost, cost], [low, high], color=color, linewidth=2, alpha=0.55, zorder=3)
-        axes.plot(
-            cost,
-            accuracy,
-            color=color,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=7.5,
-            markeredgecolor="white",
-            linestyle="none",
-            label=f"{run.label}: {accuracy:.1%}",
-            zorder=4,
-        )
-    guess = first["baseline"].get("overall", 1.0)
-    if first["baseline"]:
-        label = f"most frequent answer: {guess:.1%}"
-        axes.axhline(guess, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+        _place(axes, number, run, record["prefill_flops"][convention] / unit)
+    _accuracy_axis(axes, [run for _, run in runs])
     present = {run.model.alignment for _, run in runs}
     for name, cost in costs.items():
         if name not in present:
@@ -205,14 +187,59 @@ def accuracy_against_flops(title: str, runs: Sequence[tuple[int, Run]], conventi
                 color="#666666",
                 fontsize=8.5,
             )
-    lowest = min(guess, *(run.evaluation["accuracy"] for _, run in runs if run.evaluation))
-    axes.set_ylim(max(0.0, lowest - 0.09), 1.005)
     axes.set_xlim(0, max(costs.values()) / unit * 1.12)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel(f"prefill {prefix}FLOPs per question")
-    axes.set_ylabel("test accuracy")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+@_figure
+def accuracy_against_seconds(title: str, runs: Sequence[tuple[int, Run]]) -> Figure:
+    """The same against the median seconds of a first question, with its quartiles; the runs have been timed."""
+    figure, axes = _axes(title)
+    slowest = 0.0
+    for number, run in runs:
+        low, middle, high = (1e3 * q for q in np.quantile(run.first_question or [math.nan], (0.25, 0.5, 0.75)))
+        slowest = max(slowest, high)
+        record: Any = run.evaluation
+        _place(axes, number, run, middle)
+        axes.plot([low, high], [record["accuracy"]] * 2, color=COLORS[number % len(COLORS)], linewidth=2, alpha=0.55)
+    _accuracy_axis(axes, [run for _, run in runs])
+    axes.set_xlim(0, slowest * 1.12)
+    axes.set_xlabel("ms until the answer to a first question begins")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _place(axes: Any, number: int, run: Run, cost: float) -> None:
+    """An evaluated run's accuracy, with its interval, at what it costs."""
+    record: Any = run.evaluation
+    color = COLORS[number % len(COLORS)]
+    axes.plot([cost, cost], record["interval"], color=color, linewidth=2, alpha=0.55, zorder=3)
+    axes.plot(
+        cost,
+        record["accuracy"],
+        color=color,
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=7.5,
+        markeredgecolor="white",
+        linestyle="none",
+        label=f"{run.label}: {record['accuracy']:.1%}",
+        zorder=4,
+    )
+
+
+def _accuracy_axis(axes: Any, runs: Sequence[Run]) -> None:
+    """From a little below the lowest accuracy to 1, with a line for an answer without the image."""
+    records: list[Any] = [run.evaluation for run in runs]
+    guess = records[0]["baseline"].get("overall", 1.0)
+    if records[0]["baseline"]:
+        label = f"most frequent answer: {guess:.1%}"
+        axes.axhline(guess, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+    lowest = min(guess, *(record["accuracy"] for record in records))
+    axes.set_ylim(max(0.0, lowest - 0.09), 1.005)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("test accuracy")
 
 
 @_figure

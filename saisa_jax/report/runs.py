@@ -16,6 +16,8 @@ from saisa_jax.errors import UserError
 NAMES = {"saisa": "SAISA", "naavit": "NAAViT", "llava": "LLaVA", "flamingo": "Flamingo"}
 TITLES = {"pretrain": "Stage 1: pretrain", "finetune": "Stage 2: finetune"}
 
+TIMES = "bench_image.json"
+
 
 class ReportError(UserError, ValueError):
     """There is nothing to report; the message says which command makes it."""
@@ -49,6 +51,7 @@ class Run:
       stages: those that have begun.
       evaluation: evaluation/TASK.json of one benchmark, or None.
       predictions: the lines of its TASK.jsonl that have a score.
+      times: what `bench image --output=DIRECTORY/bench_image.json` measured, or None.
       notices: what is missing, and which command makes it.
     """
 
@@ -60,6 +63,7 @@ class Run:
     evaluation: dict[str, Any] | None
     predictions: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = field(default=())
+    times: dict[str, Any] | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -84,6 +88,11 @@ class Run:
     def wall_seconds(self) -> float | None:
         """Of training, all stages together; None while one is not finished."""
         return self._sum("wall_seconds")
+
+    @property
+    def first_question(self) -> list[float] | None:
+        """Seconds until the answer to a first question about a picture begins, as often as they were measured."""
+        return self.times["first"] if self.times else None
 
     @property
     def parameters(self) -> int | None:
@@ -158,7 +167,8 @@ def read_run(directory: str, task: str | None = None) -> Run:
         on = f" on {chosen}" if chosen else ""
         flag = f" --tasks={chosen or 'NAME'}" if chosen or not config.evaluation.tasks else ""
         notices.append(f"not evaluated{on} yet: python eval.py --workdir={directory}{flag} does it")
-    return Run(directory, _label(config), config, raw, stages, evaluation, predictions, tuple(notices))
+    times = _json(where / TIMES) if (where / TIMES).exists() else None
+    return Run(directory, _label(config), config, raw, stages, evaluation, predictions, tuple(notices), times)
 
 
 def _evaluated(folder: epath.Path, first: Sequence[str]) -> list[str]:
@@ -169,7 +179,14 @@ def _evaluated(folder: epath.Path, first: Sequence[str]) -> list[str]:
 
 
 def _label(config: Config) -> str:
-    parts = [NAMES.get(config.model.alignment, config.model.alignment)]
+    model = config.model
+    parts = [NAMES.get(model.alignment, model.alignment)]
+    if model.projector.kind != "mlp":
+        parts.append(model.projector.kind.replace("_", " "))
+    elif model.alignment == "saisa" and model.projector.sharing == "shared":
+        parts.append("one projector")
+    if model.visual_layers is not None:
+        parts.append(f"{len(model.visual_layers)} of {model.num_layers} layers")
     if config.data.blind:
         parts.append("blind")
     if config.seed:

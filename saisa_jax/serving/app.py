@@ -27,7 +27,6 @@ from starlette.types import Receive, Scope, Send
 from saisa_jax.data.sample import DataError, TooLongError
 from saisa_jax.inference.chat import MAX_NEW_TOKENS
 from saisa_jax.serving import page
-from saisa_jax.serving.engine import Ended, Engine, Event, Failed, OverdueError, Question, Said, UnavailableError
 from saisa_jax.serving.metrics import Metrics
 from saisa_jax.serving.pictures import PictureLimits, read_pictures
 from saisa_jax.serving.protocol import (
@@ -44,6 +43,7 @@ from saisa_jax.serving.protocol import (
     server_sent,
     unknown_model,
 )
+from saisa_jax.serving.questions import Answers, Ended, Event, Failed, OverdueError, Question, Said, UnavailableError
 
 LEFT = 499  # nginx' status of a client that closed the connection
 
@@ -90,7 +90,7 @@ class Server:
       settings: what is allowed.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Answers, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine)
         self.open = 0  # requests for answers that have not ended
@@ -138,7 +138,7 @@ class Server:
         return JSONResponse(self._card())
 
     async def chat(self, request: Request) -> Response:
-        if self.open >= self.engine.rows.count + self.settings.queue:
+        if self.open >= self.engine.count + self.settings.queue:
             await self._read(request, keep=False)
             wait = {"Retry-After": "1"}
             raise ProtocolError(429, "the queue is full: try again", None, "queue_full", "rate_limit_error", wait)
@@ -188,7 +188,7 @@ class Server:
 
     def _question(self, asked: ChatRequest, deadline: float) -> Question:
         """In a thread: pictures are decoded, and the prompt is tokenised."""
-        model, most = self.engine.model, self.engine.rows.max_images
+        model, most = self.engine.model, self.engine.max_images
         try:
             model.check_sees(asked.urls, "")
             if len(asked.urls) > most and not model.config.data.blind:

@@ -12,93 +12,28 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from saisa_jax.errors import UserError
-from saisa_jax.inference.generate import GREEDY, Sampling
 from saisa_jax.inference.image_cache import EncodedImage
-from saisa_jax.inference.model import Request, VisionLanguageModel
+from saisa_jax.inference.model import VisionLanguageModel
+from saisa_jax.serving.questions import (
+    CLOSING,
+    OVERDUE,
+    Ended,
+    Event,
+    Failed,
+    OverdueError,
+    Question,
+    Telling,
+    Ticket,
+    UnavailableError,
+)
 from saisa_jax.serving.rows import Choices, Rows
-from saisa_jax.serving.text import TextStream
-
-STOP, LENGTH = "stop", "length"  # why an answer ended
-
-
-class UnavailableError(UserError):
-    """The engine takes no questions: it is not warm yet, or about to end."""
-
-
-class OverdueError(UserError):
-    """A question that was not answered in time."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, ready for the model.
-
-    Attributes:
-      request: tokens, and pictures that need not be encoded yet.
-      max_new_tokens: of the answer; with the prompt within `model.max_length`.
-      sampling: greedy by default.
-      seed: of the sampling.
-      stop: the answer ends before the first of these strings.
-      deadline: of `time.monotonic`.
-      ignore_eos: the answer goes on after an end token, to `max_new_tokens`: for measuring.
-    """
-
-    request: Request
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    deadline: float = float("inf")
-    ignore_eos: bool = False
-
-
-@dataclass(frozen=True)
-class Said:
-    """More of an answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The end of an answer: why, of how many tokens, and how many places of the prompt's pictures were kept ones."""
-
-    reason: str
-    tokens: int
-    cached: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """There is no answer, or no more of it."""
-
-    error: Exception
-
-
-Event = Said | Ended | Failed
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A question on its way; `listen` is called with its events, in the engine's thread."""
-
-    question: Question
-    listen: Callable[[Event], None]
-    cancelled: bool = False
-
-    def tell(self, event: Event) -> None:
-        try:
-            self.listen(event)
-        except RuntimeError:  # the listener's event loop is closed
-            self.cancelled = True
 
 
 @dataclass
@@ -106,12 +41,16 @@ class _Row:
     """A question that has a row."""
 
     ticket: Ticket
-    text: TextStream
+    telling: Telling
     pieces: deque[tuple[int, int]]  # of the prompt, to be read
     columns: int
     images: deque[tuple[int, EncodedImage]]  # (slot, picture), to be placed
-    tokens: list[int] = field(default_factory=list)
     cached: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the answer."""
+        return self.telling.tokens
 
     @property
     def decodes(self) -> bool:
@@ -153,6 +92,24 @@ class Engine:
         self._thread.start()
 
     @property
+    def count(self) -> int:
+        """Rows."""
+        return self.rows.count
+
+    @property
+    def max_images(self) -> int:
+        """Of a question."""
+        return self.rows.max_images
+
+    @property
+    def counters(self) -> Iterator[tuple[str, str, float]]:
+        """(name, about, value) of what only grows."""
+        yield "steps", "decoding steps", self.steps
+        yield "step_seconds", "seconds in decoding steps", self.step_seconds
+        yield "prompt_tokens", "positions of prompts, visual tokens included", self.prompt_tokens
+        yield "generated_tokens", "tokens of answers", self.generated_tokens
+
+    @property
     def alive(self) -> bool:
         """Whether there is a thread that answers."""
         return self._thread.is_alive()
@@ -185,7 +142,7 @@ class Engine:
         """
         with self._changed:
             if self._closing:
-                raise UnavailableError("the server is shutting down")
+                raise UnavailableError(CLOSING)
             if not self.ready.is_set():
                 raise UnavailableError("the server is compiling its programs: /health says when it is ready")
             ticket = Ticket(question, listen)
@@ -202,7 +159,7 @@ class Engine:
         with self._changed:
             self._closing = True
             while self._waiting:
-                self._waiting.popleft().tell(Failed(UnavailableError("the server is shutting down")))
+                self._waiting.popleft().tell(Failed(UnavailableError(CLOSING)))
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> None:
@@ -256,16 +213,15 @@ class Engine:
         """Frees what nobody waits for, and what is overdue."""
         now = time.monotonic()
         gone = lambda ticket: ticket.cancelled or ticket.question.deadline < now  # noqa: E731
-        overdue = Failed(OverdueError("no answer within the time limit of this server"))
         for row in [row for row, held in self._busy.items() if gone(held.ticket)]:
-            self._end(row, overdue)
+            self._end(row, Failed(OverdueError(OVERDUE)))
         with self._changed:
             dropped = [ticket for ticket in self._waiting if gone(ticket)]
             for ticket in dropped:
                 self._waiting.remove(ticket)
         for ticket in dropped:
             if not ticket.cancelled:
-                ticket.tell(overdue)
+                ticket.tell(Failed(OverdueError(OVERDUE)))
 
     def _admit(self) -> None:
         """Gives free rows to those who wait longest, and the buffers the size that all rows need."""
@@ -288,7 +244,7 @@ class Engine:
         images = question.request.images if rows.max_images else ()  # a blind model's slots stay empty
         return _Row(
             ticket,
-            TextStream(self.model.tokenizer, question.stop),
+            Telling(ticket, self.model),
             deque(rows.pieces_of(tokens)),
             rows.columns_of(tokens, question.max_new_tokens),
             deque(enumerate(images)),
@@ -348,23 +304,11 @@ class Engine:
 
     def _take(self, row: int, held: _Row, token: int) -> None:
         """A new token of a row."""
-        question = held.ticket.question
-        if token in self.model.generator.eos_ids and not question.ignore_eos:
-            self._finish(row, held, STOP)
-            return
-        held.tokens.append(token)
-        self.generated_tokens += 1
-        if text := held.text.push(token):
-            held.ticket.tell(Said(text))
-        if held.text.stopped:
-            self._finish(row, held, STOP)
-        elif len(held.tokens) == question.max_new_tokens:
-            self._finish(row, held, LENGTH)
-
-    def _finish(self, row: int, held: _Row, reason: str) -> None:
-        if text := held.text.finish():
-            held.ticket.tell(Said(text))
-        self._end(row, Ended(reason, len(held.tokens), held.cached))
+        had = len(held.tokens)
+        reason = held.telling.take(token)
+        self.generated_tokens += len(held.tokens) - had
+        if reason:
+            self._end(row, Ended(reason, len(held.tokens), held.cached))
 
     def _end(self, row: int, event: Event, clear: bool = True) -> None:
         ticket = self._busy.pop(row).ticket

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from saisa_jax.serving.engine import Engine
+from saisa_jax.serving.questions import Answers
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -21,7 +21,7 @@ class Metrics:
       first_token, whole: histograms of seconds, from a request's body to its first token and to its end.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Answers) -> None:
         self._engine = engine
         self._registry = CollectorRegistry()
         self._registry.register(self)  # pyright: ignore[reportArgumentType]  (anything that collects is one)
@@ -38,16 +38,13 @@ class Metrics:
         for name, about, value in (
             ("queue_length", "questions without a row", engine.waiting),
             ("rows_busy", "rows in use", engine.busy),
-            ("rows", "rows", engine.rows.count),
+            ("rows", "rows", engine.count),
             ("image_cache_images", "pictures whose keys and values are kept", len(cache)),
             ("image_cache_bytes", "bytes of them", cache.nbytes),
         ):
             yield GaugeMetricFamily(f"saisa_jax_{name}", about, value)
         for name, about, value in (
-            ("steps", "decoding steps", engine.steps),
-            ("step_seconds", "seconds in decoding steps", engine.step_seconds),
-            ("prompt_tokens", "positions of prompts, visual tokens included", engine.prompt_tokens),
-            ("generated_tokens", "tokens of answers", engine.generated_tokens),
+            *engine.counters,
             ("image_cache_hits", "pictures that were found", cache.hits),
             ("image_cache_misses", "pictures that had to be encoded", cache.misses),
         ):

@@ -36,11 +36,13 @@ from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.errors import UserError
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
+from saisa_jax.training.distill import check_teacher, load_own
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.model_of_step import save_start
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.recipe import check_same_contents, check_same_recipe
+from saisa_jax.training.ridge import FitStopped, save_fit
 from saisa_jax.training.setup import compiled_meanwhile, setup_stage
 from saisa_jax.training.start import check_projectors, check_stages, frozen_params, start_source, starting_params
 from saisa_jax.training.state import (
@@ -48,6 +50,7 @@ from saisa_jax.training.state import (
     abstract_saved,
     check_frozen,
     create_state,
+    fixed_part,
     param_shardings,
     saved_part,
 )
@@ -73,6 +76,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     with lock as guard, StopSignal(guard) as stop, parallel.broadcasting():
         check_same_recipe(config, workdir)
         check_projectors(config, workdir)
+        check_teacher(config)
         save_start(config, workdir)
         check_wandb(config.training.wandb)
         check_tasks(config)
@@ -84,8 +88,10 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
         try:
-            data = check_stages(config, tokenizer, workdir, lambda: stop.requested is not None)
-        except CountingStopped:
+            stopped = lambda: stop.requested is not None  # noqa: E731
+            data = check_stages(config, tokenizer, workdir, stopped)
+            save_fit(config, workdir, tokenizer, data, stopped)
+        except (CountingStopped, FitStopped):
             return int(signal.Signals[stop.requested or "SIGTERM"])
         for name in config.stages:
             if is_model(local_model(workdir, name)):
@@ -122,10 +128,10 @@ class StageTrainer:
         self.directory = workdir / name
         self.data, self.rows, self.steps = data, data.rows, data.steps
         setup = setup_stage(config, name, self.steps)
-        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup
-        disk, s = config.training.local_checkpoints, self.settings
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings, self.teacher = setup
+        disk, s, chunk = config.training.local_checkpoints, self.settings, config.training.loss_chunk
         self.train_step = make_train_step(
-            self.model, self.optimizer, self.shardings, s.accumulation, config.training.loss_chunk
+            self.model, self.optimizer, self.shardings, s.accumulation, chunk, self.teacher
         )
         abstract = setup.abstract_state(), setup.abstract_batch()
         with parallel.use(self.mesh, self.rules):
@@ -144,9 +150,12 @@ class StageTrainer:
             donate = self.source != "random"
             with parallel.use(self.mesh, self.rules):
                 self.state = create_state(start.make, start.argument, s.groups, self.optimizer, self.shardings, donate)
+        if self.teacher is not None:
+            self.state = self.state._replace(teacher=load_own(config, abstract[0].teacher, tokenizer))
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
-        self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
+        self.step_shape = s.groups, s.batch_size, s.text_length, s.max_images
+        self.flops = flops.train_step(self.model, *self.step_shape, self.teacher)  # of a step
         self.journal = Journal(config, name, self.directory, self.steps, self.clock)
         self.data_mark = data.mark  # as the data are now: a file may be rewritten while the run reads it
         self.evaluation_due = False  # it was put off when a signal came, since it takes its time
@@ -185,11 +194,13 @@ class StageTrainer:
 
     def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
         """Restores the last committed checkpoint."""
-        abstract, frozen, expected = abstract_saved(self.state), self.state.frozen, self._frozen_checksums
-        self.state = TrainState(None, None, frozen, None)  # never two copies in memory
+        abstract, expected = abstract_saved(self.state), self._frozen_checksums
+        fixed = {"frozen": self.state.frozen, "teacher": self.state.teacher}
+        self.state = TrainState(None, None, opt_state=None, **fixed)  # never two copies in memory
         saved, metadata = checkpointer.restore(abstract, data)
-        check_frozen(metadata["frozen"], expected, self.source, str(self.directory))
-        self.state = TrainState(frozen=frozen, **saved)
+        source = f"{self.source} and {self.config.distill.teacher}" if self.teacher else self.source
+        check_frozen(metadata["frozen"], expected, source, str(self.directory))
+        self.state = TrainState(**fixed, **saved)
         self._check_same_data(metadata.get("data"))  # versions before there was a mark wrote none
         self.journal.remembered |= metadata["journal"]
         self.evaluation_due = metadata["evaluation_due"]
@@ -223,7 +234,7 @@ class StageTrainer:
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
-        return checksums(self.state.frozen)
+        return checksums(fixed_part(self.state))
 
     def _metadata(self) -> dict[str, Any]:
         """What a checkpoint says beside the state; `_resume` reads it."""
@@ -306,8 +317,7 @@ class StageTrainer:
 
     def _work(self) -> flops.StepFlops:
         """FLOPs of a step."""
-        s, jaxpr = self.settings, self.traced.jaxpr.jaxpr
-        return flops.of_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images, jaxpr)
+        return flops.of_step(self.model, *self.step_shape, self.traced.jaxpr.jaxpr, self.teacher)
 
     @contextlib.contextmanager
     def _saved_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, first: int) -> Iterator[None]:
@@ -385,6 +395,8 @@ class StageTrainer:
         names = self.rows.names((step - 1) * self.settings.batch_size)
         broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
         what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
+        if math.isfinite(values.get("cross_entropy", math.nan)) and not math.isfinite(values["kl"]):
+            what += f". What --config.distill.teacher={self.config.distill.teacher} predicts there is not finite"
         if options.on_nan == "stop":
             self.journal.failed(step, values)
             raise TrainingError(what)

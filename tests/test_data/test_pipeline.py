@@ -125,6 +125,16 @@ def test_rows_of_padding(tokenizer) -> None:
     assert batch["segment_ids"].any(axis=1).tolist() == [True, False, False]
 
 
+def test_images_that_are_left_out_need_no_slots(tokenizer) -> None:
+    """A blind model is asked so; the text keeps its positions. Where there are slots, they have to be enough."""
+    (two,) = _encoded(tokenizer, "<image> or <image>?")
+    without, slots = (pack_rows([[Example(two, None)]], 20, count, 0) for count in (0, 2))
+    assert without["image_segment_ids"].shape == (1, 0) and not slots["image_segment_ids"].any()
+    np.testing.assert_array_equal(without["positions"], slots["positions"])
+    with pytest.raises(DataError, match="2 images in a row of 1 slots"):
+        pack_rows([[Example(two, None)]], 20, 1, 0)
+
+
 def test_what_does_not_fit_a_row_is_an_error(tokenizer) -> None:
     picture = np.zeros((4, 4, 3), np.uint8)
     one, two = _encoded(tokenizer, "<image> what?", "<image> or <image>?")

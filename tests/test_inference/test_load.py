@@ -15,7 +15,9 @@ import saisa_jax
 from saisa_jax import flops
 from saisa_jax.checkpoints import CheckpointError, save_model
 from saisa_jax.config import ConfigError
+from saisa_jax.data.sample import USER, Turn
 from saisa_jax.inference import import_cache
+from saisa_jax.inference.image_cache import EncodedImage
 from saisa_jax.inference.model import dtype_name
 from saisa_jax.testing.checkpoints import write_checkpoint
 
@@ -48,6 +50,18 @@ def test_a_llava_is_switched_by_layers(tiny_model, run: Path, tmp_path: Path) ->
     assert flops.prefill(model.model_config, 16).total < flops.prefill(llava.model_config, 16).total
     with pytest.raises(ConfigError, match=r"frozen_visual_layers is a choice of model.alignment=llava, not of 'saisa'"):
         saisa_jax.load(run, switches={"frozen_visual_layers": (1,)})
+
+
+def test_a_blind_model_leaves_pictures_out(run: Path) -> None:
+    """Of a model that has seen them in training; the slots are empty, and the words are the same."""
+    turns, grey = (Turn(USER, "is it red?"),), np.full((32, 32, 3), 99, np.uint8)
+    slots = []
+    for blind in (False, True):
+        model = saisa_jax.load(run, blind=blind)
+        batch = model.batch([model.request(turns, [EncodedImage.of(grey)], 1)])
+        slots.append(np.asarray(batch["image_segment_ids"]).any())
+        assert np.asarray(batch["segment_ids"]).any()
+    assert slots == [True, False]
 
 
 def test_a_bucket_is_no_local_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saisa_jax.config import FlamingoConfig
+from saisa_jax.config import TRAIN_PROJECTOR, FlamingoConfig
 from saisa_jax.models.mask import PackedPositions, make_mask
 from saisa_jax.models.saisa import Saisa, init_params
 from saisa_jax.models.streams import windows
 from saisa_jax.testing.batches import IMAGE, make_batch
 from saisa_jax.testing.configs import tiny_config
+from saisa_jax.training.memory import kept_bytes
 
 LAYOUTS = [[5, 6, IMAGE, 7, 8], [3, 4, 9]]
 
@@ -67,3 +68,12 @@ def test_the_cache_holds_an_images_keys_as_they_are_and_the_text_that_cross_laye
         cache = jax.eval_shape(prefill, shapes, batch)
         assert cache.k.shape[0] == config.num_cached_layers == layers
         assert cache.visual.k.shape == (len(config.cross_layers), 2, config.num_kv_heads, 16, config.head_dim)
+
+
+def test_under_remat_the_backward_pass_keeps_the_inputs_of_layers_and_of_cross_layers_alone() -> None:
+    config = dataclasses.replace(
+        tiny_config("flamingo").model, num_layers=8, attention_impl="xla", remat_policy="full"
+    )  # four cross layers
+    rows, text = 3, 40
+    kept = kept_bytes(config, TRAIN_PROJECTOR, rows, text, images=2)
+    assert kept == (8 + 4) * rows * text * config.embed_dim * 4

@@ -90,11 +90,15 @@ def test_several_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
         make_run(tmp_path / "saisa_again", seed=1),
         make_run(tmp_path / "llava", "llava", evaluated=False),
     ]
+    times = {"first": [0.02, 0.04, 0.03], "second": [0.01, 0.01, 0.01], "load_before": 0.2, "load_after": 1.5}
+    (tmp_path / "saisa" / "bench_image.json").write_text(json.dumps({"device": "cpu", "cores": 2} | times))
     assert main(["report", "--runs", ",".join(map(str, runs)), "--output", str(tmp_path / "report")]) == 0
     page = check(tmp_path / "report" / "index.html")
     for label in ("SAISA, blind", "SAISA, seed 1", "LLaVA"):
         assert label in page.text
     assert "LLaVA: not evaluated on easy_vqa yet: python eval.py --workdir=" in page.text
+    assert "30 ms" in page.text and "second 10 ms" in page.text and "cpu, 2 cores, load at most 1.5" in page.text
+    assert (tmp_path / "report" / "accuracy_against_seconds.png").exists()
     assert page.tags.count("article") == 12
     assert len(re.findall("[✓✗]", page.text)) == 36  # the answers of the three that were evaluated
     assert (tmp_path / "report" / "attention_1.png").exists()  # of the one that sees

@@ -21,11 +21,11 @@ from saisa_jax.inference.generate import GREEDY, Sampling
 from saisa_jax.inference.image_cache import ImageCache
 from saisa_jax.inference.model import VisionLanguageModel
 from saisa_jax.models.saisa import init_params
-from saisa_jax.serving.engine import (
+from saisa_jax.serving.engine import Engine
+from saisa_jax.serving.questions import (
     LENGTH,
     STOP,
     Ended,
-    Engine,
     Event,
     Failed,
     OverdueError,

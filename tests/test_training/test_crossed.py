@@ -48,11 +48,8 @@ def stage_1(start: Path) -> Config:
     )
 
 
-def test_stage_1_trains_what_joins_decoder_and_encoder_and_resumes_to_the_bit(
-    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, whole, stopped = stage_1(start), epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "stopped")
-    assert loop.run(config, whole) == 0
+def test_stage_1_trains_what_joins_decoder_and_encoder(start: Path, tmp_path: Path) -> None:
+    assert loop.run(stage_1(start), epath.Path(tmp_path / "whole")) == 0
     before, after = params_of(start), params_of(tmp_path / "whole" / "pretrain" / "model")
     as_stored = lambda x: np.asarray(jax.numpy.asarray(x).astype("bfloat16"))  # noqa: E731
     for path, leaf in before.items():
@@ -64,6 +61,11 @@ def test_stage_1_trains_what_joins_decoder_and_encoder_and_resumes_to_the_bit(
     assert crossed and all(path.startswith("cross_layers/") for path in crossed)
     assert all(np.abs(crossed[f"cross_layers/{gate}"]).min() > 0 for gate in ("attn_gate", "mlp_gate"))
 
+
+@pytest.mark.slow
+def test_stage_1_resumes_to_the_bit(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, whole, stopped = stage_1(start), epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "stopped")
+    assert loop.run(config, whole) == 0
     original, calls = loop.parallel.to_device, []
 
     def to_device(*args: Any) -> Any:
@@ -77,8 +79,8 @@ def test_stage_1_trains_what_joins_decoder_and_encoder_and_resumes_to_the_bit(
     assert loop.run(config, stopped) == 0
     rows = [timeless_rows(Path(workdir) / "pretrain") for workdir in (stopped, whole)]
     assert [row for row in rows[0] if row["kind"] == "train"] == [row for row in rows[1] if row["kind"] == "train"]
-    resumed = params_of(tmp_path / "stopped" / "pretrain" / "model")
-    assert all(np.array_equal(resumed[path], leaf) for path, leaf in after.items())
+    resumed, expected = (params_of(tmp_path / name / "pretrain" / "model") for name in ("stopped", "whole"))
+    assert all(np.array_equal(resumed[path], leaf) for path, leaf in expected.items())
 
 
 def test_stage_2_alone_wants_trained_cross_layers(start: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def pack_rows(
     Args:
       rows: the samples of each row; None is a sample that could not be used, whose segment stays empty.
       text_length: T.
-      max_images: M.
+      max_images: M; 0: text alone, also of samples whose images are left out.
       image: what an image slot holds: pixels of a side, or something else.
       padding: right or left, the side of the text stream that is filled up.
       count: B, if more than there are rows: the rest is all padding.
@@ -60,13 +60,17 @@ def pack_rows(
             if example is None:
                 continue
             sample = example.encoded
-            _check_fit(example, text_length - start, max_images - slot, Slot.of(image))
+            check_length(sample, text_length - start)
+            if max_images or example.images is not None:
+                _check_images(example, max_images - slot, Slot.of(image))
             text = slice(start, start := start + len(sample.tokens))
             batch["tokens"][row, text] = sample.tokens
             batch["targets"][row, text] = sample.targets
             batch["loss_weights"][row, text] = sample.loss_weights
             batch["positions"][row, text] = sample.positions
             batch["segment_ids"][row, text] = segment
+            if not max_images:  # nor are there images
+                continue
             slots = slice(slot, slot := slot + len(sample.image_positions))
             batch["image_positions"][row, slots] = sample.image_positions
             if example.images:
@@ -75,9 +79,8 @@ def pack_rows(
     return batch
 
 
-def _check_fit(example: Example, text_left: int, slots_left: int, image: Slot) -> None:
+def _check_images(example: Example, slots_left: int, image: Slot) -> None:
     sample, pictures = example.encoded, example.images
-    check_length(sample, text_left)
     expected = len(sample.image_positions)
     if expected > slots_left:
         raise DataError(f"{expected} images in a row of {slots_left} slots; raise max_images", sample.sample_id)
