@@ -140,7 +140,8 @@ def _backward(tiles: _Tiles, saved: Any, gradient: Any) -> Any:
         of_queries = cut(q, axis=2), cut(gradient, axis=2), cut(logsum, axis=3), cut(delta, axis=3)
         parts.append(_backward_of(*of_queries, k, v, own, tiles, dtype))
     dq, dk, dv = zip(*parts, strict=True)
-    return jnp.concatenate(dq, axis=2), sum(dk[1:], dk[0]).astype(k.dtype), sum(dv[1:], dv[0]).astype(v.dtype), None
+    dk, dv = (functools.reduce(jnp.add, of_parts).astype(k.dtype) for of_parts in (dk, dv))
+    return jnp.concatenate(dq, axis=2), dk, dv, None
 
 
 def _backward_of(
