@@ -34,6 +34,7 @@ from saisa_jax.data.rows.mark import same_content
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.errors import UserError
+from saisa_jax.evaluation.runner import Interrupted
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
 from saisa_jax.training.distill import check_teacher, load_own
@@ -153,7 +154,7 @@ class StageTrainer:
         self.flops = flops.train_step(self.model, *self.step_shape, self.teacher)  # of a step
         self.journal = Journal(config, name, self.directory, self.steps, self.clock)
         self.data_mark = data.mark  # as the data are now: a file may be rewritten while the run reads it
-        self.evaluation_due = False  # it was put off when a signal came, since it takes its time
+        self.evaluation_due = False  # it was put off or stopped when a signal came, since it takes its time
         logging.info("%s: %s", name, self.rows.describe(self.steps))
 
     def run(self, stop: StopSignal) -> bool:
@@ -253,7 +254,7 @@ class StageTrainer:
             options.loss_chunk,
             self.teacher,
         )
-        evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
+        evaluations, sync = self._evaluations(stop), processes.ProcessSync(self.mesh)
         alarm = processes.Alarm(options.checkpoint_every_minutes)
         with (
             self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
@@ -263,9 +264,9 @@ class StageTrainer:
         ):
             clock.started()
             if self.evaluation_due:
-                self._evaluate(self._due(evaluations, first), first)
+                self._evaluate(self._due(evaluations, first), first, sync)
             waiting, step = None, first
-            for step in range(first + 1, self.steps + 1):
+            for step in () if sync.stopping else range(first + 1, self.steps + 1):
                 try:
                     with clock("data"):
                         host = sync.read(data)
@@ -290,9 +291,10 @@ class StageTrainer:
                     self._settle(sync, *waiting)
                     waiting, over = None, self._dropped_too_many() != ""
                 if due and not stopping:
-                    self._evaluate(due, step)
+                    self._evaluate(due, step, sync)
                     watchdog.beat(f"the evaluation at step {step}")
-                if save:
+                    stopping = sync.stopping
+                if save or stopping:
                     with clock("save"):
                         self.journal.upload()
                         checkpointer.save(step, saved_part(self.state), data, self._metadata())
@@ -441,23 +443,33 @@ class StageTrainer:
     def _step(self) -> int:
         return int(self.state.step)
 
-    def _evaluations(self) -> list[Evaluation]:
+    def _evaluations(self, stop: StopSignal) -> list[Evaluation]:
         options, evaluations = self.config.training, []
         if held_out := self._held_out():
             evaluations.append(Evaluation(options.eval_every, lambda step: held_out(self.state)))
         if evaluates_tasks(self.config, self.name):
             tasks = HeldOutTasks(self.config, self.name, self.tokenizer, self.mesh, self.directory)
-            evaluations.append(Evaluation(options.eval_tasks_every, lambda step: tasks(self._plain_params(), step)))
+            stops = lambda: stop.requested is not None  # noqa: E731
+            answer = lambda step: tasks(self._plain_params(), step, stops)  # noqa: E731
+            evaluations.append(Evaluation(options.eval_tasks_every, answer))
         return evaluations
 
     def _due(self, evaluations: Sequence[Evaluation], step: int) -> list[Evaluation]:
         return [x for x in evaluations if step == self.steps or (x.every and step % x.every == 0)]
 
-    def _evaluate(self, due: Sequence[Evaluation], step: int) -> None:
+    def _evaluate(self, due: Sequence[Evaluation], step: int, sync: processes.ProcessSync) -> None:
+        """Measures what is due; where a signal stops that, all processes stop, and the next start goes on with it."""
         values: dict[str, Any] = {}
         with self.clock("eval"):
-            for evaluation in due:
-                values |= evaluation.run(step)
+            try:
+                for evaluation in due:
+                    values |= evaluation.run(step)
+            except Interrupted as interrupted:
+                if interrupted.__cause__ is not None:  # a second Ctrl-C
+                    raise
+                logging.warning("%s", interrupted)
+                self.evaluation_due = sync.stopping = True
+                return
         if values:
             self.journal.evaluated(step, values)
 
