@@ -165,7 +165,6 @@ $(PROOF)/%/bench_image.json: | $(PROOF_EVALUATIONS)
 	  --repeat=$(PROOF_REPEAT) --output=$@
 
 .PHONY: proof-packages proof-start proof proof-smoke
-.SECONDARY:
 proof-packages: $(PROOF)/packages/unpacked  ## the drawings and weights of the proof, 520 MB to download
 proof-start: $(PROOF_READY)  ## the same, as a model to start from and a set of pictures and questions
 

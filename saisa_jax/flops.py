@@ -31,7 +31,7 @@ from flax import traverse_util
 from rich.table import Table
 
 from saisa_jax.batch import Batch, Slot, empty_batch
-from saisa_jax.config import ConfigError, Groups, ModelConfig
+from saisa_jax.config import ConfigError, Groups, ModelConfig, Teacher
 from saisa_jax.models.saisa import Saisa, abstract_params
 
 PARTS = ("vision", "projectors", "q", "kv", "o", "attention", "mlp", "head", "other")
@@ -125,23 +125,29 @@ def _read(config: ModelConfig) -> Callable[[Any, Batch], Any]:
 
 
 class Training(NamedTuple):
-    """FLOPs of training steps by part, forward and backward; recomputation (remat) is in neither."""
+    """FLOPs of training steps by part, forward and backward; recomputation (remat) is in neither. A teacher's forward
+    pass stands alone."""
 
     forward: Breakdown
     backward: Breakdown
+    teacher: Breakdown = Breakdown()
 
     @property
     def total(self) -> float:
-        return self.forward.total + self.backward.total
+        return self.forward.total + self.backward.total + self.teacher.total
 
 
-def train_step(config: ModelConfig, groups: Groups, rows: int, text: int, images: int = 1) -> float:
+def train_step(
+    config: ModelConfig, groups: Groups, rows: int, text: int, images: int = 1, teacher: Teacher | None = None
+) -> float:
     """FLOPs of a forward and backward pass: the total of `training`, whose arguments it takes."""
-    return training(config, groups, rows, text, images).total
+    return training(config, groups, rows, text, images, teacher).total
 
 
 @functools.lru_cache(maxsize=1024)
-def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: int = 1) -> Training:
+def training(
+    config: ModelConfig, groups: Groups, rows: int, text: int, images: int = 1, teacher: Teacher | None = None
+) -> Training:
     """FLOPs of a forward and backward pass; padding counts, since it is computed; recomputation (remat) does not.
 
     The gradient is taken of what trains alone. So what trains costs three times its forward pass, a frozen decoder
@@ -155,6 +161,7 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
       rows: the batch size (B), in one piece or accumulated.
       text: text tokens of a row (T), padding included.
       images: image slots of a row (M), empty ones included.
+      teacher: whose logits are computed as well; it encodes no images where the student's encoder is its own.
 
     Raises:
       ConfigError: a parameter that no row of `groups` matches.
@@ -172,7 +179,18 @@ def training(config: ModelConfig, groups: Groups, rows: int, text: int, images: 
     forward, backward = [], []
     for product in products(program):
         (backward if "transpose(" in product.scope else forward).append(product)
-    return Training(_by_part(forward), _by_part(backward))
+    if teacher is None:
+        return Training(_by_part(forward), _by_part(backward))
+    taught = _forward(_plain(teacher.model), rows, text, images)
+    if teacher.within and not any(path.startswith("vision/") for path in trainable):
+        taught = dataclasses.replace(taught, vision=0)
+    return Training(_by_part(forward), _by_part(backward), taught)
+
+
+def _forward(config: ModelConfig, rows: int, text: int, images: int) -> Breakdown:
+    """FLOPs of the logits of all tokens."""
+    forward = lambda params, batch: Saisa(config).apply({"params": params}, batch)[0]  # noqa: E731
+    return _by_part(products(_trace(forward, _params(config), _abstract_batch(rows, text, images, config.image_slot))))
 
 
 def _parted(params: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -204,10 +222,18 @@ class StepFlops(NamedTuple):
         return self.executed - (1 - visited) * self.executed_attention
 
 
-def of_step(config: ModelConfig, groups: Groups, rows: int, text: int, images: int, jaxpr: Any) -> StepFlops:
+def of_step(
+    config: ModelConfig,
+    groups: Groups,
+    rows: int,
+    text: int,
+    images: int,
+    jaxpr: Any,
+    teacher: Teacher | None = None,
+) -> StepFlops:
     """FLOPs of a train step, whose own jaxpr is given; the other arguments are those of `training`."""
-    needed, executed = training(config, groups, rows, text, images), _by_part(products(jaxpr))
-    attention = needed.forward.attention + needed.backward.attention
+    needed, executed = training(config, groups, rows, text, images, teacher), _by_part(products(jaxpr))
+    attention = sum(passes.attention for passes in needed)
     return StepFlops(needed.total, attention, executed.total, executed.attention)
 
 
@@ -277,9 +303,9 @@ def count(jaxpr: Any) -> int:
 def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
     """Matrix products and convolutions of a jaxpr, over all devices; 2 FLOPs for a multiply-add.
 
-    A scan's body counts once for each turn, a shard_map's once for each device, a kernel's once for each point of its
-    grid, skipped tiles too; of a branch the dearest. A `while` loop, whose number of turns is unknown, counts once.
-    (XLA's own `cost_analysis` counts the body of every loop once.)
+    A scan's body counts once for each turn, a shard_map's once for each device, a kernel as its `cost_estimate` says,
+    which in attention's holds all tiles; of a branch the dearest. A `while` loop, whose number of turns is unknown,
+    counts once. (XLA's own `cost_analysis` counts the body of every loop once.)
     """
     for equation in _read_equations(jaxpr):
         name, params = equation.primitive.name, equation.params
@@ -290,12 +316,9 @@ def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
         inside = [list(products(body, here)) for body in _bodies(params)]
         if name == "cond":
             inside = [max(inside, key=lambda branch: sum(product.flops for product in branch))]
-        turns = again = _turns(name, params)
-        if name == "pallas_call":  # what its products read and write never leaves the core
-            yield Product(here, 0, _bytes_of(equation))
-            again = 0
+        turns = _turns(name, params)
         for within, flops, moved in (product for body in inside for product in body):
-            yield Product(within, turns * flops, again * moved)
+            yield Product(within, turns * flops, turns * moved)
 
 
 def _bytes_of(equation: Any) -> int:
@@ -334,6 +357,8 @@ def _flops_of(equation: Any) -> int:
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+    if name == "pallas_call":
+        return params["cost_estimate"].flops
     if fused := _FUSED.get(name):
         (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
         return 2 * fused * batch * heads * queries * keys * size
@@ -349,8 +374,6 @@ def _turns(name: str, params: Any) -> int:
         return params["length"]
     if name == "shard_map":
         return params["mesh"].size
-    if name == "pallas_call":
-        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
     return 1
 
 

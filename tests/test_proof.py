@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from configs import proof
 from configs.proof import VARIANTS, VICA_LAYERS, get_config
+from proof.dinov2 import weights
 from saisa_jax.config import Config, ConfigError, from_config_dict
 from saisa_jax.presets import make
 from saisa_jax.testing.configs import tiny_config
 
 ROOT = Path(__file__).parents[1]
-
-
 ROOT_OF_RUNS = "runs/elsewhere"
 
 
@@ -50,6 +51,27 @@ def test_data_is_drawings_or_features() -> None:
 
 def test_vica_sees_pictures_in_layers_that_smollm2_has() -> None:
     assert make("smollm2-135m", "dinov2-small").num_layers > max(VICA_LAYERS)
+
+
+def test_weights_of_an_onnx_graph() -> None:
+    """Named ones as they are, those of a MatMul transposed under its name, the table of positions by its shape."""
+    rng = np.random.default_rng(0)
+    named, product, other = (rng.random(shape, np.float32) for shape in ((4,), (4, 6), (4, 9)))
+    of_class, table = rng.random((1, 1, 4), np.float32), rng.random((1, 25, 4), np.float32)
+    constants = {"backbone.encoder.layer.0.mlp.fc1.bias": named, "onnx::MatMul_1": product, "onnx::MatMul_2": other}
+    constants |= {"onnx::Expand_3": of_class, "table": table, "head.bias": named}
+    scopes = {"/backbone/encoder/layer.0/mlp/fc1/MatMul": "onnx::MatMul_1", "/head/MatMul": "onnx::MatMul_2"}
+    nodes = [SimpleNamespace(name=name, op_type="MatMul", input=["x", read]) for name, read in scopes.items()]
+    nodes.append(SimpleNamespace(name="/backbone/encoder/layer.0/mlp/fc1/Add", op_type="Add", input=["head.bias"]))
+    found = weights(constants, nodes, width=4, positions=25)
+    assert found.keys() == {
+        "encoder.layer.0.mlp.fc1.bias",
+        "encoder.layer.0.mlp.fc1.weight",
+        "embeddings.position_embeddings",
+        "embeddings.mask_token",
+    }
+    np.testing.assert_array_equal(found["encoder.layer.0.mlp.fc1.weight"], product.T)
+    np.testing.assert_array_equal(found["embeddings.position_embeddings"], np.concatenate([of_class, table], axis=1))
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from saisa_jax.models.saisa import abstract_params
 from saisa_jax.training.optimizer import split
 
 ROOT = Path(__file__).parents[1]
-OTHERS = {"__init__", "common", "demo", "imported", "finetune_lora", "proof"}  # no recipe, or none of the paper's
+# No recipe, or none of the paper's.
+OTHERS = {"__init__", "common", "demo", "imported", "finetune_lora", "distill_from_llava", "proof"}
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
 
 VICUNA_7B, VICUNA_13B, LLAMA3_8B, MISTRAL_7B = 6_738_415_616, 13_015_864_320, 8_030_261_248, 7_241_732_096

@@ -17,6 +17,7 @@ import dataclasses
 import io
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ from saisa_jax.serving.app import Server, Settings
 from saisa_jax.serving.background import in_background
 from saisa_jax.testing.configs import tiny_config
 
-PORT, NEW = 8765, 16
+NEW = 16
 QWEN2: dict[str, Any] = {"qkv_bias": True, "num_heads": 2, "num_kv_heads": 1}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # fields of ModelConfig
     "saisa": ("saisa", {}),
@@ -100,8 +101,10 @@ def make_model(to: str, alignment: str, fields: dict[str, Any], seed: int) -> No
 
 
 @contextlib.contextmanager
-def serving(program: str, decoder: Path, store: Path, log: Path, positions: int, tensor: int) -> Iterator[None]:
+def serving(program: str, decoder: Path, store: Path, log: Path, positions: int, tensor: int) -> Iterator[Client]:
     """vLLM, on the CPU."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     transfer = (
         '{"kv_connector": "SaisaConnector", "kv_role": "kv_consumer", "kv_connector_module_path": '
         f'"saisa_jax_vllm.connector", "kv_connector_extra_config": {{"store": "{store}"}}}}'
@@ -113,7 +116,7 @@ def serving(program: str, decoder: Path, store: Path, log: Path, positions: int,
             "-m",
             "vllm.entrypoints.openai.api_server",
             f"--model={decoder}",
-            f"--port={PORT}",
+            f"--port={port}",
             "--host=127.0.0.1",
             "--dtype=float32",
             "--block-size=32",
@@ -127,12 +130,12 @@ def serving(program: str, decoder: Path, store: Path, log: Path, positions: int,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # threads that wait for each other crawl on a busy machine
     }
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | settings)
         try:
-            client = Client(f"http://127.0.0.1:{PORT}")
+            client = Client(f"http://127.0.0.1:{port}")
             while process.poll() is None:
                 with contextlib.suppress(Exception):
                     client.get("/health")
@@ -140,7 +143,7 @@ def serving(program: str, decoder: Path, store: Path, log: Path, positions: int,
                 time.sleep(1)
             else:
                 raise SystemExit(f"vLLM has ended: {log}\n{log.read_text()[-3000:]}")
-            yield
+            yield client
         finally:
             process.terminate()
             process.wait(60)
@@ -157,9 +160,9 @@ def check(folder: Path, name: str, checkpoint: str, flags: argparse.Namespace) -
     model = dataclasses.replace(model, image_cache=ImageCache())  # nothing is known of these pictures
     start = time.monotonic()
     positions = model.model_config.max_length
-    with serving(flags.vllm, decoder, store, folder / "vllm.log", positions, flags.tensor):
+    with serving(flags.vllm, decoder, store, folder / "vllm.log", positions, flags.tensor) as client:
         print(f"{name}: vLLM is up after {time.monotonic() - start:.0f} s", flush=True)
-        engine = VllmEngine(model, Client(f"http://127.0.0.1:{PORT}"), Store(store, 10**9))
+        engine = VllmEngine(model, client, Store(store, 10**9))
         engine.start()
         with in_background(Server(engine, Settings(name))) as url:
             ask_all(name, engine, f"{url}/v1", pictures, expected)

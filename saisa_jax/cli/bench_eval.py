@@ -10,7 +10,8 @@ from saisa_jax.bench import evaluation
 from saisa_jax.cli import devices
 from saisa_jax.cli.parser import Parser
 from saisa_jax.evaluation import runner
-from saisa_jax.evaluation.tasks import TASKS, TaskData
+from saisa_jax.evaluation.settings import Settings
+from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.inference.model import load
 from saisa_jax.inference.quantize import QUANTIZATIONS
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", default="", help="where their questions lie: a file or a folder")
     parser.add_argument("--images", default="", help="where the names of pictures in --data lead")
     parser.add_argument("--limit", type=int, default=512, help="the first so many questions (default 512)")
-    parser.add_argument("--batch_size", type=int, help="questions at once (default: what the memory has room for)")
+    parser.add_argument("--batch_size", type=int, help="questions at once (default: the recipe's, or what fits)")
     parser.add_argument("--image_cache_bytes", type=lambda size: int(float(size)), metavar="BYTES", help="of pictures "
                         "that stay on each device (default: what the memory has room for)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, help="of an answer (default: the task's, or the recipe's)")
@@ -38,15 +39,13 @@ def main(argv: Sequence[str]) -> int:
     tasks = {name: TASKS[name] for name in options.tasks.split(",")}
     model = load(options.checkpoint, **devices.placed(options), quantize=options.quantize)
     for name, task in tasks.items():
-        tokens = options.max_new_tokens or task.max_new_tokens or model.config.evaluation.max_new_tokens
-        settings = runner.Settings(
-            options.batch_size, tokens, options.limit, image_cache_bytes=options.image_cache_bytes
-        )
-        data = TaskData(options.data, options.images, model.stage_config.validation, model.stage, "llava", name)
-        items = runner.read_items(task.under("llava"), data, options.limit)
+        given = ("limit", "batch_size", "image_cache_bytes", "max_new_tokens", "data", "images")
+        settings = Settings.of(name, model.config.evaluation, **{field: vars(options)[field] for field in given})
+        place = settings.place(name, model.config, model.stage)
+        items = runner.read_items(task.under(settings.prompts), place, settings.limit)
         prompts, batches, cache_bytes, told = runner.plan(model, items, settings)
         console.print(f"{name}: {told}")
-        timed = evaluation.bench(model, prompts, batches, tokens, cache_bytes)
+        timed = evaluation.bench(model, prompts, batches, settings.max_new_tokens, cache_bytes)
         rates = f"{timed.questions / timed.seconds:,.1f} questions/s, {timed.tokens / timed.seconds:,.1f} tokens/s"
         waited = timed.waited / timed.seconds
         console.print(f"{name}: {rates}; {waited:.0%} of the time the host waited for the device")

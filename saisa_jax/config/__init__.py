@@ -16,6 +16,7 @@ from saisa_jax.config.config_dict import (
 )
 from saisa_jax.config.data import DataConfig, SourceConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
+from saisa_jax.config.distill import DistillConfig, Teacher
 from saisa_jax.config.model import (
     ALIGNMENTS,
     ATTENTION_IMPLS,
@@ -37,6 +38,7 @@ from saisa_jax.config.training import (
     ON_NAN,
     PROJECTOR_PATTERN,
     SCHEDULES,
+    SCHOOLS,
     STAGES,
     TRAIN_ADAPTERS,
     TRAIN_ALL,
@@ -69,6 +71,7 @@ __all__ = [
     "REMAT_POLICIES",
     "ROPE_SCALINGS",
     "SCHEDULES",
+    "SCHOOLS",
     "SHARINGS",
     "STAGES",
     "TRAIN_ADAPTERS",
@@ -80,6 +83,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "DistributedConfig",
     "EvaluationConfig",
     "FlamingoConfig",
@@ -94,6 +98,7 @@ __all__ = [
     "RopeScalingConfig",
     "SourceConfig",
     "StageConfig",
+    "Teacher",
     "TrainingConfig",
     "VisionConfig",
     "from_config_dict",

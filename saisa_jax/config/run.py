@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from saisa_jax.config.checks import check, choice
 from saisa_jax.config.data import DataConfig
 from saisa_jax.config.devices import DistributedConfig, MeshConfig
+from saisa_jax.config.distill import DistillConfig, Teacher, check_distillation, teacher_of
 from saisa_jax.config.model import ModelConfig
 from saisa_jax.config.training import (
     STAGES,
@@ -41,6 +42,7 @@ class Config:
         )
     )
     finetune: StageConfig = field(default_factory=StageConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -74,6 +76,13 @@ class Config:
                     getattr(self, stage).sharing == "shared",
                     f"model.alignment={self.model.alignment!r} has one projector: set {stage}.sharing=shared",
                 )
+
+        check_distillation(self.distill, self.model, self.finetune.sharing, self.stages, self.init_from)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Of stage 2; None: there is none."""
+        return teacher_of(self.distill, self.trained_model("finetune"), self.init_from)
 
     def stage(self, name: str) -> StageConfig:
         return getattr(self, name)

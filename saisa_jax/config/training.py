@@ -13,6 +13,7 @@ from saisa_jax.config.vision import SHARINGS
 STAGES = ("pretrain", "finetune")  # in this order
 SCHEDULES = ("cosine", "linear", "constant")
 ON_NAN = ("stop", "skip")
+SCHOOLS = ("llava", "lmms")  # of prompts and scores: LLaVA's guide, which the paper follows; lmms-eval
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,14 @@ class TrainingConfig:
     eval_batches: int = 8
     eval_samples: int = 3  # generated samples shown with each held-out evaluation
     # Benchmarks, by the names of `evaluation/tasks/`, that are answered while training in stages that answer questions
-    # (any template but `plain`): at the end, and every so many steps; of each the first so many questions.
+    # (any template but `plain`): at the end, and every so many steps; of each the first so many questions. The last
+    # three are --data, --images and --prompts of `eval.py`.
     eval_tasks: tuple[str, ...] = ()
     eval_tasks_every: int = 0  # 0: at the end of a stage only
     eval_limit: int | None = 500  # None: all
+    eval_data: str = ""  # a folder that holds one for each benchmark; "": tasks that bring their own, or `validation`
+    eval_images: str = ""  # what the names of pictures lead into; "": beside the questions
+    eval_prompts: str = "llava"  # the school of prompts and scores: LLaVA's guide, or `lmms`
     checkpoint_every: int = 500  # steps
     checkpoint_every_minutes: float = 0.0  # and when so much time has passed since the last one; 0: by steps alone
     keep_checkpoints: int = 2
@@ -175,6 +180,11 @@ class TrainingConfig:
             positive(f"training.{name}", getattr(self, name))
         if self.eval_limit is not None:
             positive("training.eval_limit", self.eval_limit)
+        choice("training.eval_prompts", self.eval_prompts, SCHOOLS)
+        check(
+            bool(self.eval_data) or not self.eval_images,
+            f"training.eval_images={self.eval_images} needs training.eval_data, whose pictures it holds",
+        )
         for name in (
             "eval_every",
             "eval_samples",

@@ -255,7 +255,7 @@ def image_name(image: ImageSource) -> str:
     if isinstance(image, bytes | np.ndarray):
         content = image if isinstance(image, bytes) else image.tobytes()
         return f"bytes:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
-    return image.name if isinstance(image, StoredImage) else os.fspath(image)
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else image.name
 
 
 def missing_image(name: str, sample_id: str) -> DataError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from saisa_jax import parallel
 from saisa_jax.checkpoints import local_model
 from saisa_jax.config import STAGES, ConfigError
 from saisa_jax.evaluation import overview, runner
+from saisa_jax.evaluation.settings import Settings
 from saisa_jax.evaluation.tasks import TASKS
 from saisa_jax.inference.model import load
 
@@ -76,19 +76,10 @@ def run(
         raise ConfigError(
             f"the recipe names no benchmark (evaluation.tasks): choose with --tasks=NAME,NAME from {', '.join(TASKS)}"
         )
-    settings = runner.Settings(
-        batch_size=defaults.batch_size if batch_size is None else batch_size,
-        image_cache_bytes=image_cache_bytes,
-        max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        limit=defaults.limit if limit is None else limit,
-        quantize=placed.get("quantize"),
-        data=data,
-        images=images,
-        prompts=prompts,
-    )
+    given = {"batch_size": batch_size, "image_cache_bytes": image_cache_bytes, "max_new_tokens": max_new_tokens}
+    given |= {"limit": limit, "quantize": placed.get("quantize"), "data": data, "images": images, "prompts": prompts}
     for name in tasks:
-        tokens = max_new_tokens or TASKS[name].max_new_tokens or defaults.max_new_tokens
-        settings = dataclasses.replace(settings, max_new_tokens=tokens)
+        settings = Settings.of(name, defaults, **given)
         record = runner.evaluate(model, name, settings, epath.Path(output), checkpoint, stop)
         if record is not None:  # in the first process
             show(console, record, output)

@@ -27,6 +27,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -40,55 +41,17 @@ from etils import epath
 import saisa_jax
 from saisa_jax import buckets, flops, parallel
 from saisa_jax.checkpoints import checksums
-from saisa_jax.config import ConfigError, DistributedConfig, MeshConfig, to_dict
+from saisa_jax.config import DistributedConfig, MeshConfig, to_dict
 from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import USER, DataError, Turn
 from saisa_jax.evaluation import scoring
 from saisa_jax.evaluation.progress import Progress
-from saisa_jax.evaluation.tasks import SCHOOLS, TASKS, Item, Task, TaskData
+from saisa_jax.evaluation.settings import FREE, Settings
+from saisa_jax.evaluation.tasks import TASKS, Item, Task, TaskData
 from saisa_jax.inference import memory
 from saisa_jax.inference.batches import Prompt, make_prompt, plan_batches
 from saisa_jax.inference.generate import GREEDY, bucket
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to run a benchmark.
-
-    Attributes:
-      batch_size: questions that are answered at once; None: as many as the devices' memory has room for.
-      image_cache_bytes: of keys and values of pictures that stay on each device; None: what the memory has room for.
-      max_new_tokens: of an answer.
-      limit: only the first so many questions; None: all.
-      quantize: how the weights were rounded; for the record.
-      data: a file or folder that holds the questions; "": the task's own, or what the recipe names.
-      images: what the names of its pictures lead into; "": beside it.
-      prompts: the school of prompts and scores, one of `SCHOOLS`.
-    """
-
-    batch_size: int | None = None
-    max_new_tokens: int = 16
-    limit: int | None = None
-    quantize: str | None = None
-    data: str = ""
-    images: str = ""
-    prompts: str = "llava"
-    image_cache_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "image_cache_bytes"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name}={value} must be at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit={self.limit} must be at least 1; leave it out for all questions")
-        if self.prompts not in SCHOOLS:
-            raise ConfigError(f"--prompts={self.prompts} is not one of {', '.join(SCHOOLS)}")
-        if self.images and not self.data:
-            raise ConfigError(f"--images={self.images} needs --data=FILE, whose pictures it holds")
-
-
-FREE = ("batch_size", "image_cache_bytes")  # settings on which no answer depends
 
 
 class Interrupted(RuntimeError):
@@ -125,8 +88,7 @@ def evaluate(
       Interrupted: Ctrl-C, or whatever else raised KeyboardInterrupt; or `stop`. The next run goes on.
     """
     task = TASKS[name].under(settings.prompts)
-    validation = model.stage_config.validation
-    data = TaskData(settings.data, settings.images, validation, model.stage, settings.prompts, name)
+    data = settings.place(name, model.config, model.stage)
     items = parallel.together(lambda: read_items(task, data, settings.limit))
     started = time.monotonic()
     header = {"of": _identity(model, name, items, settings)}
@@ -188,9 +150,8 @@ def read_items(task: Task, data: TaskData, limit: int | None = None, *, pictures
     found = list(islice(task.items(data), limit))
     items = [item for item in found if isinstance(item, Item)]
     reasons = [(item.sample_id, item.reason) for item in found if isinstance(item, DataError)]
-    for item in items if pictures else ():
-        paths = [os.fspath(image) for image in item.images if isinstance(image, str | os.PathLike)]
-        reasons += [(item.id, f"there is no image {path}") for path in paths if not epath.Path(path).exists()][:1]
+    for item, gone in _missing(items) if pictures else ():
+        reasons.append((item.id, f"there is no image {gone}"))
     if reasons:
         raise DataError(
             f"{len(reasons)} of {len(found)} questions of {data.task} cannot be asked: {scoring.some(reasons)}. "
@@ -201,6 +162,17 @@ def read_items(task: Task, data: TaskData, limit: int | None = None, *, pictures
     if len({item.id for item in items}) < len(items):
         raise DataError(f"{data.task} has two questions of one id: {_repeated(items)!r}")
     return items
+
+
+def _missing(items: Sequence[Item]) -> Iterator[tuple[Item, str]]:
+    """Items with a picture that is named and not there. Each is looked for once, a bucket asked for many at a time."""
+    named = [[os.fspath(x) for x in item.images if isinstance(x, str | os.PathLike)] for item in items]
+    different = list({path: None for some in named for path in some})
+    with ThreadPoolExecutor(16) as asking:
+        there = dict(zip(different, asking.map(lambda path: epath.Path(path).exists(), different), strict=True))
+    for item, paths in zip(items, named, strict=True):
+        if gone := [path for path in paths if not there[path]]:
+            yield item, gone[0]
 
 
 def _repeated(items: Sequence[Item]) -> str:
@@ -360,7 +332,7 @@ def _sum(rows: Sequence[dict[str, Any]]) -> float:
 
 def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any, prompt: Any) -> dict[str, Any]:
     """The line of a question. `output`: what the model says, or the DataError that says why it was not asked."""
-    text = model.tokenizer.decode(list(prompt), skip_special_tokens=False)
+    text = model.tokenizer.decode(np.asarray(prompt).tolist(), skip_special_tokens=False)
     row = scoring.question(item, {"prompt": text, "prompt_tokens": len(prompt)})
     return row | scoring.answered(task, item, output)
 

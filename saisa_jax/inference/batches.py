@@ -140,7 +140,8 @@ def simulate(needs: Sequence[Sequence[str]], capacity: int) -> Ring:
 def schedule(rings: Sequence[Ring], at_once: int) -> list[list[list[tuple[int, int]]]]:
     """[batch][call][way]: the part (start, stop) of its stream that a way encodes in a call before a batch.
 
-    A way that has enough for the batch encodes ahead, at most 2 E - 1 pictures, so that calls are full.
+    A way that has enough for the batch encodes ahead, at most 2 E - 1 pictures, so that calls are full. Only the last
+    call of a way may be short, so that each starts at a multiple of E.
     """
     sent = [0] * len(rings)
     batches = []
@@ -164,7 +165,7 @@ def schedule(rings: Sequence[Ring], at_once: int) -> list[list[list[tuple[int, i
 class _Prepared(NamedTuple):
     """A batch as this process reads it: its own rows and ways."""
 
-    calls: list[tuple[Any, Any]]  # pixels [own W, E, size, size, 3], slots [own W, E]
+    calls: list[tuple[Any, Any]]  # pixels [own W, E, size, size, 3], the first of their slots [own W]
     batch: Any
     slots: Any  # [own B, M]
     bad: dict[int, str]  # own rows that cannot be answered, and why
@@ -228,7 +229,8 @@ class Answerer:
         self._at_once = min(MOST_AT_ONCE, bucket(-(-different // len(self.batches)), smallest=1))
         ahead = 2 * self._at_once
         fits = self.cache_bytes // picture_bytes(self.model.model_config, self.model.mesh)
-        self._capacity = max(most + ahead, min(different + ahead, fits))
+        whole = lambda pictures: -(-pictures // self._at_once) * self._at_once  # noqa: E731, calls fill E slots in a row
+        self._capacity = max(whole(most + ahead), min(whole(different + ahead), fits // self._at_once * self._at_once))
         self._rings = [simulate(of_way, self._capacity - ahead) for of_way in needs]
         self._calls = schedule(self._rings, self._at_once)
         self._sources = {
@@ -276,15 +278,16 @@ class Answerer:
         calls = []
         for call in self._calls[number]:
             pixels = np.zeros((len(self._own_ways), self._at_once, size, size, 3), np.uint8)
-            slots = np.full(pixels.shape[:2], self._capacity, np.int32)
+            first = np.full(len(self._own_ways), -1, np.int32)
             for row, way in enumerate(self._own_ways):
                 start, stop = call[way]
-                slots[row, : stop - start] = np.arange(start, stop) % self._capacity
+                if stop > start:
+                    first[row] = start % self._capacity
                 some = readers.map(self._read, self._rings[way].stream[start:stop])
                 for column, picture in enumerate(some):
                     if picture is not None:
                         pixels[row, column] = picture
-            calls.append((pixels, slots))
+            calls.append((pixels, first))
 
         each = self._size // self._ways
         rows = [row for way in self._own_ways for row in range(way * each, (way + 1) * each)]
@@ -325,8 +328,8 @@ class Answerer:
         params, programs = self.model.params, self._programs
         with self.model.on_mesh():
             for call in ready.calls:
-                pixels, slots = self._place(call, self._ways)
-                pool = programs.encode(params, pixels, slots, pool=pool)
+                pixels, first = self._place(call, self._ways)
+                pool = programs.encode(params, pixels, first, pool=pool)
             self.watch("encode", pool)
             batch, slots = self._place((ready.batch, ready.slots), self._size)
             tokens = programs.answer(params, batch, slots, pool if ready.slots.shape[1] else None)
@@ -357,6 +360,7 @@ class Answerer:
         """What the rows of a batch say, and whether all processes stop."""
         tokens, (bad, stop) = np.asarray(sent.tokens), np.asarray(sent.words)
         reasons = self._reasons(sent.bad) if bad.any() else {}
+        said = self.model.generator.until_end(tokens)
         answers: list[list[int] | DataError | None] = []
         for row, n in enumerate(self.batches[sent.number]):
             if n is None:
@@ -364,7 +368,7 @@ class Answerer:
             elif bad[row]:
                 answers.append(DataError(reasons.get(row, "its picture cannot be read"), f"{n}"))
             else:
-                answers.append(self.model.generator.until_end(tokens[row]))
+                answers.append(said[row])
         return answers, bool(stop.any())
 
     def _reasons(self, own: dict[int, str]) -> dict[int, str]:

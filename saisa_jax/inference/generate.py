@@ -140,7 +140,7 @@ class Generator:
             *_chosen_by(sampling, seed),
             capacity=bucket(max_new_tokens),
         )
-        return [self.until_end(row) for row in np.asarray(tokens)]
+        return self.until_end(np.asarray(tokens))
 
     # --- the programs, one by one ------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class Generator:
     ) -> Any:
         """Tokens [B, capacity] after a prefill with that much room; -1 where nothing was generated. For a jit.
 
-        `done` [B]: rows that get none. `until_end` reads a row.
+        `done` [B]: rows that get none. `until_end` reads them.
         """
         choose = functools.partial(sample, temperature=temperature, top_p=top_p)
 
@@ -346,10 +346,11 @@ class Generator:
         out, token, done, key = emit(0, out, logits, done, key)
         return jax.lax.while_loop(unfinished, one_more, (1, out, token, done, key, cache))[1]
 
-    def until_end(self, row: np.ndarray) -> list[int]:
-        """What a row of `decode` says, without its end token."""
-        ended = np.flatnonzero(np.isin(row, (*self.eos_ids, -1)))
-        return row[: ended[0] if len(ended) else None].tolist()
+    def until_end(self, tokens: Int[np.ndarray, "B T"]) -> list[list[int]]:
+        """What each row of `decode` says, without its end token."""
+        ended = np.isin(tokens, (*self.eos_ids, -1))
+        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), tokens.shape[1])
+        return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
 def _chosen_by(sampling: Sampling, seed: int) -> tuple[np.uint32, np.float32, np.float32]:

@@ -85,6 +85,14 @@ def picture_bytes(config: ModelConfig, mesh: Mesh | None) -> int:
     return 2 * keys * wide
 
 
+def attention_bytes(config: ModelConfig, mesh: Mesh | None, text: int, images: int) -> int:
+    """Of the weights of all layers and heads over a prompt, twice: the program averages them."""
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    visual = images * config.num_visual_tokens
+    queries = text + (visual if config.alignment == "llava" else 0)
+    return 2 * 4 * config.num_layers * max(1, config.num_heads // tensor) * queries * (text + visual)
+
+
 def kv_heads_axis(config: ModelConfig, mesh: Mesh) -> str | None:
     """The axis of the mesh that splits key/value heads."""
     return dict(parallel.make_rules(config, mesh))["activation_kv_heads"]

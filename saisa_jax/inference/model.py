@@ -24,6 +24,7 @@ from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode, encode_prompt, end_token_id
 from saisa_jax.errors import did_you_mean
+from saisa_jax.inference import memory
 from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
 from saisa_jax.inference.image_cache import DEFAULT_BYTES, EncodedImage, ImageCache
 from saisa_jax.inference.import_cache import find_model
@@ -269,7 +270,8 @@ class VisionLanguageModel:
           system: a system prompt; None: the model's.
 
         Raises:
-          DataError: the conversation or an image cannot be read, or it is longer than `model.max_length`.
+          DataError: the conversation or an image cannot be read; it is longer than `model.max_length`, or what memory
+            has room for.
         """
         self.check_alone("answer_attention")
         pixels = [self._pixels(image, "") for image in images]
@@ -287,9 +289,21 @@ class VisionLanguageModel:
         return encoded.targets[rows].tolist(), weights
 
     def _attention_to_images(self, request: Request, queries: Any) -> Float[np.ndarray, "L Q V"]:
-        """Weights of some of a prompt's tokens over the visual tokens of its images, averaged over heads."""
+        """Weights of some of a prompt's tokens over the visual tokens of its images, averaged over heads.
+
+        Raises:
+          DataError: the prompt is so long that they do not fit into the devices' memory.
+        """
         images = tuple(dataclasses.replace(image, kv=None) for image in request.images)
         batch = self.batch([Request(request.encoded, images)])
+        text, slots = batch["tokens"].shape[1], batch["image_positions"].shape[1]
+        needed = memory.attention_bytes(self.model_config, self.mesh, text, slots)
+        if needed > (free := memory.free_bytes(memory.devices_of(self.mesh))):
+            raise DataError(
+                f"the attention of {len(request.encoded.tokens)} tokens with {len(images)} pictures, of all layers and "
+                f"heads, takes {needed / 2**30:.3g} GiB of a device, and {free / 2**30:.3g} GiB are free: shorten the "
+                "conversation"
+            )
         with self.on_mesh():
             weights = np.asarray(_attention(self.model_config, self.params, batch))  # [L, 1, T, V + T]
         return weights[:, 0, queries, : len(images) * self.model_config.num_visual_tokens]

@@ -35,6 +35,8 @@ class Programs:
     def __init__(self, generator: Generator, mesh: Mesh | None, ways: int, max_new_tokens: int):
         self._generator, self._mesh, self._ways, self._limit = generator, mesh, ways, max_new_tokens
         everywhere = None if mesh is None else parallel.replicated(mesh)
+        heads = kv_heads_axis(generator.config, mesh) if mesh is not None and generator.caches_images else None
+        self._of_ring = PartitionSpec(None, parallel.BATCH_AXES, None, heads)
         self.encode = jax.jit(self._run_encode, donate_argnames="pool")
         self.answer = jax.jit(self._run_answer)
         self.collect = jax.jit(lambda tokens, words: (tokens, words.max(axis=1)), out_shardings=everywhere)
@@ -43,10 +45,7 @@ class Programs:
         """Shapes of the rings of all ways: leaves [A, W, C, ...]."""
         size = config.vision.image_size
         of_one = jax.eval_shape(self.of_pictures, params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8))
-        sharding = None
-        if self._mesh is not None:
-            heads = kv_heads_axis(config, self._mesh) if self._generator.caches_images else None
-            sharding = NamedSharding(self._mesh, PartitionSpec(None, parallel.BATCH_AXES, None, heads))
+        sharding = None if self._mesh is None else NamedSharding(self._mesh, self._of_ring)
 
         def ring(leaf: Any) -> Any:
             shape = (leaf.shape[0], self._ways, capacity, *leaf.shape[2:])
@@ -60,16 +59,22 @@ class Programs:
             return self._generator.image_kv(params, pixels)
         return self._generator.apply(params, pixels, method=lambda model, x: model.encode_images(x[:, None]))[None]
 
-    def _run_encode(self, params: Any, pixels: Any, slots: Any, pool: Any) -> Any:
-        """The pool with pictures [W, E, size, size, 3] in `slots` [W, E]; slot C is none."""
+    def _run_encode(self, params: Any, pixels: Any, first: Any, pool: Any) -> Any:
+        """The pool with pictures [W, E, size, size, 3] in the slots from `first` [W] on; from -1 on: as it was."""
         new = self.of_pictures(params, pixels.reshape(-1, *pixels.shape[2:]))
 
-        def put(kept: Any, some: Any) -> Any:
-            some = some.reshape(some.shape[0], *slots.shape, *some.shape[2:])
-            into = lambda kept, some, slots: kept.at[:, slots].set(some.astype(kept.dtype), mode="drop")  # noqa: E731
-            return jax.vmap(into, in_axes=(1, 1, 0), out_axes=1)(kept, some, slots)
+        def put(kept: Any, some: Any, first: Any) -> Any:
+            """Of one way. A slice is written where it lies; a scatter, which takes any slots, may copy the ring."""
+            place = (0, 0, jnp.maximum(first[0], 0), *[0] * (kept.ndim - 3))
+            before = jax.lax.dynamic_slice(kept, place, some.shape)
+            return jax.lax.dynamic_update_slice(kept, jnp.where(first < 0, before, some.astype(kept.dtype)), place)
 
-        return jax.tree.map(put, pool, new)
+        if self._mesh is not None:  # each device has one way
+            ring = self._of_ring
+            specs = (ring, ring, PartitionSpec(parallel.BATCH_AXES))
+            put = jax.shard_map(put, mesh=self._mesh, in_specs=specs, out_specs=ring, check_vma=False)
+        ways = lambda some: some.reshape(some.shape[0], *pixels.shape[:2], *some.shape[2:])  # noqa: E731
+        return jax.tree.map(lambda kept, some: put(kept, ways(some), first), pool, new)
 
     def _run_answer(self, params: Any, batch: Any, slots: Any, pool: Any) -> Any:
         """Tokens [B, capacity]. `slots` [B, M] count within the row's way."""

@@ -5,14 +5,14 @@ Axes: B batch, T queries, S keys, M image slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saisa_jax.batch import Batch
-from saisa_jax.config import ModelConfig
+from saisa_jax.config import ModelConfig, Teacher
 from saisa_jax.models.attention_tpu import needed_tiles
 from saisa_jax.models.mask import PackedPositions, may_attend
 from saisa_jax.models.streams import visual_positions, windows
@@ -25,6 +25,11 @@ class Square(NamedTuple):
     queries: PackedPositions
     keys: PackedPositions
     window: int | None = None  # of `mask.legal`
+
+    @property
+    def pairs(self) -> int:
+        """In a row."""
+        return self.layers * self.queries.positions.shape[1] * self.keys.positions.shape[1]
 
 
 def squares(config: ModelConfig, batch: Batch) -> Iterator[Square]:
@@ -52,6 +57,25 @@ def _joined(first: PackedPositions, second: PackedPositions) -> PackedPositions:
     return PackedPositions(*(jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True)))
 
 
+def shares(
+    config: ModelConfig, batch: Batch, teacher: Teacher | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`legal_share` and `visited_share` of a training step.
+
+    With a teacher, those of both models by the arithmetic that their pairs take: three times as much where there is a
+    backward pass.
+    """
+    if teacher is None:
+        return legal_share(config, batch), visited_share(config, batch)
+    models = (3, config), (1, teacher.model)
+    sizes = [passes * sum(square.pairs for square in squares(model, batch)) for passes, model in models]
+
+    def of_both(share: Callable[[ModelConfig, Batch], Array]) -> Array:
+        return _mean([(size, share(model, batch)) for size, (_, model) in zip(sizes, models, strict=True)])
+
+    return of_both(legal_share), of_both(visited_share)
+
+
 def legal_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:
     """Pairs of a query and a key that may attend, of all pairs of the layers' squares (0..1)."""
 
@@ -72,9 +96,10 @@ def visited_share(config: ModelConfig, batch: Batch) -> Float[Array, ""]:
 
 def _over_layers(config: ModelConfig, batch: Batch, share: Callable[[Square], Array]) -> Float[Array, ""]:
     """The mean of a share of each square, by how many pairs its layers have."""
-    parts = [
-        (square.layers * square.queries.positions.shape[1] * square.keys.positions.shape[1], share(square))
-        for square in squares(config, batch)
-    ]
-    total = sum(pairs for pairs, _ in parts)
-    return sum((pairs / total * part for pairs, part in parts), start=jnp.zeros(()))
+    return _mean([(square.pairs, share(square)) for square in squares(config, batch)])
+
+
+def _mean(parts: Sequence[tuple[int, Array]]) -> Float[Array, ""]:
+    """Of shares, by sizes."""
+    total = sum(size for size, _ in parts)
+    return sum((size / total * part for size, part in parts), start=jnp.zeros(()))

@@ -88,7 +88,12 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
     prepared = setup_stage(config, stage, steps, devices(topology))
     settings = prepared.settings
     step: Any = make_train_step(
-        prepared.model, prepared.optimizer, prepared.shardings, settings.accumulation, config.training.loss_chunk
+        prepared.model,
+        prepared.optimizer,
+        prepared.shardings,
+        settings.accumulation,
+        config.training.loss_chunk,
+        prepared.teacher,
     )
     arguments = prepared.abstract_state(), prepared.abstract_batch()  # before the mesh, on which nothing can run
     with parallel.use(prepared.mesh, prepared.rules):
@@ -106,8 +111,9 @@ def compile_stage(config: Config, stage: str, topology: Topology, steps: int) ->
             settings.text_length,
             settings.max_images,
             traced.jaxpr.jaxpr,
+            prepared.teacher,
         ),
-        attention=attention_shares(prepared.model, settings, config.data.packing),
+        attention=attention_shares(prepared.model, settings, config.data.packing, prepared.teacher),
         traffic=traffic(hlo, prepared.mesh.size) if hlo else {},
         seconds=time.monotonic() - started,
         loss_chunk=config.training.loss_chunk,

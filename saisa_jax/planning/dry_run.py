@@ -111,6 +111,8 @@ def parameters(prepared: StageSetup) -> Table:
         pattern, group = next((pattern, group) for pattern, group in groups if re.fullmatch(pattern, path))
         how = "frozen" if group.frozen else f"lr x {group.lr_scale:g}"
         table.add_row(path, f"{pattern} ({how})", *_of_array(leaf))
+    for path, leaf in sorted(flatten(state.teacher or {}).items()):
+        table.add_row(f"teacher/{path}", "the teacher's own", *_of_array(leaf))
     sizes = [math.prod(leaf.shape) for leaf in params.values()]
     table.add_section()
     table.add_row(f"{sum(sizes):,} in all", "", "", "", "", _bytes(params))
@@ -131,6 +133,7 @@ def memory(prepared: StageSetup) -> Table:
     parts = {
         "parameters that train": state.trainable,
         "parameters that are frozen": state.frozen,
+        **({"the teacher's own": state.teacher} if state.teacher else {}),
         "moments": state.opt_state,
         "batch": prepared.abstract_batch(),
     }
@@ -144,12 +147,15 @@ def memory(prepared: StageSetup) -> Table:
 def work(prepared: StageSetup) -> Table:
     """FLOPs of a step by part, over all devices; what is recomputed (remat) is not in them."""
     s = prepared.settings
-    forward, backward = flops.training(prepared.model, s.groups, s.batch_size, s.text_length, s.max_images)
-    total = forward.total + backward.total
+    of_step = s.groups, s.batch_size, s.text_length, s.max_images, prepared.teacher
+    forward, backward, teacher = training = flops.training(prepared.model, *of_step)
+    total = training.total
     unit, name = (1e12, "TFLOPs") if total > 1e12 else (1e6, "MFLOPs")
     table = _table(f"{prepared.name}: {name} of a step", "part", "forward", "backward", "share")
     rows = [(part, forward.parts[part], backward.parts[part]) for part in flops.PARTS]
-    for part, ahead, back in [*rows, ("all", forward.total, backward.total)]:
+    if prepared.teacher:
+        rows.append(("teacher", teacher.total, 0))
+    for part, ahead, back in [*rows, ("all", forward.total + teacher.total, backward.total)]:
         table.add_row(part, f"{ahead / unit:,.3f}", f"{back / unit:,.3f}", f"{(ahead + back) / total:.1%}")
     return table
 

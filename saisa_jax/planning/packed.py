@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from saisa_jax.batch import Batch, empty_batch
-from saisa_jax.config import ModelConfig, StageConfig
+from saisa_jax.config import ModelConfig, StageConfig, Teacher
 from saisa_jax.data.rows.packing import pack
-from saisa_jax.models.pairs import legal_share, visited_share
+from saisa_jax.models.pairs import shares
 from saisa_jax.planning.lengths import Counts, known_counts, some
 
 ROWS = 32  # of which shares are the mean
@@ -25,7 +25,9 @@ class AttentionShares(NamedTuple):
     visited: float
 
 
-def attention_shares(model: ModelConfig, settings: StageConfig, packing: bool) -> AttentionShares:
+def attention_shares(
+    model: ModelConfig, settings: StageConfig, packing: bool, teacher: Teacher | None = None
+) -> AttentionShares:
     """Of a stage's rows; all of everything where the lengths of its samples are unknown."""
     counts = known_counts(settings) if packing else None
     if counts is None:
@@ -34,12 +36,11 @@ def attention_shares(model: ModelConfig, settings: StageConfig, packing: bool) -
     rows = packed_rows(some(counts), settings.text_length, settings.max_images, model.num_visual_tokens, before)
 
     def of_row(row: Batch) -> tuple[jax.Array, jax.Array]:
-        row = jax.tree.map(lambda x: x[None], row)
-        return legal_share(model, row), visited_share(model, row)
+        return shares(model, jax.tree.map(lambda x: x[None], row), teacher)
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        shares = jax.jit(lambda rows: jax.lax.map(of_row, rows))(rows)
-    return AttentionShares(*(float(share.mean()) for share in shares))
+        found = jax.jit(lambda rows: jax.lax.map(of_row, rows))(rows)
+    return AttentionShares(*(float(share.mean()) for share in found))
 
 
 def packed_rows(counts: Counts, text: int, images: int, patches: int, before: int, rows: int = ROWS) -> Batch:

@@ -76,7 +76,8 @@ def find(config: Config, stage: str, topology: Topology, steps: int) -> tuple[Re
         except ConfigError:
             continue  # its rows do not divide by the mesh
         state, chunk = prepared.abstract_state(), config.training.loss_chunk
-        if step_bytes(prepared.model, prepared.settings, prepared.mesh, state, chunk) > SURE * room:
+        of_step = prepared.model, prepared.settings, prepared.mesh, state, chunk, prepared.teacher
+        if step_bytes(*of_step) > SURE * room:
             continue
         program = compile_stage(remedy.config, stage, topology, steps)
         if program.fits:

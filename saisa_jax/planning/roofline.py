@@ -60,7 +60,10 @@ def memory_traffic(program: Program) -> float:
     weights = sum(leaf.size for leaf in jax.tree.leaves((state.trainable, state.frozen)))
     gathered = weights * jax.numpy.dtype(prepared.model.dtype).itemsize / prepared.mesh.shape["tensor"]
     passes = 2 if prepared.model.remat_policy == "none" else 3
-    activations = traffic_bytes(prepared.model, prepared.settings, prepared.mesh, program.loss_chunk)
+    of_stage = prepared.model, prepared.settings, prepared.mesh, program.loss_chunk, prepared.teacher
+    activations = traffic_bytes(*of_stage)
+    if prepared.teacher:  # whose forward pass reads all of its weights once
+        passes += 1
     return 2 * shards + passes * prepared.settings.accumulation * gathered + activations
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from saisa_jax.config import Config, FlamingoConfig
+from saisa_jax.config import Config, DistillConfig, FlamingoConfig
 from saisa_jax.planning import remedies, tables
 from saisa_jax.planning.compile import Program, compile_stage
 from saisa_jax.planning.lengths import Length
@@ -63,7 +63,8 @@ def as_llava(config: Config) -> Config:
         flamingo=FlamingoConfig(),
         projector=shared(config.model.projector),
     )
-    return dataclasses.replace(config, model=model, pretrain=shared(config.pretrain), finetune=shared(config.finetune))
+    stages = {"pretrain": shared(config.pretrain), "finetune": shared(config.finetune)}
+    return dataclasses.replace(config, model=model, distill=DistillConfig(), **stages)
 
 
 def _remedy(

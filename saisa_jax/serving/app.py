@@ -95,6 +95,7 @@ class Server:
         self.metrics = Metrics(engine)
         self.open = 0  # requests for answers that have not ended
         self._created = int(time.time())
+        self._drawing = asyncio.Lock()  # one at a time: the weights of all layers are large
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="reader")
 
     def app(self) -> Starlette:
@@ -160,7 +161,8 @@ class Server:
     async def attention(self, request: Request) -> Response:
         """What an answer's words read of the pictures: not part of the protocol, for the page."""
         body = read_body(await self._read(request))
-        return JSONResponse(await self._in_thread(page.attention, self.engine.model, body, self.settings.pictures))
+        async with self._drawing:
+            return JSONResponse(await self._in_thread(page.attention, self.engine.model, body, self.settings.pictures))
 
     # --- a question ---------------------------------------------------------------------------------------------------
 

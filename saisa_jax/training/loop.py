@@ -34,20 +34,24 @@ from saisa_jax.data.rows.mark import same_content
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.errors import UserError
+from saisa_jax.evaluation.runner import Interrupted
 from saisa_jax.models.lora import is_adapter, merge_adapters
 from saisa_jax.training import processes
+from saisa_jax.training.distill import check_teacher, load_own
 from saisa_jax.training.heldout import HeldOut
 from saisa_jax.training.model_of_step import save_start
 from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.recipe import check_same_contents, check_same_recipe
-from saisa_jax.training.setup import setup_stage
+from saisa_jax.training.ridge import FitStopped, save_fit
+from saisa_jax.training.setup import compiled_meanwhile, setup_stage
 from saisa_jax.training.start import check_projectors, check_stages, frozen_params, start_source, starting_params
 from saisa_jax.training.state import (
     TrainState,
     abstract_saved,
     check_frozen,
     create_state,
+    fixed_part,
     param_shardings,
     saved_part,
 )
@@ -73,6 +77,7 @@ def run(config: Config, workdir: epath.Path) -> int:
     with lock as guard, StopSignal(guard) as stop, parallel.broadcasting():
         check_same_recipe(config, workdir)
         check_projectors(config, workdir)
+        check_teacher(config)
         save_start(config, workdir)
         check_wandb(config.training.wandb)
         check_tasks(config)
@@ -84,8 +89,10 @@ def run(config: Config, workdir: epath.Path) -> int:
                 f"set --config.model.vocab_size={len(tokenizer)}"
             )
         try:
-            data = check_stages(config, tokenizer, workdir, lambda: stop.requested is not None)
-        except CountingStopped:
+            stopped = lambda: stop.requested is not None  # noqa: E731
+            data = check_stages(config, tokenizer, workdir, stopped)
+            save_fit(config, workdir, tokenizer, data, stopped)
+        except (CountingStopped, FitStopped):
             return int(signal.Signals[stop.requested or "SIGTERM"])
         for name in config.stages:
             if is_model(local_model(workdir, name)):
@@ -122,14 +129,20 @@ class StageTrainer:
         self.directory = workdir / name
         self.data, self.rows, self.steps = data, data.rows, data.steps
         setup = setup_stage(config, name, self.steps)
-        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings = setup
-        self.batch = setup.abstract_batch()
-        disk, s = config.training.local_checkpoints, self.settings
+        _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings, self.teacher = setup
+        disk, s, chunk = config.training.local_checkpoints, self.settings, config.training.loss_chunk
+        self.train_step = make_train_step(
+            self.model, self.optimizer, self.shardings, s.accumulation, chunk, self.teacher
+        )
+        abstract = setup.abstract_state(), setup.abstract_batch()
+        with parallel.use(self.mesh, self.rules):
+            self.traced = self.train_step.trace(*abstract)
+        self.compiled = compiled_meanwhile(self.traced, setup)
         self.local = LocalCheckpoints(disk, self.directory) if disk else None
         self.source = start_source(config, name, workdir)
         saved = committed_steps(self.directory / "checkpoints") or (self.local and self.local.newest(None) is not None)
         self.resumes = bool(saved)
-        self.state = setup.abstract_state()  # a checkpoint fills it, but for what is frozen
+        self.state = abstract[0]  # a checkpoint fills it, but for what is frozen
         frozen = frozen_params(self.source, self.state.frozen) if self.resumes else None
         if frozen is not None:
             self.state = self.state._replace(frozen=frozen)
@@ -138,12 +151,15 @@ class StageTrainer:
             donate = self.source != "random"
             with parallel.use(self.mesh, self.rules):
                 self.state = create_state(start.make, start.argument, s.groups, self.optimizer, self.shardings, donate)
+        if self.teacher is not None:
+            self.state = self.state._replace(teacher=load_own(config, abstract[0].teacher, tokenizer))
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
-        self.flops = flops.train_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images)  # of a step
+        self.step_shape = s.groups, s.batch_size, s.text_length, s.max_images
+        self.flops = flops.train_step(self.model, *self.step_shape, self.teacher)  # of a step
         self.journal = Journal(config, name, self.directory, self.steps, self.clock)
         self.data_mark = data.mark  # as the data are now: a file may be rewritten while the run reads it
-        self.evaluation_due = False  # it was put off when a signal came, since it takes its time
+        self.evaluation_due = False  # it was put off or stopped when a signal came, since it takes its time
         logging.info("%s: %s", name, self.rows.describe(self.steps))
 
     def run(self, stop: StopSignal) -> bool:
@@ -179,11 +195,13 @@ class StageTrainer:
 
     def _resume(self, checkpointer: RunCheckpointer, data: Any) -> None:
         """Restores the last committed checkpoint."""
-        abstract, frozen, expected = abstract_saved(self.state), self.state.frozen, self._frozen_checksums
-        self.state = TrainState(None, None, frozen, None)  # never two copies in memory
+        abstract, expected = abstract_saved(self.state), self._frozen_checksums
+        fixed = {"frozen": self.state.frozen, "teacher": self.state.teacher}
+        self.state = TrainState(None, None, opt_state=None, **fixed)  # never two copies in memory
         saved, metadata = checkpointer.restore(abstract, data)
-        check_frozen(metadata["frozen"], expected, self.source, str(self.directory))
-        self.state = TrainState(frozen=frozen, **saved)
+        source = f"{self.source} and {self.config.distill.teacher}" if self.teacher else self.source
+        check_frozen(metadata["frozen"], expected, source, str(self.directory))
+        self.state = TrainState(**fixed, **saved)
         self._check_same_data(metadata.get("data"))  # versions before there was a mark wrote none
         self.journal.remembered |= metadata["journal"]
         self.evaluation_due = metadata["evaluation_due"]
@@ -217,7 +235,7 @@ class StageTrainer:
 
     @functools.cached_property
     def _frozen_checksums(self) -> dict[str, int]:
-        return checksums(self.state.frozen)
+        return checksums(fixed_part(self.state))
 
     def _metadata(self) -> dict[str, Any]:
         """What a checkpoint says beside the state; `_resume` reads it."""
@@ -233,22 +251,19 @@ class StageTrainer:
         # The order of what follows matters: the results of a step are read after the next one was started, so that the
         # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
         options, batch_size, first, clock = self.config.training, self.settings.batch_size, self._step, self.clock
-        train_step = make_train_step(
-            self.model, self.optimizer, self.shardings, self.settings.accumulation, options.loss_chunk
-        )
-        evaluations, sync = self._evaluations(), processes.ProcessSync(self.mesh)
+        evaluations, sync = self._evaluations(stop), processes.ProcessSync(self.mesh)
         alarm = processes.Alarm(options.checkpoint_every_minutes)
         with (
-            self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
+            self.journal.open(first, self._work(), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
             self._saved_before_error(checkpointer, data, first),
         ):
             clock.started()
             if self.evaluation_due:
-                self._evaluate(self._due(evaluations, first), first)
+                self._evaluate(self._due(evaluations, first), first, sync)
             waiting, step = None, first
-            for step in range(first + 1, self.steps + 1):
+            for step in () if sync.stopping else range(first + 1, self.steps + 1):
                 try:
                     with clock("data"):
                         host = sync.read(data)
@@ -258,7 +273,10 @@ class StageTrainer:
                     raise
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
+                    if part == "compile" and self.compiled is not None:
+                        self.compiled.result()
+                    batch = parallel.to_device(host.batch, self.mesh, batch_size)
+                    self.state, metrics = self.train_step(self.state, batch)
                 sent = sync.send(bool(stop.requested), host.lost, batch_size, alarm.rings())
                 profiler.started(step, metrics)
                 if waiting:
@@ -273,9 +291,10 @@ class StageTrainer:
                     self._settle(sync, *waiting)
                     waiting, over = None, self._dropped_too_many() != ""
                 if due and not stopping:
-                    self._evaluate(due, step)
+                    self._evaluate(due, step, sync)
                     watchdog.beat(f"the evaluation at step {step}")
-                if save:
+                    stopping = sync.stopping
+                if save or stopping:
                     with clock("save"):
                         self.journal.upload()
                         checkpointer.save(step, saved_part(self.state), data, self._metadata())
@@ -298,10 +317,9 @@ class StageTrainer:
             logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
 
-    def _work(self, train_step: Any) -> flops.StepFlops:
-        """FLOPs of a step; its trace is the one that the first step compiles."""
-        s, traced = self.settings, train_step.trace(self.state, self.batch)
-        return flops.of_step(self.model, s.groups, s.batch_size, s.text_length, s.max_images, traced.jaxpr.jaxpr)
+    def _work(self) -> flops.StepFlops:
+        """FLOPs of a step."""
+        return flops.of_step(self.model, *self.step_shape, self.traced.jaxpr.jaxpr, self.teacher)
 
     @contextlib.contextmanager
     def _saved_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, first: int) -> Iterator[None]:
@@ -379,6 +397,8 @@ class StageTrainer:
         names = self.rows.names((step - 1) * self.settings.batch_size)
         broken = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
         what = f"{broken} at step {step} of {self.name}; its batch held {', '.join(names)}"
+        if math.isfinite(values.get("cross_entropy", math.nan)) and not math.isfinite(values["kl"]):
+            what += f". What --config.distill.teacher={self.config.distill.teacher} predicts there is not finite"
         if options.on_nan == "stop":
             self.journal.failed(step, values)
             raise TrainingError(what)
@@ -422,23 +442,33 @@ class StageTrainer:
     def _step(self) -> int:
         return int(self.state.step)
 
-    def _evaluations(self) -> list[Evaluation]:
+    def _evaluations(self, stop: StopSignal) -> list[Evaluation]:
         options, evaluations = self.config.training, []
         if held_out := self._held_out():
             evaluations.append(Evaluation(options.eval_every, lambda step: held_out(self.state)))
         if evaluates_tasks(self.config, self.name):
             tasks = HeldOutTasks(self.config, self.name, self.tokenizer, self.mesh, self.directory)
-            evaluations.append(Evaluation(options.eval_tasks_every, lambda step: tasks(self._plain_params(), step)))
+            stops = lambda: stop.requested is not None  # noqa: E731
+            answer = lambda step: tasks(self._plain_params(), step, stops)  # noqa: E731
+            evaluations.append(Evaluation(options.eval_tasks_every, answer))
         return evaluations
 
     def _due(self, evaluations: Sequence[Evaluation], step: int) -> list[Evaluation]:
         return [x for x in evaluations if step == self.steps or (x.every and step % x.every == 0)]
 
-    def _evaluate(self, due: Sequence[Evaluation], step: int) -> None:
+    def _evaluate(self, due: Sequence[Evaluation], step: int, sync: processes.ProcessSync) -> None:
+        """Measures what is due; where a signal stops that, all processes stop, and the next start goes on with it."""
         values: dict[str, Any] = {}
         with self.clock("eval"):
-            for evaluation in due:
-                values |= evaluation.run(step)
+            try:
+                for evaluation in due:
+                    values |= evaluation.run(step)
+            except Interrupted as interrupted:
+                if interrupted.__cause__ is not None:  # a second Ctrl-C
+                    raise
+                logging.warning("%s", interrupted)
+                self.evaluation_due = sync.stopping = True
+                return
         if values:
             self.journal.evaluated(step, values)
 

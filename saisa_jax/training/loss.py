@@ -1,4 +1,4 @@
-"""The training loss: next-token cross-entropy, weighted per token, over the whole global batch."""
+"""The training loss: next-token cross-entropy, weighted per token, over the whole global batch; KL to a teacher."""
 
 from __future__ import annotations
 
@@ -44,10 +44,54 @@ def chunked_cross_entropy(
       weights: as for `cross_entropy`.
       chunk: at most so many positions of a row have logits at the same time; 0: all of them.
     """
-    length = hidden.shape[1]
+    return _in_chunks(lambda x, *of_tokens: cross_entropy(head(x), *of_tokens), (hidden, targets, weights), chunk)
+
+
+def divergence(
+    logits: Float[Array, "B T W"],
+    taught: Float[Array, "B T W"],
+    weights: Float[Array, "B T"],
+    temperature: float = 1.0,
+) -> Float[Array, ""]:
+    """Sum of weighted t^2 KL(softmax(taught / t) || softmax(logits / t)), in nats (Hinton et al., arXiv 1503.02531).
+
+    The factor keeps the size of the gradient as t grows. Entries of -inf in both take no part.
+    """
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis=-1) for x in (taught, logits))
+    outside = taught == -jnp.inf
+    kl = jnp.sum(jnp.exp(log_p) * jnp.where(outside, 0.0, log_p - log_q), axis=-1)
+    return temperature**2 * jnp.sum(weights * jnp.where(weights > 0, kl, 0.0))
+
+
+def chunked_distillation(
+    heads: tuple[Callable[[Any], Any], Callable[[Any], Any]],
+    hidden: tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+    temperature: float,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Sums of `cross_entropy` of a student, of its weights, and of its `divergence` from a teacher.
+
+    Args:
+      heads: of student and teacher; as for `chunked_cross_entropy`, like all that follow.
+      hidden: what they read.
+      temperature: of the divergence.
+    """
+
+    def sums(student: Any, teacher: Any, targets: Any, weights: Any) -> Any:
+        logits, taught = heads[0](student), jax.lax.stop_gradient(heads[1](teacher))
+        return *cross_entropy(logits, targets, weights), divergence(logits, taught, weights, temperature)
+
+    return _in_chunks(sums, (*hidden, targets, weights), chunk)
+
+
+def _in_chunks(sums_of: Callable[..., Any], arrays: tuple[Any, ...], chunk: int) -> Any:
+    """The sums that a function makes of arrays [B, T, ...], from at most `chunk` positions of a row at a time."""
+    length = arrays[0].shape[1]
     count = math.ceil(length / chunk) if chunk else 1
     if count == 1:
-        return cross_entropy(head(hidden), targets, weights)
+        return sums_of(*arrays)
     size = math.ceil(length / count)
 
     def cut(x: Any) -> Any:
@@ -55,11 +99,12 @@ def chunked_cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
+    pieces = tuple(map(cut, arrays))
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, *(x[0] for x in pieces)))
+
     def add(sums: Any, piece: Any) -> Any:
-        hidden, targets, weights = piece
-        return jax.tree.map(jnp.add, sums, cross_entropy(head(hidden), targets, weights)), None
+        return jax.tree.map(jnp.add, sums, sums_of(*piece)), None
 
     # Kept for the backward pass would be the logits; they are made once more instead.
     add = jax.checkpoint(add, prevent_cse=False)
-    sums, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), (cut(hidden), cut(targets), cut(weights)))
-    return sums
+    return jax.lax.scan(add, none, pieces)[0]

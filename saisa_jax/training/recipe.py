@@ -24,7 +24,7 @@ FREE = (
     "data.shuffle_block_size",  # the checkpoint says it where it matters
     "model.remat_policy", "model.attention_impl",
 )  # fmt: skip
-CONTENTS = ("init_from", "data.tokenizer")  # they may lie elsewhere (`check_same_contents`)
+CONTENTS = ("init_from", "distill.teacher", "data.tokenizer")  # they may lie elsewhere (`check_same_contents`)
 FREE_OF_STAGE = ("accumulation",)  # micro-batches of the same batch
 _CONTENTS_FILE = "contents.json"
 _PROBE = "<image>\nA  b c1234,\té 猫 🙂 \x00"  # what tokenizers of one vocabulary disagree about
@@ -67,12 +67,15 @@ def check_same_recipe(config: Config, workdir: epath.Path) -> None:
 
 
 def check_same_contents(config: Config, workdir: epath.Path, tokenizer: Any) -> None:
-    """Compares the model that a run starts from, and its tokenizer, with those that it began with, wherever they lie.
+    """Compares the model that a run starts from, its teacher and its tokenizer with those that it began with, wherever
+    they lie.
 
     Raises:
       ConfigError: they are others. (A model that is not there any more is missed where it is needed.)
     """
-    now = {"init_from": _model_mark(config.init_from), "data.tokenizer": _tokenizer_mark(config, tokenizer)}
+    models = {"init_from": config.init_from, "distill.teacher": config.distill.teacher}
+    now = {key: _model_mark(model) for key, model in models.items()}
+    now["data.tokenizer"] = _tokenizer_mark(config, tokenizer)
     path = workdir / _CONTENTS_FILE
     began = any(_began(workdir, stage) for stage in STAGES)
     if not path.exists() or not began:
@@ -80,12 +83,13 @@ def check_same_contents(config: Config, workdir: epath.Path, tokenizer: Any) -> 
             buckets.write_text(path, json.dumps(now, indent=2))
         return
     before = json.loads(path.read_text())
-    values = {"init_from": config.init_from, "data.tokenizer": config.data.tokenizer}
+    values = {**models, "data.tokenizer": config.data.tokenizer}
     for key in CONTENTS:
-        if None not in (before[key], now[key]) and before[key] != now[key]:
+        then = before.get(key)  # earlier versions knew no teachers
+        if None not in (then, now[key]) and then != now[key]:
             raise ConfigError(
                 f"--config.{key}={values[key]} holds something else than when the run in {workdir} began: {now[key]}, "
-                f"then {before[key]}. Bring that back (where it lies does not matter), or choose another --workdir"
+                f"then {then}. Bring that back (where it lies does not matter), or choose another --workdir"
             )
 
 

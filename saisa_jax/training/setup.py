@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from jax.sharding import Mesh
 
 from saisa_jax import parallel
 from saisa_jax.batch import Batch, empty_batch
-from saisa_jax.config import Config, ConfigError, ModelConfig, StageConfig
+from saisa_jax.config import Config, ConfigError, ModelConfig, StageConfig, Teacher
 from saisa_jax.models.saisa import abstract_params
+from saisa_jax.training.distill import abstract_own, own_shardings
 from saisa_jax.training.memory import lightest_remat, room
 from saisa_jax.training.optimizer import make_optimizer, split
 from saisa_jax.training.state import TrainState, make_state, state_shardings
@@ -28,11 +30,14 @@ class StageSetup(NamedTuple):
     rules: parallel.Rules
     optimizer: Any
     shardings: TrainState
+    teacher: Teacher | None = None
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         groups, optimizer = self.settings.groups, self.optimizer
         state = jax.eval_shape(lambda params: make_state(params, groups, optimizer), abstract_params(self.model))
+        if self.teacher is not None:
+            state = state._replace(teacher=abstract_own(self.teacher, state.frozen))
         return jax.tree.map(_placed, state, self.shardings)
 
     def abstract_batch(self) -> Batch:
@@ -41,6 +46,26 @@ class StageSetup(NamedTuple):
         batch = empty_batch(s.batch_size, s.text_length, s.max_images, self.model.image_slot)
         sharding = parallel.batch_sharding(self.mesh)
         return jax.tree.map(lambda x: _placed(x, sharding), batch)
+
+
+def compiled_meanwhile(traced: Any, stage: StageSetup) -> Future[None] | None:
+    """Compiles a traced step in a thread, so that weights and checkpoints are read at the same time.
+
+    The step's first call finds the program. No process waits for another in this, and nothing runs on the devices. That
+    is not so on GPUs, where XLA times kernels while it compiles, and processes share what they found: there the first
+    call compiles (None).
+    """
+    if stage.mesh.devices.flat[0].platform in ("gpu", "cuda"):
+        return None
+
+    def compile_it() -> None:
+        with parallel.use(stage.mesh, stage.rules):
+            traced.lower().compile()
+
+    thread = ThreadPoolExecutor(1, "compile")
+    done = thread.submit(compile_it)
+    thread.shutdown(wait=False)
+    return done
 
 
 def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -70,11 +95,16 @@ def setup_stage(config: Config, name: str, steps: int, devices: list[Any] | None
     trainable, _ = jax.eval_shape(lambda params: split(params, settings.groups), abstract_params(model))
     optimizer = make_optimizer(settings.optimizer, settings.groups, trainable, steps)
     shardings = state_shardings(model, settings.groups, optimizer, mesh, rules)
-    stage = StageSetup(name, settings, model, mesh, rules, optimizer, shardings)
+    teacher = config.teacher if name == "finetune" else None
+    if teacher is not None:
+        of_teacher = dataclasses.replace(teacher.model, attention_impl=parallel.attention_of(teacher.model, mesh))
+        teacher = dataclasses.replace(teacher, model=of_teacher)
+        shardings = shardings._replace(teacher=own_shardings(teacher, shardings.frozen, mesh, rules))
+    stage = StageSetup(name, settings, model, mesh, rules, optimizer, shardings, teacher)
     if model.remat_policy != "auto":
         return stage
     available = room(mesh.devices.flatten().tolist())
     state, chunk = stage.abstract_state(), config.training.loss_chunk
-    policy, because = lightest_remat(model, settings, mesh, state, chunk, available)
+    policy, because = lightest_remat(model, settings, mesh, state, chunk, available, teacher)
     logging.info("%s: model.remat_policy=auto is %s: %s", name, policy, because)
     return stage._replace(model=dataclasses.replace(model, remat_policy=policy))

@@ -66,14 +66,19 @@ def starting_params(
     convert, stored = _conversion(config, stage, source)
     places = param_shardings(stored, mesh, rules)
     params, _, trained_with, _ = load_model(source, sharding=places)
+    check_tokenizer(config, trained_with, tokenizer, source)
+    if config.stage(stage).lora.rank:
+        return Start(lambda params: _with_fresh(convert(params), config, stage, ADAPTER_PATTERN), params, source)
+    return Start(convert, params, source)
+
+
+def check_tokenizer(config: Config, trained_with: Any, tokenizer: Any, source: str) -> None:
+    """Raises ConfigError if a model was trained with another tokenizer than the run's."""
     if trained_with is not None and trained_with.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{source} was trained with another tokenizer than --config.data.tokenizer={config.data.tokenizer}; "
             f"set it to {source}/tokenizer"
         )
-    if config.stage(stage).lora.rank:
-        return Start(lambda params: _with_fresh(convert(params), config, stage, ADAPTER_PATTERN), params, source)
-    return Start(convert, params, source)
 
 
 def start_source(config: Config, stage: str, workdir: epath.Path) -> str:
@@ -102,8 +107,15 @@ def frozen_params(source: str, abstract: Any) -> Any:
 
 
 def start_model(config: Config, workdir: epath.Path) -> str:
-    """The finished model that `init_from` names; of a step of a run, the copy of it in this workdir."""
-    return str(copy_of_start(workdir)) if names_step(config.init_from) else config.init_from
+    """The finished model that `init_from` names, or the teacher; of a step of a run the copy of it in this workdir, and
+    of a fitted student the fit."""
+    made = names_step(config.init_from) or fits_start(config)
+    return str(copy_of_start(workdir)) if made else config.init_from or config.distill.teacher
+
+
+def fits_start(config: Config) -> bool:
+    """Whether the first parameters are fitted to a teacher (`ridge.py`)."""
+    return bool(config.distill.teacher) and not config.init_from and config.distill.start == "ridge"
 
 
 def names_step(source: str) -> bool:
@@ -112,7 +124,7 @@ def names_step(source: str) -> bool:
 
 
 def copy_of_start(workdir: epath.Path) -> epath.Path:
-    """Where the model of the step lies that a run starts from (`model_of_step.save_start`)."""
+    """Where the model lies that a run has made to start from (`model_of_step.save_start`, `ridge.save_fit`)."""
     return epath.Path(workdir) / "start"
 
 
@@ -252,7 +264,7 @@ def check_projectors(config: Config, workdir: epath.Path) -> None:
     begun = (local_model(workdir, "pretrain"), local_model(workdir, "finetune"), workdir / "finetune" / "checkpoints")
     if config.stages[0] != "finetune" or config.allow_random_init or any(path.exists() for path in begun):
         return
-    if names_step(config.init_from):
+    if names_step(config.init_from) or (config.distill.teacher and not config.init_from):
         return  # which was trained
     if config.init_from:
         document = read_account(config.init_from)[0]

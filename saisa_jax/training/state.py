@@ -20,12 +20,16 @@ Params = Any
 
 
 class TrainState(NamedTuple):
-    """`frozen` has no gradient, no moments and no second copy; `trainable` has all three."""
+    """`frozen` has no gradient, no moments and no second copy; `trainable` has all three.
+
+    `teacher` is what a teacher has of its own, beside frozen parameters (`distill.py`); None: there is no teacher.
+    """
 
     step: Any  # int32 scalar
     trainable: Params
     frozen: Params
     opt_state: Any
+    teacher: Params = None
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: parallel.Rules) -> Params:
@@ -70,8 +74,13 @@ def make_state(params: Params, groups: Groups, optimizer: Any) -> TrainState:
 
 
 def saved_part(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint of the run holds: all but the frozen parameters, which it names by checksums."""
+    """What a checkpoint of the run holds: all but what is fixed, which it names by checksums."""
     return {name: getattr(state, name) for name in ("step", "trainable", "opt_state")}
+
+
+def fixed_part(state: TrainState) -> Params:
+    """What a run never changes, whose checksums its checkpoints name: frozen parameters, and the teacher's own."""
+    return state.frozen if state.teacher is None else {**state.frozen, "teacher": state.teacher}
 
 
 def abstract_saved(state: TrainState) -> dict[str, Any]:
@@ -99,6 +108,8 @@ def create_state(
 ) -> TrainState:
     """The first state, born sharded: `make_params(argument)` runs under the same jit, whole on no single device.
 
+    A teacher is not in it.
+
     Args:
       donate: the argument's arrays may become the state's, so that they are not in memory twice.
     """
@@ -108,4 +119,5 @@ def create_state(
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
+        shardings = shardings._replace(teacher=None)
         return jax.jit(first_state, out_shardings=shardings, donate_argnums=0 if donate else ())(argument)

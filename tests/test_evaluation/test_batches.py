@@ -22,7 +22,8 @@ from saisa_jax.config import ConfigError, MeshConfig
 from saisa_jax.data.text.conversation import Encoded
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.evaluation import command
-from saisa_jax.evaluation.runner import Settings, evaluate
+from saisa_jax.evaluation.runner import Interrupted, evaluate
+from saisa_jax.evaluation.settings import Settings
 from saisa_jax.inference.batches import Prompt, plan_batches, schedule, simulate
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.configs import tiny_config
@@ -109,6 +110,18 @@ def test_a_mesh_answers_what_one_device_answers(alignment: str, tmp_path: Path) 
     with compilations() as compiled:
         evaluate(model, "easy_vqa", settings, epath.Path(tmp_path / "again"), "m")
     assert not [name for name in compiled if "_run_" in name]
+
+    def stopped(stop: command.Stop) -> None:
+        evaluate(model, "easy_vqa", settings, epath.Path(tmp_path / "stopped"), "m", stop)
+
+    folder = tmp_path / "stopped" / "evaluation"
+    with pytest.raises(Interrupted, match="stopped after 16 of 20 "), command.Stop(several=True) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped(stop)
+    kept = (folder / "easy_vqa.partial.jsonl").read_text().splitlines()[1:]
+    stopped(command.Stop())  # goes on
+    answers = (folder / "easy_vqa.jsonl").read_text()
+    assert answers == rows[0] and len({*kept} & {*answers.splitlines()}) == 16
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from saisa_jax.cli.eval import main as eval_main
-from saisa_jax.config import ConfigError
+from saisa_jax.config import SCHOOLS, ConfigError
 from saisa_jax.data.sample import DataError
 from saisa_jax.evaluation import answers, scoring
 from saisa_jax.evaluation.runner import read_items
-from saisa_jax.evaluation.tasks import SCHOOLS, TASKS, Item, TaskData
+from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
 from saisa_jax.testing import benchmarks
 
 LLAVA = (
@@ -101,7 +101,7 @@ PROMPTS = {
     ),
     ("mmbench_cn", "llava", "llava"): (1, "what is the color of part 0?\nA. blue\nB. red\n请直接回答选项字母。"),
     ("mmmu", "hub", "llava"): (3, f"<image> <image>\nWhat is <image 1> beside <image 2>?\nA. red\nB. blue\n{C}"),
-    ("mmmu", "hub", "lmms"): (3, f"What is<image>beside<image>?\nA. red\nB. blue\n{C}"),
+    ("mmmu", "hub", "lmms"): (3, f"What is\n<image>\nbeside\n<image>\n?\nA. red\nB. blue\n{C}"),
     ("mmstar", "hub", "lmms"): (1, f"what is the color of part 1?\nOptions: A: red, B: blue{C[:-1]}"),
     ("cv_bench", "hub", "lmms"): (
         1,

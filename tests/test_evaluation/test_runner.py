@@ -27,7 +27,8 @@ from saisa_jax.data.text.conversation import Encoded
 from saisa_jax.errors import UserError
 from saisa_jax.evaluation import command, runner, scoring
 from saisa_jax.evaluation.progress import Progress
-from saisa_jax.evaluation.runner import Interrupted, Settings, evaluate
+from saisa_jax.evaluation.runner import Interrupted, evaluate
+from saisa_jax.evaluation.settings import Settings
 from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
 from saisa_jax.inference.model import Conversation, VisionLanguageModel
 from saisa_jax.testing.configs import tiny_config

@@ -21,7 +21,8 @@ from saisa_jax.config import ConfigError, from_saved, to_dict
 from saisa_jax.data.sample import ASSISTANT, USER, DataError, Turn
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.evaluation import command, runner
-from saisa_jax.evaluation.runner import Settings, evaluate
+from saisa_jax.evaluation.runner import evaluate
+from saisa_jax.evaluation.settings import Settings
 from saisa_jax.evaluation.tasks import TASKS, Item, TaskData
 from saisa_jax.inference.model import VisionLanguageModel
 from saisa_jax.models.saisa import init_params

@@ -299,7 +299,7 @@ def test_many_clients_get_what_each_gets_alone(server, pictures):
     assert [together[n] for n in range(len(asked))] == alone
 
 
-def test_attention_of_an_answer(server, model, pictures):
+def test_attention_of_an_answer(server, model, pictures, monkeypatch):
     asked = messages(pictures[0], pictures[1], "is it red?")
     status, told = server.ask({"messages": [*asked, {"role": "assistant", "content": "no red"}]}, "/v1/attention")
     assert status == 200 and "".join(told["pieces"]) == "no red" and told["side"] == 4 and len(told["pictures"]) == 2
@@ -310,3 +310,6 @@ def test_attention_of_an_answer(server, model, pictures):
     np.testing.assert_allclose(told["share"][0], first.sum(axis=1), atol=1e-3)
     np.testing.assert_array_equal(maps[0].reshape(layers, -1).argmax(axis=1), first.argmax(axis=1))
     assert server.ask({"messages": asked}, "/v1/attention")[0] == 400
+    monkeypatch.setattr("saisa_jax.inference.memory.free_bytes", lambda devices: 2**16)
+    status, told = server.ask({"messages": [*asked, {"role": "assistant", "content": "no red"}]}, "/v1/attention")
+    assert status == 400 and "GiB are free: shorten the conversation" in told["error"]["message"]

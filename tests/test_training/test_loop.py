@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 from etils import epath
 
 from saisa_jax.checkpoints import CheckpointError, LocalCheckpoints, checksums, committed_steps, load_model
+from saisa_jax.compilation import COMPILING, name_of
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError, ProfileConfig
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.errors import UserError
-from saisa_jax.evaluation.runner import Settings, evaluate
-from saisa_jax.inference.model import load
+from saisa_jax.evaluation import command, runner
+from saisa_jax.testing.benchmarks import write_llava
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.runs import shown_events
 from saisa_jax.training import loop
@@ -44,7 +46,18 @@ def params_of(workdir, stage: str) -> dict[str, np.ndarray]:
 def finished(tmp_path_factory):
     """An undisturbed run of both stages."""
     workdir = epath.Path(tmp_path_factory.mktemp("finished"))
-    assert loop.run(tiny_config(), workdir) == 0
+    programs = []
+
+    def made(event, seconds, **said):
+        if event == COMPILING and name_of(said) == "train step":
+            programs.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(made)
+    try:
+        assert loop.run(tiny_config(), workdir) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(made)
+    assert programs == ["compile_0"] * 2  # while weights were read, and not again for the first step
     return workdir
 
 
@@ -158,18 +171,30 @@ def test_of_a_model_only_what_is_frozen_is_read_again(finished, tmp_path):
     assert frozen_params(str(tmp_path / "model"), {"other": np.zeros(3)}) is None and frozen_params("gone", {}) == {}
 
 
+def forty_questions(folder):
+    """Benchmarks in LLaVA's layout, and in GQA each question four times: there is something left to stop."""
+    gqa = write_llava(folder) / "gqa"
+    answers = json.loads((gqa / "data" / "testdev_balanced_questions.json").read_text())
+    asked = [json.loads(line) for line in (gqa / "llava_gqa_testdev_balanced.jsonl").read_text().splitlines()]
+    more = [row | {"question_id": f"{row['question_id']}/{n}"} for row in asked for n in range(4)]
+    answers = {row["question_id"]: answers[row["question_id"].split("/")[0]] for row in more}
+    (gqa / "data" / "testdev_balanced_questions.json").write_text(json.dumps(answers))
+    (gqa / "llava_gqa_testdev_balanced.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    return folder
+
+
 def test_benchmarks_while_training(finished, tmp_path, monkeypatch):
-    """A signal comes when they are due: put off, then done; the last scores are those of the finished model, and the
-    parameters those of a run without."""
+    """A signal comes when they are due: put off. One comes while they are answered: stopped, and gone on with. The last
+    answers are those of `eval.py` with the finished model, and the parameters those of a run without."""
+    data = str(forty_questions(tmp_path / "benchmarks"))
+    options = {"eval_tasks": ("gqa", "pope"), "eval_tasks_every": 2, "eval_limit": 40, "eval_data": data}
+    options |= {"eval_prompts": "lmms", "eval_every": 0, "tensorboard": True}
     config = tiny_config()
-    options = {
-        "eval_tasks": ("easy_vqa",),
-        "eval_tasks_every": 2,
-        "eval_limit": 6,
-        "eval_every": 0,
-        "tensorboard": True,
-    }
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **options))
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **options),
+        evaluation=dataclasses.replace(config.evaluation, batch_size=2, max_new_tokens=2),
+    )
     assert evaluates_tasks(config, "finetune") and not evaluates_tasks(config, "pretrain")
     config = dataclasses.replace(config, stages=("finetune",), init_from=str(finished / "pretrain" / "model"))
     workdir, original, calls = epath.Path(tmp_path), loop.parallel.to_device, []
@@ -184,19 +209,38 @@ def test_benchmarks_while_training(finished, tmp_path, monkeypatch):
     assert loop.run(config, workdir) == signal.SIGTERM
     assert rows(workdir, "finetune", "eval") == [] and not (workdir / "finetune" / "tasks").exists()
     monkeypatch.setattr(loop.parallel, "to_device", original)
+
+    said, answered = runner._said, []
+
+    def say(*args):
+        answered.append(None)
+        if len(answered) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return said(*args)
+
+    monkeypatch.setattr(runner, "_said", say)
+    assert loop.run(config, workdir) == signal.SIGTERM
+    assert rows(workdir, "finetune", "eval") == [] and committed_steps(workdir / "finetune" / "checkpoints") == [2]
+    partial = workdir / "finetune" / "tasks" / "2" / "evaluation" / "gqa.partial.jsonl"
+    before = partial.read_text().splitlines()[1:]
+    assert 0 < len(before) < 40
     assert loop.run(config, workdir) == 0
+    assert len(answered) == 2 * (40 + 12)  # none twice
+    assert {*before} < {*(partial.parent / "gqa.jsonl").read_text().splitlines()} and not partial.exists()
     evaluations = rows(workdir, "finetune", "eval")
-    assert [row["step"] for row in evaluations] == [2, 3] and evaluations[0].keys() == {"kind", "step", "easy_vqa"}
+    assert [row["step"] for row in evaluations] == [2, 3] and {"pope", "pope/f1", "gqa"} < evaluations[0].keys()
     shown = shown_events(tmp_path / "finetune" / "tensorboard")
-    assert [step for tag, step in shown if tag == "eval/easy_vqa"] == [2, 3]
+    assert [step for tag, step in shown if tag == "eval/pope"] == [2, 3]
     ours, theirs = params_of(workdir, "finetune"), params_of(finished, "finetune")
     assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
 
-    model = load(str(workdir / "finetune" / "model"))
-    record = evaluate(model, "easy_vqa", Settings(8, 2, limit=6), workdir, "m")
-    assert evaluations[1]["easy_vqa"] == record["accuracy"]
-    last = workdir / "finetune" / "tasks" / "3" / "evaluation" / "easy_vqa.jsonl"
-    assert last.read_text() == (workdir / "evaluation" / "easy_vqa.jsonl").read_text()
+    model = str(workdir / "finetune" / "model")
+    command.run(model, str(workdir), tasks=["gqa", "pope"], data=data, prompts="lmms", limit=40)
+    for task in ("gqa", "pope"):
+        record = json.loads((workdir / "evaluation" / f"{task}.json").read_text())
+        assert evaluations[1][task] == record["accuracy"] and record["prompts"] == "lmms"
+        last = workdir / "finetune" / "tasks" / "3" / "evaluation" / f"{task}.jsonl"
+        assert last.read_text() == (workdir / "evaluation" / f"{task}.jsonl").read_text()
 
 
 def test_a_benchmark_that_cannot_be_asked_stops_a_run_before_it_trains_and_not_later(finished, tmp_path, monkeypatch):
@@ -206,6 +250,11 @@ def test_a_benchmark_that_cannot_be_asked_stops_a_run_before_it_trains_and_not_l
     wrong = dataclasses.replace(wrong, finetune=dataclasses.replace(wrong.finetune, validation=()))
     with pytest.raises(ConfigError, match=r"source has nothing to ask: the recipe's finetune\.validation is empty"):
         loop.run(wrong, epath.Path(tmp_path))
+    (tmp_path / "data").mkdir()
+    options = dataclasses.replace(config.training, eval_tasks=("gqa",), eval_data=str(tmp_path / "data"))
+    message = r"eval_tasks=gqa cannot be asked in finetune: --data=.*holds no files of gqa: .*--data is --config\."
+    with pytest.raises(ConfigError, match=message):
+        loop.run(dataclasses.replace(config, training=options), epath.Path(tmp_path))
     options = dataclasses.replace(config.training, eval_tasks=("easy_vqua",))
     with pytest.raises(UserError, match=r"easy_vqua.*did you mean easy_vqa\?"):
         loop.run(dataclasses.replace(config, training=options), epath.Path(tmp_path))

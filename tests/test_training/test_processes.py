@@ -20,6 +20,8 @@ from PIL import Image
 from saisa_jax import parallel
 from saisa_jax.checkpoints import load_model
 from saisa_jax.config import Config, ConfigError, DistributedConfig, MeshConfig, from_config_dict
+from saisa_jax.evaluation import command
+from saisa_jax.testing.benchmarks import write_hub
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.runs import free_port
 from saisa_jax.training import loop, processes
@@ -137,6 +139,25 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(alone: Path, tmp_path
     assert 0 < stopped_at < STEPS and not (workdir / "pretrain" / "model").exists()
     assert loop.run(settings(), epath.Path(workdir)) == 0
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_benchmarks_while_training_are_those_of_the_finished_model(tmp_path: Path) -> None:
+    """In two processes; each reads the pictures of its own rows, and the first one writes."""
+    data, workdir = str(write_hub(tmp_path / "benchmarks")), tmp_path / "two"
+    flags = ["--config.stages=finetune", "--config.finetune.steps=2", "--config.allow_random_init=True"]
+    flags += ["--config.training.eval_every=0", "--config.training.eval_tasks=pope,mmstar"]
+    flags += [f"--config.training.eval_data={data}", "--config.training.eval_limit=9"]
+    codes, said = ends(workdir, start(workdir, 2, 2, "4x1x1", *flags))
+    assert codes == [0, 0], said[0][-3000:]
+    command.run(str(workdir / "finetune" / "model"), str(tmp_path), tasks=["pope", "mmstar"], data=data, limit=9)
+    for task in ("pope", "mmstar"):
+        ours, theirs = (
+            folder / "evaluation" / f"{task}.jsonl" for folder in (workdir / "finetune" / "tasks" / "2", tmp_path)
+        )
+        assert ours.read_text() == theirs.read_text() and len(ours.read_text().splitlines()) == 9
+    assert not [row for row in rows(workdir / "finetune" / "process_1", "eval") if "pope" in row]
 
 
 @pytest.mark.multi_process

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from saisa_jax.evaluation.tasks.task import SCHOOLS, Item, Task, TaskData
+from saisa_jax.evaluation.tasks.task import Item, Task, TaskData
 from saisa_jax.registry import Registry
 
-__all__ = ["SCHOOLS", "TASKS", "Item", "Task", "TaskData"]
+__all__ = ["TASKS", "Item", "Task", "TaskData"]
 
 TASKS: Registry[Task] = Registry("tasks", __name__)

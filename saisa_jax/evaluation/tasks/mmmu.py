@@ -89,11 +89,11 @@ def logged_item(row: Mapping[str, Any], school: str) -> Item | DataError:
 
 
 def _interleaved(words: str, images: int) -> str:
-    """An image at every place, the texts between them without outer white space, as lmms-eval's messages; places
-    beyond the images are left out with the words before them."""
+    """An image at every place, and each part of lmms-eval's message on a line of its own, as its adapter and the server
+    have them; places beyond the images are left out with the words before them."""
     parts = _PLACE.sub(IMAGE, words).split(IMAGE)
     between = [parts[number].strip() if number < len(parts) - 1 else "" for number in range(images)]
-    return "".join(f"{text}{IMAGE}" for text in between) + parts[-1].strip()
+    return "\n".join([line for text in between for line in (text, IMAGE) if line] + [parts[-1].strip()])
 
 
 def subject(name: str) -> str:

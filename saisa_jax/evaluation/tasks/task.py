@@ -10,8 +10,6 @@ from saisa_jax.config import SourceConfig
 from saisa_jax.data.sample import DataError, ImageSource, Turn
 from saisa_jax.evaluation.scorers.words import normalise
 
-SCHOOLS = ("llava", "lmms")  # LLaVA's guide, which the paper follows; lmms-eval
-
 
 @dataclass(frozen=True)
 class Item:
