@@ -147,7 +147,7 @@ def test_benchmarks_while_training_are_those_of_the_finished_model(tmp_path: Pat
     """In two processes; each reads the pictures of its own rows, and the first one writes."""
     data, workdir = str(write_hub(tmp_path / "benchmarks")), tmp_path / "two"
     flags = ["--config.stages=finetune", "--config.finetune.steps=2", "--config.allow_random_init=True"]
-    flags += ["--config.training.eval_every=0", "--config.training.eval_tasks=pope,mmstar"]
+    flags += ["--config.training.eval_every=0", "--config.training.eval_tasks=('pope', 'mmstar')"]
     flags += [f"--config.training.eval_data={data}", "--config.training.eval_limit=9"]
     codes, said = ends(workdir, start(workdir, 2, 2, "4x1x1", *flags))
     assert codes == [0, 0], said[0][-3000:]
