@@ -303,9 +303,9 @@ def count(jaxpr: Any) -> int:
 def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
     """Matrix products and convolutions of a jaxpr, over all devices; 2 FLOPs for a multiply-add.
 
-    A scan's body counts once for each turn, a shard_map's once for each device, a kernel's once for each point of its
-    grid, skipped tiles too; of a branch the dearest. A `while` loop, whose number of turns is unknown, counts once.
-    (XLA's own `cost_analysis` counts the body of every loop once.)
+    A scan's body counts once for each turn, a shard_map's once for each device, a kernel as its `cost_estimate` says,
+    which in attention's holds all tiles; of a branch the dearest. A `while` loop, whose number of turns is unknown,
+    counts once. (XLA's own `cost_analysis` counts the body of every loop once.)
     """
     for equation in _read_equations(jaxpr):
         name, params = equation.primitive.name, equation.params
@@ -316,12 +316,9 @@ def products(jaxpr: Any, scope: str = "") -> Iterator[Product]:
         inside = [list(products(body, here)) for body in _bodies(params)]
         if name == "cond":
             inside = [max(inside, key=lambda branch: sum(product.flops for product in branch))]
-        turns = again = _turns(name, params)
-        if name == "pallas_call":  # what its products read and write never leaves the core
-            yield Product(here, 0, _bytes_of(equation))
-            again = 0
+        turns = _turns(name, params)
         for within, flops, moved in (product for body in inside for product in body):
-            yield Product(within, turns * flops, again * moved)
+            yield Product(within, turns * flops, turns * moved)
 
 
 def _bytes_of(equation: Any) -> int:
@@ -360,6 +357,8 @@ def _flops_of(equation: Any) -> int:
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+    if name == "pallas_call":
+        return params["cost_estimate"].flops
     if fused := _FUSED.get(name):
         (batch, queries, heads, size), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
         return 2 * fused * batch * heads * queries * keys * size
@@ -375,8 +374,6 @@ def _turns(name: str, params: Any) -> int:
         return params["length"]
     if name == "shard_map":
         return params["mesh"].size
-    if name == "pallas_call":
-        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
     return 1
 
 

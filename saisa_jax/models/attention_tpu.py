@@ -1,8 +1,9 @@
 """Flash attention for TPUs that evaluates NAAViT's mask tile by tile: a Pallas kernel, forward and backward.
 
 Neither the scores [B, N, T, S] nor the mask [B, T, S] ever exist. A kernel is given positions and segments, and
-evaluates `legal` (`mask.py`) for one tile of keys x queries at a time. Tiles without a legal pair are neither computed
-nor copied, so that a packed row costs about what its samples cost.
+evaluates `legal` (`mask.py`) for one tile of keys x queries at a time. A kernel goes through a list of the tiles that
+hold a legal pair, so that a packed row costs about what its samples cost. The backward pass goes through it once: the
+gradients of a head's queries stay in the core's memory until all keys have added to them.
 
 Tiles lie keys x queries, the transpose of the textbook: what belongs to a query (the highest score, the sum of weights)
 is then a row [1, queries] that broadcasts over sublanes, and needs 4 bytes of memory, not 128 lanes.
@@ -29,7 +30,8 @@ from saisa_jax.models.layers import keep
 from saisa_jax.models.mask import MASKED, Mask, PackedPositions, legal, may_attend
 
 LANES = 128
-MAX_TILE = 512  # keys, and queries, of a tile: its float32 scores take 1 MiB of the core's 16
+MAX_QUERIES, MAX_KEYS = 256, 512  # of a tile; docs/planning.md counts what others would cost
+MAX_SUMS = 2**23  # bytes of queries' gradients at a time: sums in float32, and two buffers of what is written
 
 
 def flash_attention(
@@ -37,7 +39,7 @@ def flash_attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of `q`, already scaled.
 
-    Any T and S: they are padded to tiles of at most MAX_TILE. The output of a query without a legal key is exactly 0,
+    Any T and S: they are padded to tiles. The output of a query without a legal key is exactly 0,
     and no gradient passes through it.
 
     Raises:
@@ -73,22 +75,23 @@ class _Tiles(NamedTuple):
     window: int | None
 
 
-def _tile(length: int) -> int:
-    """The tile that cuts `length` into the fewest, most even pieces."""
-    pieces = -(-length // MAX_TILE)
+def _tile(length: int, most: int) -> int:
+    """The tile, of `most` at most, that cuts `length` into the fewest, most even pieces."""
+    pieces = -(-length // most)
     return -(-length // (pieces * LANES)) * LANES
 
 
 def _tiled(queries: PackedPositions, keys: PackedPositions, window: int | None) -> tuple[_PositionPairs, _Tiles]:
     """Where queries and keys stand, padded to the tiles that they are cut into."""
-    tiles = _Tiles(_tile(queries.positions.shape[1]), _tile(keys.positions.shape[1]), window)
+    lengths = queries.positions.shape[1], keys.positions.shape[1]
+    tiles = _Tiles(_tile(lengths[0], MAX_QUERIES), _tile(lengths[1], MAX_KEYS), window)
     query_ids = jnp.stack([queries.positions, queries.segment_ids], axis=1)
     key_ids = jnp.stack([keys.positions, keys.segment_ids], axis=2)
     return _PositionPairs(_pad(query_ids, 2, tiles.queries), _pad(key_ids, 1, tiles.keys)), tiles
 
 
 def needed_tiles(queries: PackedPositions, keys: PackedPositions, window: int | None) -> Bool[Array, "B I J"]:
-    """Which tiles of queries and keys the kernel computes; the others it skips."""
+    """Which tiles of queries and keys hold a legal pair: the kernels visit no others."""
     return _needed(*_tiled(queries, keys, window))
 
 
@@ -106,14 +109,16 @@ def _attention(q: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles) -> An
 
 
 def _forward(q: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles) -> tuple[Any, Any]:
-    sweep = _sweep_queries(q, k, ids, tiles)
-    of = sweep.specs
-    rows = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
+    """For each head and tile of queries, all of its keys."""
+    group = q.shape[1] // k.shape[1]
+    of = _specs(lambda b, n, turn, i, j: (b, n, i, jax.lax.div(n, group), j), 1, tiles, q.shape[-1])
+    logsums = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
     out, logsum = _call(
         functools.partial(_forward_kernel, window=tiles.window),
-        sweep,
+        (*q.shape[:2], 1),
+        _visits(_needed(ids, tiles)),
         [(ids.queries, of.query_ids), (ids.keys, of.key_ids), (q, of.q), (k, of.k), (v, of.k)],
-        [(jax.ShapeDtypeStruct(q.shape, q.dtype), of.q), (rows, of.row)],
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), of.q), (logsums, of.row)],
         scratch=[(1, tiles.queries), (1, tiles.queries), (q.shape[-1], tiles.queries)],
         products=2,
     )
@@ -122,24 +127,43 @@ def _forward(q: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles) -> tupl
 
 
 def _backward(tiles: _Tiles, saved: Any, gradient: Any) -> Any:
+    """In one go, unless the gradients of the queries that share a head of keys are too large for the core's memory."""
     q, k, v, ids, out, logsum = saved
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
-    head_dim = q.shape[-1]
+    numbers = (q.shape[1] // k.shape[1]) * tiles.queries * -(-q.shape[-1] // LANES) * LANES  # of a tile
+    length = max(MAX_SUMS // (numbers * (4 + 2 * q.dtype.itemsize)), 1) * tiles.queries
+    dtype = k.dtype if length >= q.shape[2] else jnp.float32  # of what is added up here
+    parts = []
+    for start in range(0, q.shape[2], length):
+        cut = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=min(start + length, q.shape[2]))
+        own = _PositionPairs(cut(ids.queries, axis=2), ids.keys)
+        of_queries = cut(q, axis=2), cut(gradient, axis=2), cut(logsum, axis=3), cut(delta, axis=3)
+        parts.append(_backward_of(*of_queries, k, v, own, tiles, dtype))
+    dq, dk, dv = zip(*parts, strict=True)
+    dk, dv = (functools.reduce(jnp.add, of_parts).astype(k.dtype) for of_parts in (dk, dv))
+    return jnp.concatenate(dq, axis=2), dk, dv, None
 
-    def run(kernel: Any, sweep: _Sweep, outputs: Any, scratch: Any, products: int) -> Any:
-        of = sweep.specs
-        inputs = [
+
+def _backward_of(
+    q: Any, gradient: Any, logsum: Any, delta: Any, k: Any, v: Any, ids: _PositionPairs, tiles: _Tiles, dtype: Any
+) -> tuple[Any, ...]:
+    """For each head of keys and tile of keys, all of its queries, of all the heads that share it."""
+    (batch, heads, length, head_dim), kv_heads = q.shape, k.shape[1]
+    group = heads // kv_heads
+    of = _specs(lambda b, h, turn, j, i: (b, h * group + turn, i, h, j), group, tiles, head_dim)
+    whole = pl.BlockSpec((1, group, length, head_dim), lambda b, h, *_: (b, h, 0, 0))
+    return _call(
+        functools.partial(_backward_kernel, window=tiles.window),
+        (batch, kv_heads, group),
+        _visits(_needed(ids, tiles).swapaxes(1, 2)),
+        [
             (ids.queries, of.query_ids), (ids.keys, of.key_ids), (q, of.q), (k, of.k), (v, of.k),
             (gradient, of.q), (logsum, of.row), (delta, of.row),
-        ]  # fmt: skip
-        return _call(functools.partial(kernel, window=tiles.window), sweep, inputs, outputs, scratch, products)
-
-    by_queries, by_keys = _sweep_queries(q, k, ids, tiles), _sweep_keys(q, k, ids, tiles)
-    d_q = [(jax.ShapeDtypeStruct(q.shape, q.dtype), by_queries.specs.q)]
-    d_kv = [(jax.ShapeDtypeStruct(x.shape, x.dtype), by_keys.specs.k) for x in (k, v)]
-    (dq,) = run(_queries_kernel, by_queries, d_q, [(head_dim, tiles.queries)], products=3)
-    dk, dv = run(_keys_kernel, by_keys, d_kv, [(tiles.keys, head_dim)] * 2, products=4)
-    return dq, dk, dv, None
+        ],
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), whole), *[(jax.ShapeDtypeStruct(k.shape, dtype), of.k)] * 2],
+        scratch=[(group, length // tiles.queries, head_dim, tiles.queries), *[(tiles.keys, head_dim)] * 2],
+        products=5,
+    )  # fmt: skip
 
 
 _attention.defvjp(_forward, _backward)
@@ -171,23 +195,13 @@ def _forward_kernel(step, query_ids, key_ids, q, k, v, out, logsum, highest, tot
         logsum[0, 0] = highest[...] + jnp.log(safe)
 
 
-def _queries_kernel(step, query_ids, key_ids, q, k, v, gradient, logsum, delta, dq, total, *, window):
-    @pl.when(step.first)
+def _backward_kernel(
+    step, query_ids, key_ids, q, k, v, gradient, logsum, delta, dq, dk, dv, q_total, k_total, v_total, *, window
+):
+    @pl.when(step.starts)
     def _():
-        total[...] = jnp.zeros_like(total)
+        q_total[...] = jnp.zeros_like(q_total)
 
-    @pl.when(step.needed)
-    def _():
-        weights = jnp.exp(_scores(query_ids, key_ids, q, k, window) - logsum[0, 0])
-        d_scores = weights * (_dot(v[0, 0], gradient[0, 0], (1, 1)) - delta[0, 0])
-        total[...] += _dot(k[0, 0], d_scores.astype(k.dtype), (0, 0))
-
-    @pl.when(step.last)
-    def _():
-        dq[0, 0] = total[...].T.astype(dq.dtype)
-
-
-def _keys_kernel(step, query_ids, key_ids, q, k, v, gradient, logsum, delta, dk, dv, k_total, v_total, *, window):
     @pl.when(step.first)
     def _():
         k_total[...] = jnp.zeros_like(k_total)
@@ -196,14 +210,25 @@ def _keys_kernel(step, query_ids, key_ids, q, k, v, gradient, logsum, delta, dk,
     @pl.when(step.needed)
     def _():
         weights = jnp.exp(_scores(query_ids, key_ids, q, k, window) - logsum[0, 0])
-        d_scores = weights * (_dot(v[0, 0], gradient[0, 0], (1, 1)) - delta[0, 0])
+        d_scores = (weights * (_dot(v[0, 0], gradient[0, 0], (1, 1)) - delta[0, 0])).astype(q.dtype)
         v_total[...] += _dot(weights.astype(gradient.dtype), gradient[0, 0], (1, 0))
-        k_total[...] += _dot(d_scores.astype(q.dtype), q[0, 0], (1, 0))
+        k_total[...] += _dot(d_scores, q[0, 0], (1, 0))
+        q_total[step.turn, step.inner] += _dot(k[0, 0], d_scores, (0, 0))
 
     @pl.when(step.last)
     def _():
         dk[0, 0] = k_total[...].astype(dk.dtype)
         dv[0, 0] = v_total[...].astype(dv.dtype)
+
+    @pl.when(step.ends)
+    def _():
+        heads, tiles, _, width = q_total.shape
+
+        def write(at: Any, _: None) -> None:
+            head, tile = jax.lax.div(at, tiles), jax.lax.rem(at, tiles)
+            dq[0, head, pl.ds(pl.multiple_of(tile * width, width), width)] = q_total[head, tile].T.astype(dq.dtype)
+
+        jax.lax.fori_loop(0, heads * tiles, write, None)
 
 
 def _scores(query_ids: Any, key_ids: Any, q: Any, k: Any, window: int | None) -> Any:
@@ -222,12 +247,24 @@ def _dot(a: Any, b: Any, axes: tuple[int, int]) -> Any:
 # --- The order of the tiles -------------------------------------------------------------------------------------------
 
 
-class _Step(NamedTuple):
-    """Where a kernel is in the inner loop of its sweep."""
+class _Visits(NamedTuple):
+    """The tiles that a kernel goes through: inner ones of the first outer tile, whose result accumulates, and so on."""
 
-    first: Any
+    outer: Int[Array, "B steps"]
+    inner: Int[Array, "B steps"]
+    count: Int[Array, " B"]  # rows differ; after its own, a row stays at the last one
+
+
+class _Step(NamedTuple):
+    """Where a kernel is among the visits of a head."""
+
+    turn: Any  # which of the heads of queries that share the tile's head of keys
+    inner: Any  # the inner tile
+    needed: Any  # not past the row's own visits
+    first: Any  # of its outer tile
     last: Any
-    needed: Any
+    starts: Any  # the head
+    ends: Any
 
 
 class _Specs(NamedTuple):
@@ -240,37 +277,6 @@ class _Specs(NamedTuple):
     key_ids: pl.BlockSpec
 
 
-class _Sweep(NamedTuple):
-    """A loop over rows, heads, outer tiles (whose results accumulate) and inner tiles."""
-
-    grid: tuple[int, ...]
-    fetched: Int[Array, "B outer inner"]  # the inner tile that is in memory at each step
-    specs: _Specs
-
-
-def _sweep_queries(q: Any, k: Any, ids: _PositionPairs, tiles: _Tiles) -> _Sweep:
-    """All keys of a tile of queries, then the next tile of queries."""
-    group = q.shape[1] // k.shape[1]
-    fetched = _fetched(_needed(ids, tiles))
-
-    def where(b: Any, n: Any, i: Any, j: Any, fetched: Any) -> tuple[Any, ...]:
-        return b, n, i, jax.lax.div(n, group), fetched[b, i, j]
-
-    return _Sweep((*q.shape[:2], *fetched.shape[1:]), fetched, _specs(where, tiles, q.shape[-1]))
-
-
-def _sweep_keys(q: Any, k: Any, ids: _PositionPairs, tiles: _Tiles) -> _Sweep:
-    """All queries, of all the heads that share them, of a tile of keys, then the next tile of keys."""
-    group = q.shape[1] // k.shape[1]
-    fetched = _fetched(_needed(ids, tiles).swapaxes(1, 2))
-    outer, inner = fetched.shape[1:]
-
-    def where(b: Any, h: Any, j: Any, step: Any, fetched: Any) -> tuple[Any, ...]:
-        return b, h * group + jax.lax.div(step, inner), fetched[b, j, jax.lax.rem(step, inner)], h, j
-
-    return _Sweep((*k.shape[:2], outer, group * inner), fetched, _specs(where, tiles, q.shape[-1]))
-
-
 def _needed(ids: _PositionPairs, tiles: _Tiles) -> Bool[Array, "B I J"]:
     """Which tiles hold a legal pair."""
     queries, keys = ids
@@ -279,23 +285,26 @@ def _needed(ids: _PositionPairs, tiles: _Tiles) -> Bool[Array, "B I J"]:
     return jnp.any(allowed.reshape(batch, t // tiles.queries, tiles.queries, s // tiles.keys, tiles.keys), axis=(2, 4))
 
 
-def _fetched(needed: Bool[Array, "B outer inner"]) -> Int[Array, "B outer inner"]:
-    """The inner tile to hold at each step: its own if it is needed, else the next that is, else the last that was.
-
-    So a step is needed where it holds its own tile, and nothing is copied for the others. (Where no tile is needed the
-    first one is computed: it adds nothing.)
-    """
-    steps = jnp.arange(needed.shape[2], dtype=jnp.int32)
-    following = jax.lax.cummin(jnp.where(needed, steps, len(steps)), axis=2, reverse=True)
-    last = jnp.max(jnp.where(needed, steps, 0), axis=2, keepdims=True)
-    return jnp.where(following < len(steps), following, last)
+def _visits(needed: Bool[Array, "B outer inner"]) -> _Visits:
+    """Those that are needed; of an outer tile of which none is, the first, since its result is written: it is 0."""
+    batch, _, inner = needed.shape
+    needed = needed.at[:, :, 0].set(needed[:, :, 0] | ~jnp.any(needed, axis=2)).reshape(batch, -1)
+    count = jnp.sum(needed, axis=1, dtype=jnp.int32)
+    steps = jnp.minimum(jnp.arange(needed.shape[1]), count[:, None] - 1)
+    tile = jnp.take_along_axis(jnp.argsort(~needed, axis=1, stable=True), steps, axis=1).astype(jnp.int32)
+    return _Visits(tile // inner, tile % inner, count)
 
 
-def _specs(where: Callable[..., Any], tiles: _Tiles, head_dim: int) -> _Specs:
-    """`where` gives (row, query head, tile of queries, key/value head, tile of keys) of a step."""
+def _specs(where: Callable[..., Any], turns: int, tiles: _Tiles, head_dim: int) -> _Specs:
+    """`where` makes of (row, head, turn, outer tile, inner tile) the (row, head of queries, tile of queries, head of
+    keys, tile of keys) of a step; each visit has so many turns."""
 
     def spec(shape: tuple[int, ...], pick: Callable[..., Any]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *step: pick(*where(*step)))
+        def at(b: Any, head: Any, step: Any, outer: Any, inner: Any, count: Any) -> Any:
+            visit = jax.lax.div(step, turns)
+            return pick(*where(b, head, jax.lax.rem(step, turns), outer[b, visit], inner[b, visit]))
+
+        return pl.BlockSpec(shape, at)
 
     return _Specs(
         q=spec((1, 1, tiles.queries, head_dim), lambda b, n, i, h, j: (b, n, i, 0)),
@@ -307,16 +316,39 @@ def _specs(where: Callable[..., Any], tiles: _Tiles, head_dim: int) -> _Specs:
 
 
 def _call(
-    kernel: Callable[..., None], sweep: _Sweep, inputs: Any, outputs: Any, scratch: Any, products: int
+    kernel: Callable[..., None],
+    rows_heads_turns: tuple[int, int, int],
+    visits: _Visits,
+    inputs: Any,
+    outputs: Any,
+    scratch: Any,
+    products: int,
 ) -> tuple[Any, ...]:
-    """Runs `kernel` over a sweep; inputs and outputs are (array or shape, spec), scratch is float32 on the core."""
-    inner = sweep.fetched.shape[2]
+    """Runs `kernel` over rows, heads and visits, several turns each.
 
-    def run(fetched: Any, *refs: Any) -> None:
-        step = pl.program_id(3)
-        tile = jax.lax.rem(step, inner)
-        needed = fetched[pl.program_id(0), pl.program_id(2), tile] == tile
-        kernel(_Step(step == 0, step == pl.num_programs(3) - 1, needed), *refs)
+    Args:
+      inputs, outputs: (array or shape, spec).
+      scratch: shapes, float32, on the core.
+      products: of a tile.
+    """
+    rows, heads, turns = rows_heads_turns
+
+    def run(outer: Any, inner: Any, count: Any, *refs: Any) -> None:
+        b, at = pl.program_id(0), pl.program_id(2)
+        visit, turn = jax.lax.div(at, turns), jax.lax.rem(at, turns)
+        needed, final = visit < count[b], visit + 1 >= count[b]
+        here, before = outer[b, visit], outer[b, jnp.maximum(visit - 1, 0)]
+        after = outer[b, jnp.minimum(visit + 1, outer.shape[1] - 1)]
+        step = _Step(
+            turn=turn,
+            inner=inner[b, visit],
+            needed=needed,
+            first=(turn == 0) & ((visit == 0) | (here != before)),
+            last=(turn == turns - 1) & needed & (final | (here != after)),
+            starts=at == 0,
+            ends=at == pl.num_programs(2) - 1,
+        )
+        kernel(step, *refs)
 
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
@@ -325,17 +357,17 @@ def _call(
     return pl.pallas_call(
         run,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=sweep.grid,
+            num_scalar_prefetch=len(visits),
+            grid=(rows, heads, jnp.max(visits.count) * turns),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(  # as if all tiles were visited: which are is known when it runs
             flops=2 * products * pairs * q.shape[-1],
             transcendentals=pairs,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
         ),
-    )(sweep.fetched, *arrays)
+    )(*visits, *arrays)

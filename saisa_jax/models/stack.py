@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attention_of_text
 from saisa_jax.models.kv_cache import ImageKV, KVCache
-from saisa_jax.models.layers import Params, dequantized, rotation, scan_stack, take_layers
+from saisa_jax.models.layers import Params, constrain, dequantized, platform, rotation, scan_stack, take_layers
 from saisa_jax.models.lora import in_dtype
 from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask, without
 from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups
@@ -130,6 +130,7 @@ class LayerStack:
         (x, state), (params, of_visual, past_kv, hides) = carry, inputs
         others, tokens = [], reading.tokens
         if role in ("keys", "mlp"):
+            params = self._gathered_once(params)
             state, image = reading.source.read(params, state, of_visual, role)
             others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
         elif role == "queries" and hides is not None:
@@ -145,6 +146,20 @@ class LayerStack:
         if {"attention", "image_attention"} & set(reading.capture):
             available |= attention_of_text(attention, tokens, role)
         return (x, state), {name: available[name] for name in reading.capture}
+
+    def _gathered_once(self, params: Params) -> Params:
+        """A layer's parameters, with the kernels that serve both streams, `k_proj` and `v_proj`, whole on each device.
+
+        So the compiler gathers them, and reduces their gradients, for both streams together, and not for each product.
+        Not on TPUs, whose compiler hides each product's part behind the product, as a ring (docs/planning.md).
+        """
+        if platform() == "tpu":
+            return params
+        dtype, attn = jnp.dtype(self.config.dtype), dict(params.get("attn", {}))
+        for name in attn.keys() & {"k_proj", "v_proj"}:
+            if not isinstance(kernel := attn[name]["kernel"], tuple):  # of int8 weights, which do not train
+                attn[name] = {**attn[name], "kernel": constrain(kernel.astype(dtype), None, "kv_heads", "head_dim")}
+        return {**params, "attn": attn} if attn else params
 
     def _apply(self, params: Params, method: str, *args: Any) -> Any:
         dtype = jnp.dtype(self.config.dtype)

@@ -98,8 +98,11 @@ def write(out: epath.Path, html: str, files: dict[str, bytes]) -> None:
 
 
 def result_table(runs: Sequence[Run]) -> Table:
-    """The page's headline table, without its small print, for a terminal of 80 columns."""
+    """The page's headline table, without its small print, for a terminal of 80 columns: of groups two at most."""
     columns, rows = page.result_rows(runs)
+    first, last = columns.index("accuracy") + 1, columns.index("prefill / question")
+    if last - first > 2:
+        columns, rows = (columns[:first] + columns[last:], [row[:first] + row[last:] for row in rows])
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for title in columns[:-1]:
         justify = "right" if table.columns else "left"

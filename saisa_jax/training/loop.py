@@ -44,7 +44,7 @@ from saisa_jax.training.optimizer import flatten, merge
 from saisa_jax.training.preemption import StopSignal, run_lock
 from saisa_jax.training.recipe import check_same_contents, check_same_recipe
 from saisa_jax.training.ridge import FitStopped, save_fit
-from saisa_jax.training.setup import setup_stage
+from saisa_jax.training.setup import compiled_meanwhile, setup_stage
 from saisa_jax.training.start import check_projectors, check_stages, frozen_params, start_source, starting_params
 from saisa_jax.training.state import (
     TrainState,
@@ -130,13 +130,19 @@ class StageTrainer:
         self.data, self.rows, self.steps = data, data.rows, data.steps
         setup = setup_stage(config, name, self.steps)
         _, self.settings, self.model, self.mesh, self.rules, self.optimizer, self.shardings, self.teacher = setup
-        self.batch = setup.abstract_batch()
-        disk, s = config.training.local_checkpoints, self.settings
+        disk, s, chunk = config.training.local_checkpoints, self.settings, config.training.loss_chunk
+        self.train_step = make_train_step(
+            self.model, self.optimizer, self.shardings, s.accumulation, chunk, self.teacher
+        )
+        abstract = setup.abstract_state(), setup.abstract_batch()
+        with parallel.use(self.mesh, self.rules):
+            self.traced = self.train_step.trace(*abstract)
+        self.compiled = compiled_meanwhile(self.traced, setup)
         self.local = LocalCheckpoints(disk, self.directory) if disk else None
         self.source = start_source(config, name, workdir)
         saved = committed_steps(self.directory / "checkpoints") or (self.local and self.local.newest(None) is not None)
         self.resumes = bool(saved)
-        self.state = setup.abstract_state()  # a checkpoint fills it, but for what is frozen
+        self.state = abstract[0]  # a checkpoint fills it, but for what is frozen
         frozen = frozen_params(self.source, self.state.frozen) if self.resumes else None
         if frozen is not None:
             self.state = self.state._replace(frozen=frozen)
@@ -146,8 +152,7 @@ class StageTrainer:
             with parallel.use(self.mesh, self.rules):
                 self.state = create_state(start.make, start.argument, s.groups, self.optimizer, self.shardings, donate)
         if self.teacher is not None:
-            own = setup.abstract_state().teacher
-            self.state = self.state._replace(teacher=load_own(config, own, tokenizer))
+            self.state = self.state._replace(teacher=load_own(config, abstract[0].teacher, tokenizer))
         params = flatten(merge(self.state.trainable, self.state.frozen))
         self.parameters = sum(leaf.size for path, leaf in params.items() if not is_adapter(path))
         self.step_shape = s.groups, s.batch_size, s.text_length, s.max_images
@@ -246,18 +251,10 @@ class StageTrainer:
         # The order of what follows matters: the results of a step are read after the next one was started, so that the
         # device never waits; and a step is saved only after its loss was seen to be finite, or the step skipped.
         options, batch_size, first, clock = self.config.training, self.settings.batch_size, self._step, self.clock
-        train_step = make_train_step(
-            self.model,
-            self.optimizer,
-            self.shardings,
-            self.settings.accumulation,
-            options.loss_chunk,
-            self.teacher,
-        )
         evaluations, sync = self._evaluations(stop), processes.ProcessSync(self.mesh)
         alarm = processes.Alarm(options.checkpoint_every_minutes)
         with (
-            self.journal.open(first, self._work(train_step), self.mesh.devices.flatten().tolist()),
+            self.journal.open(first, self._work(), self.mesh.devices.flatten().tolist()),
             Profiler(self.config.profile, self.directory / "profile", first) as profiler,
             Watchdog(options.watchdog) as watchdog,
             self._saved_before_error(checkpointer, data, first),
@@ -276,7 +273,10 @@ class StageTrainer:
                     raise
                 part = "compile" if step == first + 1 else "step"
                 with clock(part), jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    self.state, metrics = train_step(self.state, parallel.to_device(host.batch, self.mesh, batch_size))
+                    if part == "compile" and self.compiled is not None:
+                        self.compiled.result()
+                    batch = parallel.to_device(host.batch, self.mesh, batch_size)
+                    self.state, metrics = self.train_step(self.state, batch)
                 sent = sync.send(bool(stop.requested), host.lost, batch_size, alarm.rings())
                 profiler.started(step, metrics)
                 if waiting:
@@ -317,10 +317,9 @@ class StageTrainer:
             logging.warning("stopped by %s after step %d; the same command resumes", by, step)
         return not sync.stopping
 
-    def _work(self, train_step: Any) -> flops.StepFlops:
-        """FLOPs of a step; its trace is the one that the first step compiles."""
-        traced = train_step.trace(self.state, self.batch)
-        return flops.of_step(self.model, *self.step_shape, traced.jaxpr.jaxpr, self.teacher)
+    def _work(self) -> flops.StepFlops:
+        """FLOPs of a step."""
+        return flops.of_step(self.model, *self.step_shape, self.traced.jaxpr.jaxpr, self.teacher)
 
     @contextlib.contextmanager
     def _saved_before_error(self, checkpointer: RunCheckpointer, data: TrainIterator, first: int) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,26 @@ class StageSetup(NamedTuple):
         batch = empty_batch(s.batch_size, s.text_length, s.max_images, self.model.image_slot)
         sharding = parallel.batch_sharding(self.mesh)
         return jax.tree.map(lambda x: _placed(x, sharding), batch)
+
+
+def compiled_meanwhile(traced: Any, stage: StageSetup) -> Future[None] | None:
+    """Compiles a traced step in a thread, so that weights and checkpoints are read at the same time.
+
+    The step's first call finds the program. No process waits for another in this, and nothing runs on the devices. That
+    is not so on GPUs, where XLA times kernels while it compiles, and processes share what they found: there the first
+    call compiles (None).
+    """
+    if stage.mesh.devices.flat[0].platform in ("gpu", "cuda"):
+        return None
+
+    def compile_it() -> None:
+        with parallel.use(stage.mesh, stage.rules):
+            traced.lower().compile()
+
+    thread = ThreadPoolExecutor(1, "compile")
+    done = thread.submit(compile_it)
+    thread.shutdown(wait=False)
+    return done
 
 
 def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -143,7 +143,7 @@ def test_evaluation(tmp_path: Path) -> None:
 def test_all_questions_are_the_test_set() -> None:
     items = questions()
     assert len(items) == 9673 == len({item.id for item in items})
-    assert sum(TASK.groups["yes_no"](item.kind) for item in items) / 9673 == pytest.approx(0.738, abs=1e-3)
+    assert sum(TASK.groups["yes_no"]({"kind": item.kind}) for item in items) / 9673 == pytest.approx(0.738, abs=1e-3)
     assert TASK.baseline(TaskData())["overall"] == pytest.approx(0.670, abs=1e-3)
 
 

@@ -41,7 +41,7 @@ def by_repeated_forward(config, params, layout: list[int], new: int) -> list[int
     return tokens
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", "casa"])
+@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", pytest.param("casa", marks=pytest.mark.slow)])
 def test_a_batch_gives_what_each_row_gives_alone_and_without_a_cache(alignment):
     config, params, generator = model_of(alignment)
     batch = make_batch(config, LAYOUTS, text_length=16, max_images=2)

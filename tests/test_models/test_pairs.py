@@ -48,7 +48,8 @@ def test_legal_pairs_of_a_row(changes, legal, pairs) -> None:
 
 def test_flash_visits_tiles_with_a_legal_pair(monkeypatch) -> None:
     """Two samples of a tile each, and a tile of padding."""
-    monkeypatch.setattr(attention_tpu, "MAX_TILE", 128)
+    monkeypatch.setattr(attention_tpu, "MAX_QUERIES", 128)
+    monkeypatch.setattr(attention_tpu, "MAX_KEYS", 128)
     batch = empty_batch(1, 3 * 128, 0, 0)
     batch["segment_ids"][0, :128], batch["segment_ids"][0, 128:256] = 1, 2
     batch["positions"][0, :128] = batch["positions"][0, 128:256] = range(128)

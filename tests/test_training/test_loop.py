@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from etils import epath
 
 from saisa_jax.checkpoints import CheckpointError, LocalCheckpoints, checksums, committed_steps, load_model
+from saisa_jax.compilation import COMPILING, name_of
 from saisa_jax.config import TRAIN_ALL_BUT_VISION, TRAIN_PROJECTOR, ConfigError, ProfileConfig
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.text.tokenizer import load_tokenizer
@@ -44,7 +46,18 @@ def params_of(workdir, stage: str) -> dict[str, np.ndarray]:
 def finished(tmp_path_factory):
     """An undisturbed run of both stages."""
     workdir = epath.Path(tmp_path_factory.mktemp("finished"))
-    assert loop.run(tiny_config(), workdir) == 0
+    programs = []
+
+    def made(event, seconds, **said):
+        if event == COMPILING and name_of(said) == "train step":
+            programs.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(made)
+    try:
+        assert loop.run(tiny_config(), workdir) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(made)
+    assert programs == ["compile_0"] * 2  # while weights were read, and not again for the first step
     return workdir
 
 

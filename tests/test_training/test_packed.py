@@ -23,7 +23,9 @@ SAMPLES = (  # images, question, answer
 )
 
 
-@pytest.mark.parametrize("alignment", ["saisa", "naavit", "llava", "casa", *PROJECTORS])
+@pytest.mark.parametrize(
+    "alignment", ["saisa", "naavit", "llava", pytest.param("casa", marks=pytest.mark.slow), *PROJECTORS]
+)
 def test_packed_loss_and_gradients_are_those_of_single_rows(alignment: str) -> None:
     config = tiny_config(alignment).model
     tokenizer, rng, size = load_tokenizer("easy_vqa"), np.random.default_rng(0), config.vision.image_size
