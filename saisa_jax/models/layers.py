@@ -64,13 +64,18 @@ def on_platform(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def platform() -> str:
+    """What is traced now will run on it."""
+    return _platform.get() or jax.default_backend()
+
+
 def for_float32_product(*operands: Any) -> tuple[Any, ...]:
     """Operands of a product with `preferred_element_type=float32`.
 
     Accelerators accumulate products of 16-bit numbers in float32. XLA for CPUs has no such product ("Unsupported
     element type for DotThunk"), so there the operands become float32 first, which gives the same numbers.
     """
-    if (_platform.get() or jax.default_backend()) != "cpu":
+    if platform() != "cpu":
         return operands
     return tuple(jnp.asarray(operand).astype(jnp.float32) for operand in operands)
 

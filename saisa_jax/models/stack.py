@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attention_of_text
 from saisa_jax.models.kv_cache import ImageKV, KVCache
-from saisa_jax.models.layers import Params, constrain, dequantized, rotation, scan_stack, take_layers
+from saisa_jax.models.layers import Params, constrain, dequantized, platform, rotation, scan_stack, take_layers
 from saisa_jax.models.lora import in_dtype
 from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask, without
 from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups
@@ -151,7 +151,10 @@ class LayerStack:
         """A layer's parameters, with the kernels that serve both streams, `k_proj` and `v_proj`, whole on each device.
 
         So the compiler gathers them, and reduces their gradients, for both streams together, and not for each product.
+        Not on TPUs, whose compiler hides each product's part behind the product, as a ring (docs/planning.md).
         """
+        if platform() == "tpu":
+            return params
         dtype, attn = jnp.dtype(self.config.dtype), dict(params.get("attn", {}))
         for name in attn.keys() & {"k_proj", "v_proj"}:
             if not isinstance(kernel := attn[name]["kernel"], tuple):  # of int8 weights, which do not train

@@ -274,6 +274,7 @@ def test_faults_in_the_middle(there, vllm, model):
     assert last.text() == expected[0]
 
 
+@pytest.mark.slow
 def test_the_watch_refuses_questions_while_vllm_is_another(there, vllm, model, monkeypatch):
     monkeypatch.setattr(vllm.engine, "WATCH", 0.05)
     there.engine.start()
@@ -294,7 +295,7 @@ def wait_for(what: Any) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name", ["naavit", "low_rank"])
+@pytest.mark.parametrize("name", ["naavit", pytest.param("low_rank", marks=pytest.mark.slow)])
 def test_runs_hold_what_a_whole_prefill_computes(name, vllm, tmp_path):
     model = make_model(name)
     store = vllm.store.Store(tmp_path, 10**7)
