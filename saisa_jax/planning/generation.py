@@ -113,7 +113,7 @@ def compile_generation(
             "prefill and decode": lambda: programs.answer.trace(params, batch, of_rows(total, shape.images), pool)
         }
         if pool is not None:
-            encode = lambda: programs.encode.trace(params, pixels, of_rows(ways, PICTURES_AT_ONCE), pool=pool)  # noqa: E731
+            encode = lambda: programs.encode.trace(params, pixels, of_rows(ways), pool=pool)  # noqa: E731
             traced = {"encode": encode} | traced
         done = [_compile(name, trace, topology, mesh.size) for name, trace in traced.items()]
     of_one = picture_bytes(model, mesh)
