@@ -159,6 +159,7 @@ def test_constraints_are_in_the_lowered_program(alignment):
     }
     if alignment != "llava":
         expected["keys and values of the image"] = ("8x2x16x8", ROWS, SPLIT, WHOLE, WHOLE)
+        expected["k_proj and v_proj, whole for both streams"] = ("32x2x8", WHOLE, SPLIT, WHOLE)
     if alignment == "naavit":
         expected["MLP's hidden layer of the image"] = ("8x16x64", ROWS, WHOLE, SPLIT)
     with parallel.use(mesh, rules):
