@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed: leave accelerators alone
     configs = {name: presets.make(args.model, args.vision, alignment=name) for name in NAMES}
     visual = args.images * presets.VISIONS[args.vision].num_patches
-    console, start = Console(), time.perf_counter()
+    console, start = Console(width=max(Console().width, 100)), time.perf_counter()  # four columns of numbers
     console.print(f"{args.model}, {args.vision}: {args.text} text and {visual} visual tokens")
     console.print(layer_table(configs, args.text, args.images))
     by_xla = {name: flops.xla_prefill(config, args.text, args.images) for name, config in configs.items()}
