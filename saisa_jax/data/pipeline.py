@@ -70,6 +70,10 @@ class StageData:
         return _opened(chosen, self._config), chosen
 
     @cached_property
+    def _held_out(self) -> list[Samples]:
+        return _opened(self._settings.validation, self._config)
+
+    @cached_property
     def _contents(self) -> list[str]:
         """What each source holds (`content_mark`)."""
         return [content_mark(*each) for each in zip(*self._opened, strict=True)]
@@ -141,10 +145,9 @@ class StageData:
 
     def check_features(self, wanted: FeatureSpec) -> None:
         """Raises DataError where a source of the stage, held out or not, has features of another encoder."""
-        held_out = self._settings.validation
-        for samples, source in zip(
-            (*self._opened[0], *_opened(held_out, self._config)), (*self._opened[1], *held_out), strict=True
-        ):
+        opened, chosen = self._opened
+        sources = (*chosen, *self._settings.validation)
+        for samples, source in zip((*opened, *self._held_out), sources, strict=True):
             if held := held_by(samples):
                 check_encoder(held, wanted, str(source))
 
@@ -176,7 +179,7 @@ class StageData:
             can.
         """
         config, settings = self._config, self._settings
-        source = Concatenated(_opened(settings.validation, config))
+        source = Concatenated(self._held_out)
         reader = Reader(config, self._stage, self._tokenizer, training=False)
         size, shape = settings.batch_size, (settings.text_length, settings.max_images)
         order = np.random.default_rng(0).permutation(len(source))[: limit * size]

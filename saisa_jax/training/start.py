@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -215,11 +215,11 @@ def check_stages(
     data = {name: StageData(config, name, tokenizer, str(workdir / name), effort) for name in config.stages}
     for name in config.stages:
         settings = config.stage(name)
-        _check_features(config, name, workdir, data[name])
         end_token_id(settings.template, tokenizer)
         _ = data[name].steps
         params = abstract_params(config.trained_model(name))
         rows = assign_groups(params, settings.groups)
+        _check_features(config, name, workdir, data[name], rows)
         adapted = [path.removesuffix("_lora_a") for path in rows if path.endswith("_lora_a")]
         training = [path for path in adapted if not settings.groups[rows[path]][1].frozen]
         if training:
@@ -230,8 +230,11 @@ def check_stages(
     return data
 
 
-def _check_features(config: Config, stage: str, workdir: epath.Path, data: StageData) -> None:
+def _check_features(config: Config, stage: str, workdir: epath.Path, data: StageData, rows: Mapping[str, int]) -> None:
     """With `data.features`: the stage keeps the encoder frozen, and it is the one that made the features.
+
+    Args:
+      rows: of the stage's groups, by parameter (`assign_groups`).
 
     Raises:
       ConfigError, DataError: it does not, or is not.
@@ -239,7 +242,6 @@ def _check_features(config: Config, stage: str, workdir: epath.Path, data: Stage
     if not config.data.features:
         return
     groups = config.stage(stage).groups
-    rows = assign_groups(abstract_params(config.model_for(stage)), groups)
     trained = [path for path, row in rows.items() if path.startswith("vision/") and not groups[row][1].frozen]
     if trained:
         raise ConfigError(
