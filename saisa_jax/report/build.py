@@ -38,17 +38,17 @@ def collect(runs: Sequence[Run]) -> tuple[page.Content, dict[str, bytes]]:
 def _figures(runs: Sequence[Run], shown: Run | None) -> dict[str, bytes]:
     figures: dict[str, bytes] = {}
     for name, title in TITLES.items():
-        found = [(run.label, stage) for run in runs for stage in run.stages if stage.name == name and stage.train]
+        found = [(run, stage) for run in runs for stage in run.stages if stage.name == name and stage.train]
         if found:
             figures[f"loss_{name}"] = plots.loss(title, found)
-    evaluated = [(number, run) for number, run in enumerate(runs) if run.evaluation]
+    evaluated = [run for run in runs if run.evaluation]
     if shown:
-        figures["accuracy_against_flops"] = plots.accuracy_against_flops("The whole model", evaluated, "end_to_end")
-        figures["accuracy_against_decoder_flops"] = plots.accuracy_against_flops(
-            "Decoder and projectors", evaluated, "decoder"
-        )
-        if timed := [(number, run) for number, run in evaluated if run.times]:
+        for name, (title, convention) in page.PREFILL.items():
+            figures[name] = plots.accuracy_against_prefill(title, evaluated, convention)
+        if timed := [run for run in evaluated if run.times]:
             figures["accuracy_against_seconds"] = plots.accuracy_against_seconds("As measured", timed)
+        if len(trained := [run for run in evaluated if run.train_flops]) > 1:
+            figures["accuracy_against_training"] = plots.accuracy_against_training("Training, both stages", trained)
         figures["flops_by_part"] = plots.cost_by_part("Where the FLOPs of a prefill go", shown)
         if shown.evaluation and shown.evaluation["kinds"]:
             figures["accuracy_by_kind"] = plots.accuracy_by_kind("By kind of question, with 95% intervals", evaluated)

@@ -15,7 +15,7 @@ from saisa_jax.config import Config, to_dict
 from saisa_jax.report import pictures, units
 from saisa_jax.report.attention import Looked
 from saisa_jax.report.examples import is_right
-from saisa_jax.report.plots import COLORS, prefill_by_alignment
+from saisa_jax.report.plots import color, prefill_by_alignment
 from saisa_jax.report.runs import NAMES, TITLES, Run
 from saisa_jax.report.style import CSS
 
@@ -151,7 +151,7 @@ def _results(content: Content) -> str:
     numbers = _numbers(content) if len(content.runs) == 1 else ""
     columns, rows = result_rows(content.runs)
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join(_row(number, row, len(rows) > 1) for number, row in enumerate(rows))
+    body = "".join(_row(run, row, len(rows) > 1) for run, row in zip(content.runs, rows, strict=True))
     record = content.shown.evaluation if content.shown else None
     note = ""
     if record:
@@ -210,8 +210,8 @@ def _numbers(content: Content) -> str:
     return f'<div class="numbers">{cells}</div>\n'
 
 
-def _row(number: int, cells: Sequence[tuple[str, str]], colored: bool) -> str:
-    swatch = f'<span class="swatch" style="background:{COLORS[number % len(COLORS)]}"></span>' if colored else ""
+def _row(run: Run, cells: Sequence[tuple[str, str]], colored: bool) -> str:
+    swatch = f'<span class="swatch" style="background:{color(run.number)}"></span>' if colored else ""
     (label, _), *rest = cells
     values = "".join(
         f"<td>{escape(text)}{f'<small>{escape(small)}</small>' if small else ''}</td>" for text, small in rest
@@ -347,13 +347,18 @@ def changed(config: Mapping[str, Any], defaults: Mapping[str, Any], path: str = 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
-COSTS = ("accuracy_against_flops", "accuracy_against_decoder_flops", "accuracy_against_seconds")
+PREFILL = {  # title and convention of `flops.CONVENTIONS`
+    "accuracy_against_flops": ("The whole model", "end_to_end"),
+    "accuracy_against_decoder_flops": ("Decoder and projectors", "decoder"),
+}
+COSTS = (*PREFILL, "accuracy_against_seconds", "accuracy_against_training")
 ALTERNATIVES = {
     "loss_pretrain": "Loss of stage 1 against steps",
     "loss_finetune": "Loss of stage 2 against steps",
     "accuracy_against_flops": "Test accuracy against prefill FLOPs, end to end",
     "accuracy_against_decoder_flops": "Test accuracy against prefill FLOPs of the decoder",
     "accuracy_against_seconds": "Test accuracy against measured seconds of a first question",
+    "accuracy_against_training": "Test accuracy against the FLOPs of training",
     "flops_by_part": "Prefill FLOPs of LLaVA, NAAViT and SAISA by part",
     "accuracy_by_kind": "Test accuracy by kind of question",
     "confusion": "Truths against answers",

@@ -47,6 +47,7 @@ class Run:
     Attributes:
       directory: as it was named.
       label: its name on the page, unlike those of the other runs.
+      number: of its colour and marker; runs that differ in nothing but the seed have one number.
       config: its configuration; `raw` is the file as it stands.
       stages: those that have begun.
       evaluation: evaluation/TASK.json of one benchmark, or None.
@@ -64,6 +65,12 @@ class Run:
     predictions: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = field(default=())
     times: dict[str, Any] | None = None
+    number: int = 0
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Its configuration without the seed."""
+        return {name: value for name, value in self.raw.items() if name != "seed"}
 
     @property
     def model(self) -> ModelConfig:
@@ -116,11 +123,24 @@ def read_runs(directories: Sequence[str]) -> list[Run]:
     for directory in directories:
         task = next((run.evaluation["task"] for run in runs if run.evaluation), None)
         runs.append(read_run(directory, task))
-    labels = [run.label for run in runs]
+    labels, recipes = [run.label for run in runs], [run.recipe for run in runs]
+    different = [recipe for number, recipe in enumerate(recipes) if recipe not in recipes[:number]]
     return [
-        replace(run, label=f"{run.label} ({epath.Path(run.directory).name})") if labels.count(run.label) > 1 else run
+        replace(
+            run,
+            label=f"{run.label} ({epath.Path(run.directory).name})" if labels.count(run.label) > 1 else run.label,
+            number=different.index(run.recipe),
+        )
         for run in runs
     ]
+
+
+def seeds(runs: Sequence[Run]) -> dict[int, list[Run]]:
+    """Runs that differ in nothing but the seed, by their number."""
+    together: dict[int, list[Run]] = {}
+    for run in runs:
+        together.setdefault(run.number, []).append(run)
+    return together
 
 
 def read_run(directory: str, task: str | None = None) -> Run:
@@ -181,6 +201,8 @@ def _evaluated(folder: epath.Path, first: Sequence[str]) -> list[str]:
 def _label(config: Config) -> str:
     model = config.model
     parts = [NAMES.get(model.alignment, model.alignment)]
+    if model.alignment == "flamingo" and model.flamingo.local_text:
+        parts.append("local text")
     if model.projector.kind != "mlp":
         parts.append(model.projector.kind.replace("_", " "))
     elif model.alignment == "saisa" and model.projector.sharing == "shared":

@@ -108,7 +108,7 @@ class FakeModel:
 @pytest.fixture(autouse=True)
 def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pixels take less time."""
-    monkeypatch.setattr("saisa_jax.report.plots.PIXELS_PER_INCH", 40)
+    monkeypatch.setattr("saisa_jax.report.plots.style.PIXELS_PER_INCH", 40)
 
 
 @pytest.fixture

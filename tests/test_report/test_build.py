@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from saisa_jax.__main__ import main
+from saisa_jax.report.plots import color
 from saisa_jax.report.runs import read_run, read_runs
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -99,6 +100,9 @@ def test_several_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
     assert "LLaVA: not evaluated on easy_vqa yet: python eval.py --workdir=" in page.text
     assert "30 ms" in page.text and "second 10 ms" in page.text and "cpu, 2 cores, load at most 1.5" in page.text
     assert (tmp_path / "report" / "accuracy_against_seconds.png").exists()
+    assert (tmp_path / "report" / "accuracy_against_training.png").exists()
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert html.count(f"background:{color(1)}") == 2 and html.count(f"background:{color(2)}") == 1  # seeds look alike
     assert page.tags.count("article") == 12
     assert len(re.findall("[✓✗]", page.text)) == 36  # the answers of the three that were evaluated
     assert (tmp_path / "report" / "attention_1.png").exists()  # of the one that sees
