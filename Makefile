@@ -53,22 +53,38 @@ $(BIN)/python train.py --config=$(2) --workdir=$(1)
 $(BIN)/python eval.py --workdir=$(1)
 endef
 
-.PHONY: demo demo-compare
+.PHONY: demo demo-compare demo-family
 demo: $(VENV)/installed  ## train, evaluate and report SAISA on easy-VQA: the main job, within 15 minutes
 	$(call run,runs/demo,configs/demo.py)
 	$(BIN)/python -m saisa_jax report --workdir=runs/demo
 
-# A longer stage 2 than the demo's, so that no row is read in the middle of the sudden drop that the yes/no questions bring.
-COMPARE := --config.finetune.steps=1400
+# Variants of configs/demo.py, and VARIANT-seedN. A longer stage 2 than the demo's, so that none is read in the middle of
+# the sudden drop that the yes/no questions bring.
+FAMILY := runs/family
+FAMILY_STEPS := 1400
+FAMILY_FLAGS :=
+COMPARED := saisa naavit llava blind saisa-seed1
+VARIANTS := saisa shared low_rank resampler vica naavit llava flamingo casa blind
+comma := ,
+empty :=
+listed = $(subst $(empty) ,$(comma),$(strip $(1)))
 
-demo-compare: $(VENV)/installed  ## SAISA beside NAAViT, LLaVA, SAISA blind and a second seed: an hour or two
-	$(call run,runs/compare/saisa,configs/demo.py:saisa $(COMPARE))
-	$(call run,runs/compare/naavit,configs/demo.py:naavit $(COMPARE))
-	$(call run,runs/compare/llava,configs/demo.py:llava $(COMPARE))
-	$(call run,runs/compare/saisa_blind,configs/demo.py:blind $(COMPARE))
-	$(call run,runs/compare/saisa_seed1,configs/demo.py:saisa $(COMPARE) --config.seed=1)
-	$(BIN)/python -m saisa_jax report --output=runs/compare/report \
-	  --runs=runs/compare/saisa,runs/compare/naavit,runs/compare/llava,runs/compare/saisa_blind,runs/compare/saisa_seed1
+$(FAMILY)/%/evaluation/easy_vqa.json: | $(VENV)/installed
+	$(call run,$(FAMILY)/$*,configs/demo.py:$(firstword $(subst -seed, ,$*)) --config.finetune.steps=$(FAMILY_STEPS) \
+	  --config.seed=$(or $(word 2,$(subst -seed, ,$*)),0) $(FAMILY_FLAGS))
+
+# $(call report,runs)
+define report
+$(BIN)/python -m saisa_jax report --output=$(FAMILY)/report --runs=$(call listed,$(1:%=$(FAMILY)/%))
+$(BIN)/python -m proof.tables $(FAMILY) --task=easy_vqa --runs=$(call listed,$(1)) --output=$(FAMILY)/report/tables.md
+@echo "The tables are in $(FAMILY)/report/tables.md"
+endef
+
+demo-compare: $(COMPARED:%=$(FAMILY)/%/evaluation/easy_vqa.json)  ## SAISA beside NAAViT, LLaVA, SAISA blind and a second seed: an hour or two
+	$(call report,$(COMPARED))
+
+demo-family: $(VARIANTS:%=$(FAMILY)/%/evaluation/easy_vqa.json) $(VARIANTS:%=$(FAMILY)/%-seed1/evaluation/easy_vqa.json)  ## the whole family, two seeds each: hours; stopped, the same command goes on
+	$(call report,$(foreach variant,$(VARIANTS),$(variant) $(variant)-seed1))
 
 # --- the proof --------------------------------------------------------------------------------------------------------
 
@@ -120,9 +136,6 @@ PROOF_REPEAT := 20
 # What training reads: `drawings`, or `features`, what the frozen encoder makes of them, computed once for all runs.
 PROOF_DATA := features
 PROOF_EVALUATIONS := $(PROOF_RUNS:%=$(PROOF)/%/evaluation/drawings.json)
-comma := ,
-empty :=
-PROOF_LIST := $(subst $(empty) ,$(comma),$(PROOF_RUNS))
 
 $(PROOF)/start/model.json: | $(PROOF)/downloads/checked $(VENV)/installed-proof
 	rm -rf $(@D) $(PROOF)/weights
@@ -170,8 +183,9 @@ proof-start: $(PROOF_READY)  ## the same, as a model to start from and a set of 
 
 proof: $(PROOF_READY) $(PROOF_EVALUATIONS) $(PROOF)/saisa-text/evaluation/drawings.json $(PROOF_VARIANTS:%=$(PROOF)/%/bench_image.json)  ## SAISA and its family on real weights and pictures: a night on two cores (docs/proof.md)
 	$(BIN)/python -m proof.round_trip $(PROOF)/saisa --data=$(PROOF)/drawings --output=$(PROOF)/round-trip
-	$(BIN)/python -m saisa_jax report --output=$(PROOF)/report --runs=$(PROOF)/$(subst $(comma),$(comma)$(PROOF)/,$(PROOF_LIST))
-	$(BIN)/python -m proof.tables $(PROOF) --runs=$(PROOF_LIST) --control=saisa-text > $(PROOF)/report/tables.md
+	$(BIN)/python -m saisa_jax report --output=$(PROOF)/report --runs=$(call listed,$(PROOF_RUNS:%=$(PROOF)/%))
+	$(BIN)/python -m proof.tables $(PROOF) --task=drawings --runs=$(call listed,$(PROOF_RUNS)) --control=saisa-text \
+	  --output=$(PROOF)/report/tables.md
 	@echo "The tables are in $(PROOF)/report/tables.md"
 
 # Every command of `make proof`, with random weights and drawings of its own, in minutes.

@@ -3,14 +3,11 @@
     python train.py --config=configs/demo.py --workdir=runs/demo
     python eval.py --workdir=runs/demo
 
-The argument picks one row of the comparison, each with the same recipe, size and budget:
+The argument picks a member of the family (docs/family.md), each with the same recipe, size and budget:
 
-    python train.py --config=configs/demo.py:saisa    --workdir=runs/compare/saisa
-    python train.py --config=configs/demo.py:naavit   --workdir=runs/compare/naavit
-    python train.py --config=configs/demo.py:llava    --workdir=runs/compare/llava
-    python train.py --config=configs/demo.py:flamingo --workdir=runs/compare/flamingo
-    python train.py --config=configs/demo.py:casa     --workdir=runs/compare/casa
-    python train.py --config=configs/demo.py:blind    --workdir=runs/compare/saisa_blind
+    python train.py --config=configs/demo.py:llava --workdir=runs/family/llava
+
+`make demo-family` trains and compares them all.
 """
 
 from ml_collections import ConfigDict
@@ -32,14 +29,25 @@ from saisa_jax.config import (
     to_config_dict,
 )
 
-VARIANTS = ("saisa", "naavit", "llava", "flamingo", "casa", "blind")
+PER_LAYER, SHARED = ProjectorConfig(sharing="per_layer"), ProjectorConfig(sharing="shared")
+VARIANTS = {  # fields of ModelConfig
+    "saisa": {"projector": PER_LAYER},
+    "shared": {"projector": SHARED},
+    "low_rank": {"projector": ProjectorConfig("low_rank", rank=16)},
+    "resampler": {"projector": ProjectorConfig("resampler", num_tokens=16, num_layers=1, num_heads=4)},
+    "vica": {"projector": SHARED, "visual_layers": (0, 1)},
+    "naavit": {"projector": SHARED, "alignment": "naavit"},
+    "llava": {"projector": SHARED, "alignment": "llava"},
+    # Two cross layers of a decoder with four, under casa with the text beside the image.
+    "flamingo": {"projector": SHARED, "alignment": "flamingo", "flamingo": FlamingoConfig(2)},
+    "casa": {"projector": SHARED, "alignment": "flamingo", "flamingo": FlamingoConfig(2, local_text=True)},
+    "blind": {"projector": PER_LAYER},
+}
 
 
 def get_config(variant: str = "saisa") -> ConfigDict:
     if variant not in VARIANTS:
         raise ConfigError(f"configs/demo.py:{variant} is unknown; known: {', '.join(VARIANTS)}")
-    alignment = {"blind": "saisa", "casa": "flamingo"}.get(variant, variant)
-    sharing = "per_layer" if alignment == "saisa" else "shared"
 
     vision = VisionConfig(
         family="siglip",
@@ -60,7 +68,6 @@ def get_config(variant: str = "saisa") -> ConfigDict:
         image_mode="resize",
     )
     model = ModelConfig(
-        alignment=alignment,
         vocab_size=128,
         embed_dim=128,
         num_layers=4,
@@ -71,9 +78,7 @@ def get_config(variant: str = "saisa") -> ConfigDict:
         max_length=256,
         dtype="float32",
         vision=vision,
-        projector=ProjectorConfig(sharing=sharing),
-        # Two cross layers of a decoder with four, under casa with the text beside the image.
-        flamingo=FlamingoConfig(2, variant == "casa") if alignment == "flamingo" else FlamingoConfig(),
+        **VARIANTS[variant],
     )
     optimizer = OptimizerConfig(lr=1.5e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.05)
     config = Config(
@@ -97,7 +102,7 @@ def get_config(variant: str = "saisa") -> ConfigDict:
             sources=(SourceConfig("easy_vqa"),),
             validation=(SourceConfig("easy_vqa", split="validation"),),
             template="vicuna_v1",
-            sharing=sharing,
+            sharing=model.projector.sharing,
             batch_size=32,
             text_length=68,
             steps=1150,

@@ -1,6 +1,7 @@
-"""The proof's tables as Markdown, for docs/proof.md: accuracies, costs, differences from LLaVA, seeds, kinds.
+r"""Runs side by side as Markdown, for docs/proof.md and docs/family.md: accuracies, costs, differences, seeds, kinds.
 
-    python -m proof.tables runs/proof --runs=saisa,naavit,llava --control=saisa-text > tables.md
+    python -m proof.tables runs/proof --task=drawings --runs=saisa,naavit,llava --control=saisa-text \
+        --output=tables.md
 
 A run that is called NAME-seedN is another seed of NAME: the spread between the two is what a difference has to exceed.
 """
@@ -28,8 +29,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield ""
 
 
-def result(root: Path, name: str) -> Result:
-    return read_result(str(root / name / "evaluation/drawings.json"))
+def result(root: Path, name: str, task: str) -> Result:
+    return read_result(str(root / name / "evaluation" / f"{task}.json"))
 
 
 def share(part: dict) -> str:
@@ -94,13 +95,15 @@ def curves(runs: dict[str, Run]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
+    parser.add_argument("--task", required=True, help="that all of them answered")
     parser.add_argument("--runs", required=True, help="folders of the root, with commas between")
     parser.add_argument("--control", help="the folder of an evaluation without pictures")
+    parser.add_argument("--output", type=Path, required=True, help="the Markdown file")
     args = parser.parse_args()
     names = args.runs.split(",")
-    runs = {name: read_run(str(args.root / name), "drawings") for name in names}
-    results = {name: result(args.root, name) for name in names}
-    shown = results | ({args.control: result(args.root, args.control)} if args.control else {})
+    runs = {name: read_run(str(args.root / name), args.task) for name in names}
+    results = {name: result(args.root, name, args.task) for name in names}
+    shown = results | ({args.control: result(args.root, args.control, args.task)} if args.control else {})
     sections = {
         "Accuracy": accuracies(shown),
         "By kind of question": kinds(shown),
@@ -108,15 +111,15 @@ def main() -> None:
         "Differences": differences(results),
         "Loss": curves(runs),
     }
-    for title, lines in sections.items():
-        print(f"## {title}\n")
-        print("\n".join(lines))
+    text = [line for title, lines in sections.items() for line in (f"## {title}", "", *lines)]
     for path in sorted((args.root / "round-trip").glob("*.json")):
         found = json.loads(path.read_text())
-        print(
+        text += [
             f"Exported as `{found['layout']}` and imported again: {found['parameters']} parameters bit-equal, "
-            f"{found['answers']} of {found['answers']} answers the same.\n"
-        )
+            f"{found['answers']} of {found['answers']} answers the same.",
+            "",
+        ]
+    args.output.write_text("\n".join(text))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import saisa_jax
+from configs.demo import VARIANTS
 from saisa_jax.__main__ import main, verb_of
 from saisa_jax.config import Config
 from saisa_jax.testing.checkpoints import write_checkpoint
@@ -190,10 +191,17 @@ def test_make_demo_is_the_readmes_way_by_hand() -> None:
 @pytest.mark.slow
 def test_make_demo_compare(tmp_path: Path) -> None:
     lines = make_commands("demo-compare")
-    assert len(lines) == 11
+    assert len(lines) == 12
     for line in lines:
-        run(line, tmp_path)
-    assert (tmp_path / "compare" / "report" / "index.html").exists()
+        run(line.replace("steps=1400", "steps=4"), tmp_path)
+    assert (tmp_path / "family" / "report" / "index.html").exists()
+    assert "saisa-seed1 less saisa" in (tmp_path / "family" / "report" / "tables.md").read_text()
+
+
+def test_make_demo_family_trains_every_variant_twice() -> None:
+    config = "python train.py --config=configs/demo.py:"
+    trained = [line.split(":")[1].split()[0] for line in make_commands("demo-family") if line.startswith(config)]
+    assert sorted(trained) == sorted([*VARIANTS, *VARIANTS])
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

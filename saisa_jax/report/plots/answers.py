@@ -30,7 +30,7 @@ def accuracy_by_kind(title: str, runs: Sequence[Run]) -> Figure:
             if part is None:
                 continue
             low, high = part["interval"]
-            line = {"color": color(run.number), "linewidth": 2, "alpha": 0.55, "solid_capstyle": "round"}
+            line: dict[str, Any] = {"color": color(run.number), "linewidth": 2, "alpha": 0.55, "solid_capstyle": "round"}
             axes.plot([low, high], [row + shift] * 2, **line)
             axes.plot(
                 part["accuracy"],

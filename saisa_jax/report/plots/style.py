@@ -60,7 +60,7 @@ def new_axes(title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes
     return figure, axes
 
 
-def look(number: int) -> dict[str, str]:
+def look(number: int) -> dict[str, Any]:
     """Colour and marker of a run; the first 49 differ."""
     return {"color": color(number), "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)]}
 
