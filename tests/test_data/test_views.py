@@ -217,7 +217,7 @@ def test_grids_that_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_grids_as_a_flag() -> None:
-    config = to_config_dict(tiny_config())
+    config: Any = to_config_dict(tiny_config())
     config.model.vision.image_mode = "anyres"
     config.model.vision.image_grids = ((32, 64), (64, 32))
     read = from_config_dict(Config, config)
