@@ -284,6 +284,7 @@ def test_an_unknown_convention_is_an_error() -> None:
         ("vicuna-7b", "clip-vit-l-336"),
         ("vicuna-7b", "siglip-so400m-384"),
         ("llama3-8b", "clip-vit-l-336"),  # grouped keys and values
+        ("qwen3-0.6b", "clip-vit-l-336"),  # heads together twice as wide as the model
         ("smollm2-135m", "convnext-xlarge-384"),  # one table for embedding and head
     ],
 )

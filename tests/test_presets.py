@@ -21,6 +21,10 @@ DECODERS = {
     "mistral-7b": 7_241_732_096,
     "smollm2-135m": 134_515_008,  # tied
     "qwen2-0.5b": 494_032_768,  # tied
+    "qwen3-0.6b": 596_049_920,  # tied
+    "qwen3-1.7b": 1_720_574_976,  # tied
+    "qwen3-4b": 4_022_468_096,  # tied
+    "qwen3-8b": 8_190_735_360,
 }
 # Whole encoders: every layer and the last norm (without SigLIP's pooling head).
 ENCODERS = {

@@ -20,6 +20,7 @@ OTHERS = {"__init__", "common", "demo", "imported", "finetune_lora", "distill_fr
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
 
 VICUNA_7B, VICUNA_13B, LLAMA3_8B, MISTRAL_7B = 6_738_415_616, 13_015_864_320, 8_030_261_248, 7_241_732_096
+QWEN3_8B = 8_190_735_360
 
 
 def but_the_last_layer(published: int, width: int, mlp: int) -> int:
@@ -45,12 +46,14 @@ DECODERS = {
     "vica_vicuna_13b": VICUNA_13B,
     "saisa_llama3_8b": LLAMA3_8B,
     "saisa_mistral_7b": MISTRAL_7B,
+    "saisa_qwen3_8b": QWEN3_8B,
 }
 FINETUNE = {  # parameters in stage 2: (trainable, frozen)
     "saisa_vicuna_7b": (VICUNA_7B + 32 * ONE, CLIP),
     "saisa_vicuna_13b": (VICUNA_13B + 40 * projector(1024, 5120), CLIP),
     "saisa_llama3_8b": (LLAMA3_8B + 32 * ONE, CLIP),
     "saisa_mistral_7b": (MISTRAL_7B + 32 * ONE, CLIP),
+    "saisa_qwen3_8b": (QWEN3_8B + 36 * ONE, CLIP),
     "saisa_vicuna_7b_siglip": (VICUNA_7B + 32 * projector(1152, 4096), SIGLIP),
     "saisa_vicuna_7b_convnext": (VICUNA_7B + 32 * projector(2048, 4096), CONVNEXT),
     "ablation_shared_projector": (VICUNA_7B + ONE, CLIP),

@@ -110,6 +110,7 @@ class ModelConfig:
     max_length: int = 2048  # expanded positions of a sample, visual ones included
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: an RMSNorm over each head's queries, and one over its keys, before they are rotated
     sliding_window: int | None = None  # Mistral; None: full causal attention
     visual_layers: tuple[int, ...] | None = None  # SAISA: which layers attend to the image; None: all
     # LLaVA: layers in which visual tokens are no queries, but go through the MLP (as under NAAViT in all), and layers

@@ -17,6 +17,9 @@ from saisa_jax.convert.rows import TensorRow
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# Fields of `ModelConfig` for what decoders of this build have besides Llama's; a family is told by those that it has.
+EXTRAS = ("qkv_bias", "qk_norm", "sliding_window")
+
 Aliases = tuple[tuple[str, str], ...]  # (regex, replacement): other spellings of keys
 
 

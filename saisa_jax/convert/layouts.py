@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from saisa_jax.config import ModelConfig, VisionConfig
 from saisa_jax.convert.families import DECODERS, ENCODERS
-from saisa_jax.convert.family import Aliases, DecoderFamily, EncoderFamily
+from saisa_jax.convert.family import EXTRAS, Aliases, DecoderFamily, EncoderFamily
 from saisa_jax.convert.rows import ConvertError, TensorRow, dense
 
 MULTIMODAL = ("saisa", "llava", "llava-hf", "hf")
@@ -82,10 +82,8 @@ def decoder_family(config: ModelConfig) -> DecoderFamily:
     for family in DECODERS.values():
         if family.holds(config):
             return family
-    raise ConvertError(
-        f"no family of decoders ({', '.join(DECODERS)}) has what model.qkv_bias={config.qkv_bias} and "
-        f"model.sliding_window={config.sliding_window} say together"
-    )
+    extras = " and ".join(f"model.{name}={value}" for name in EXTRAS if (value := getattr(config, name)))
+    raise ConvertError(f"no family of decoders ({', '.join(DECODERS)}) has what {extras} say together")
 
 
 def encoder_family(config: VisionConfig) -> EncoderFamily:

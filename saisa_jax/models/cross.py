@@ -42,7 +42,6 @@ from saisa_jax.models.layers import (
     constrain,
     dequantized,
     init_stack,
-    keep,
     named,
     rematerialised,
     rotate_keys,
@@ -102,7 +101,7 @@ class CrossBlock(nn.Module):
             q = rotate_queries(q, rope)
             blocks.append(KeyBlock(*kv, mask))
         if blocks:
-            out, weights = attend(keep(q, "q"), blocks, impl)
+            out, weights = attend(q, blocks, impl)
             x = x + self._gate(self.attn_gate, x) * self.attn.o_proj(out)
         x = x + self._gate(self.mlp_gate, x) * self.mlp(self.post_attn_norm(x))
         return constrain(x, "activation_batch", "activation_length", "activation_embed"), kv, weights

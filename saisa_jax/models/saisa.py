@@ -4,7 +4,7 @@
     V_l          = fc2_l(gelu(fc1_l(Z)))                           [B, V, D]   projector of layer l
     h_t, h_v     = RMSNorm_in_l(x_t), RMSNorm_in_l(V_l)            the decoder's own norm serves both
     q            = rope(W_q h_t, pos_t)                            queries: text only
-    k, v         = rope(W_k [h_v; h_t], [pos_v; pos_t]), W_v [h_v; h_t]
+    k, v         = rope(W_k [h_v; h_t], [pos_v; pos_t]), W_v [h_v; h_t]      (Qwen3: rope(RMSNorm_q(W_q h_t)), and so k)
     x_t          = x_t + W_o attend(q, k, v, mask)
     x_t          = x_t + mlp(RMSNorm_post_l(x_t))                  the MLP: text only
 

@@ -55,6 +55,7 @@ VARIANTS = {
     "one projector, Qwen2": changed(projector=SHARED, qkv_bias=True, tie_embeddings=True),
     "low rank": changed(projector=ProjectorConfig(kind="low_rank", rank=6, hidden_dim=24), visual_layers=(1,)),
     "some layers, SigLIP": changed(vision=SIGLIP | {"select_layer": -1}, visual_layers=(1,)),
+    "Qwen3": changed(qk_norm=True, visual_layers=(1,)),
     "some layers, Mistral": changed(visual_layers=(0,), sliding_window=20),
     "naavit, Mistral, DINOv2": changed("naavit", DINO | {"select_layer": -1, "post_norm": True}, sliding_window=20),
     "another size of images": dataclasses.replace(changed(), vision=resized(changed().vision, 40)),

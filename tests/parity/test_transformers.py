@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from saisa_jax import presets
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig, RopeScalingConfig
-from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.configs import config_from_hf, decoder_to_hf
 from saisa_jax.convert.import_checkpoint import resized
 from saisa_jax.convert.layouts import layout_for
 from saisa_jax.convert.read import import_model, import_params
@@ -50,6 +52,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 100}),
     "mistral-full": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 20, "rope_theta": 1e6, "tie_word_embeddings": True}),
 }
 PIXELS = 56
 TOWER = {
@@ -106,6 +109,17 @@ def test_decoder(family: str, tmp_path: Path, close: Callable[..., None]) -> Non
     assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for key, value in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_every_preset_has_as_many_parameters_as_its_class() -> None:
+    """Of transformers, made without memory from what an export of the preset would say."""
+    for name in presets.LLMS:
+        config = presets.make(name, "clip-vit-l-336")
+        fields = decoder_to_hf(config)
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
+        rows = layout_for(config, "hf-llm").rows
+        assert sum(p.numel() for p in theirs.parameters()) == sum(math.prod(r.theirs) * len(r.keys) for r in rows), name
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "llama-linear"])
@@ -252,14 +266,14 @@ def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callabl
     close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_llava(tower: str, tmp_path: Path, close: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("tower", "family"), [("clip", "llama"), ("siglip", "qwen3")])
+def test_llava(tower: str, family: str, tmp_path: Path, close: Callable[..., None]) -> None:
     """The whole baseline: a picture between text, in the layout that transformers 5 saves."""
     torch.manual_seed(0)
     vision = encoder(tower).config
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=transformers.LlamaConfig(**SMALL),
+        text_config=getattr(transformers, f"{DECODERS[family][0]}Config")(**SMALL, **DECODERS[family][1]),
         image_token_index=149,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )

@@ -133,7 +133,7 @@ FINAL_NORM = {"post_norm": True, "select_layer": -1}
         (
             ("hf-llm",),
             changed("saisa", qkv_bias=True, sliding_window=9),
-            r"no family of decoders .* model.sliding_window=9",
+            r"no family of decoders .* has what model.qkv_bias=True and model.sliding_window=9 say together",
         ),
         (("hf-vision",), changed("saisa", {"pre_norm": False}), r"family='clip' is not .*: pre_norm=False"),
         (

@@ -25,10 +25,11 @@ KINDS = {
         "num_layers": 4,
         "visual_layers": (1, 2),
         "frozen_prefix": True,
+        "qk_norm": True,
     },
     "low-rank": {"projector": ProjectorConfig("low_rank", rank=8), "num_layers": 3, "visual_layers": (0, 2)},
     "resampler": {"projector": ProjectorConfig("resampler", num_tokens=5)},
-    "naavit": {"alignment": "naavit", "projector": ProjectorConfig(sharing="shared")},
+    "naavit": {"alignment": "naavit", "projector": ProjectorConfig(sharing="shared"), "qk_norm": True},
     "llava": {"alignment": "llava", "projector": ProjectorConfig(sharing="shared")},
     "llava-switched": {
         "alignment": "llava",
@@ -48,6 +49,7 @@ KINDS = {
         "projector": ProjectorConfig(sharing="shared"),
         "num_layers": 3,
         "flamingo": FlamingoConfig(every=2, local_text=True),
+        "qk_norm": True,
     },
 }
 SELDOM = {"flamingo"}  # its layers run as those of "casa"; `parity` compares it with IDEFICS
