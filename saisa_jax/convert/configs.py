@@ -35,6 +35,12 @@ LLAVA_OPTIONS = {
 # In the config.json of an encoder that is exported alone: which features of it, and of which pictures, are meant.
 FEATURE_LAYER, FEATURE_NORM = "vision_feature_layer", "vision_feature_norm"
 FEATURE_IMAGE_MODE = "vision_image_mode"
+# Of which there is a nearer one here.
+INSTEAD = {
+    "siglip2_vision_model": "it reads pictures of any shape (NaFlex); take a SigLIP2 of one resolution, such as "
+    "google/siglip2-so400m-patch14-384",
+    "gemma3_text": "it has other norms, and layers of two kinds; docs/weights.md says why it is left out",
+}
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -131,7 +137,8 @@ def image_mode_from_hf(preprocessor: Mapping[str, Any]) -> str | None:
 
 def _unknown(raw: Mapping[str, Any], source: Path, known: Mapping[str, Any]) -> ConvertError:
     name = raw.get("model_type")
-    return ConvertError(f"{source}: model_type={name!r} is not known here; known: {', '.join(known)}")
+    instead = f": {INSTEAD[name]}" if name in INSTEAD else f"; known: {', '.join(known)}"
+    return ConvertError(f"{source}: model_type={name!r} is not known here{instead}")
 
 
 def config_from_hf(

@@ -18,7 +18,7 @@ ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # Fields of `ModelConfig` for what decoders of this build have besides Llama's; a family is told by those that it has.
-EXTRAS = ("qkv_bias", "qk_norm", "sliding_window")
+EXTRAS = ("qkv_bias", "qk_norm", "unrotated_layers", "sliding_window")
 
 Aliases = tuple[tuple[str, str], ...]  # (regex, replacement): other spellings of keys
 

@@ -56,6 +56,7 @@ VARIANTS = {
     "low rank": changed(projector=ProjectorConfig(kind="low_rank", rank=6, hidden_dim=24), visual_layers=(1,)),
     "some layers, SigLIP": changed(vision=SIGLIP | {"select_layer": -1}, visual_layers=(1,)),
     "Qwen3": changed(qk_norm=True, visual_layers=(1,)),
+    "SmolLM3": changed(unrotated_layers=(1,)),
     "some layers, Mistral": changed(visual_layers=(0,), sliding_window=20),
     "naavit, Mistral, DINOv2": changed("naavit", DINO | {"select_layer": -1, "post_norm": True}, sliding_window=20),
     "another size of images": dataclasses.replace(changed(), vision=resized(changed().vision, 40)),

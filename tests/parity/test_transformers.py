@@ -21,6 +21,7 @@ from saisa_jax.convert.configs import config_from_hf, decoder_to_hf
 from saisa_jax.convert.import_checkpoint import resized
 from saisa_jax.convert.layouts import layout_for
 from saisa_jax.convert.read import import_model, import_params
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.write import export_params
 from saisa_jax.models.encoders.convnext import ConvNext
 from saisa_jax.models.encoders.vit import VisionEncoder
@@ -52,6 +53,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 100}),
     "mistral-full": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "head_dim": 20}),
     "qwen3": ("Qwen3", {"head_dim": 20, "rope_theta": 1e6, "tie_word_embeddings": True}),
 }
 PIXELS = 56
@@ -264,6 +266,26 @@ def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callabl
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
     close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
+
+
+def test_a_whole_siglip2_is_read_as_its_encoder(tmp_path: Path, close: Callable[..., None]) -> None:
+    """As the hub has those of one resolution: with the model of texts, under `vision_model.`; NaFlex is refused."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    both = transformers.SiglipConfig(text_config=text | {"vocab_size": 256}, vision_config=TOWER)
+    theirs = randomized(transformers.SiglipModel(both))
+    config = config_from_hf(saved(theirs, tmp_path))
+    assert config.vision.family == "siglip" and config.vision.select_layer == -2
+    images, pixels = pictures(config, 1)
+    with torch.no_grad():
+        expected = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
+    imported = import_params(tmp_path, config)
+    assert any(key.startswith("text_model.") for key in imported.ignored)
+    features, _ = VisionEncoder(config.vision).apply({"params": imported.params["vision"]}, jnp.asarray(images))
+    close(features, expected.numpy(), atol=1e-4, what="features")
+    naflex = transformers.Siglip2Config().to_dict()
+    with pytest.raises(ConvertError, match=r"'siglip2_vision_model' .*NaFlex.*; take a SigLIP2 of one resolution"):
+        config_from_hf(tmp_path, layout="hf-vision", raw=naflex)
 
 
 @pytest.mark.parametrize(("tower", "family"), [("clip", "llama"), ("siglip", "qwen3")])

@@ -66,6 +66,7 @@ def test_rows_are_exactly_the_parameters(layout: str, tower: str) -> None:
     [
         {"qkv_bias": True},
         {"qk_norm": True},
+        {"unrotated_layers": (1,)},
         {"tie_embeddings": True},
         {"visual_layers": (0, 2)},
         {"projector": ProjectorConfig(sharing="per_layer", hidden_dim=7)},

@@ -213,7 +213,7 @@ def test_a_multimodal_model_is_tied_if_either_says_so(top: bool | None, text: bo
 
 CLASSES = {
     "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
+    "qwen3": transformers.Qwen3Config, "smollm3": transformers.SmolLM3Config,
     "clip_vision_model": transformers.CLIPVisionConfig, "siglip_vision_model": transformers.SiglipVisionConfig,
     "dinov2": transformers.Dinov2Config, "convnext": transformers.ConvNextConfig,
 }  # fmt: skip

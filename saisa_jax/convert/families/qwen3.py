@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from saisa_jax.config import ConfigError
 from saisa_jax.convert.families import DECODERS
 from saisa_jax.convert.families.llama import Llama
 
@@ -29,6 +28,7 @@ class Qwen3(Llama):
     llava = ("llava_qwen3", "LlavaQwen3ForCausalLM")
     also = ()
     extras = frozenset({"qk_norm"})
+    only: ClassVar[Mapping[str, Any]] = {**Llama.only, "use_sliding_window": False}
     defaults: ClassVar[Mapping[str, Any]] = {
         **Llama.defaults,
         "vocab_size": 151936,
@@ -45,8 +45,6 @@ class Qwen3(Llama):
     }
 
     def config_from_hf(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        if fields.get("use_sliding_window"):
-            raise ConfigError("use_sliding_window=True, a window in some layers only, is not supported")
         return {**super().config_from_hf(fields), "qk_norm": True}
 
 
