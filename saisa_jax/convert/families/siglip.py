@@ -17,11 +17,11 @@ _SWITCHES: Mapping[str, Any] = {
     "layer_scale": False,
 }
 _HALVES = (0.5, 0.5, 0.5)
-_BASE = {"embed_dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
-_SO400M = {"embed_dim": 1152, "num_layers": 27, "num_heads": 16, "mlp_dim": 4304}
+_BASE: Mapping[str, Any] = {"embed_dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
+_SO400M: Mapping[str, Any] = {"embed_dim": 1152, "num_layers": 27, "num_heads": 16, "mlp_dim": 4304}
 
 
-def _published(image_size: int, patch_size: int, sizes: Mapping[str, int]) -> VisionConfig:
+def _published(image_size: int, patch_size: int, sizes: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(
         family="siglip",
         **_SWITCHES,
