@@ -36,6 +36,8 @@ ENCODERS = {
     "siglip2-so400m-384": 428_225_600 - 15_238_352,
     "siglip2-so400m-512": 428_772_800 - 15_238_352,
     "dinov2-small": 22_056_576 - 384,  # without the mask token of its pre-training
+    "dinov2-with-registers-base": 86_583_552 - 768,
+    "dinov2-with-registers-large": 304_372_736 - 1024,
     "convnext-xlarge-384": 350_196_968 - 2_049_000 - 4096,  # without classifier and the norm before it
 }
 PROJECTOR_7B = 20_979_712
@@ -99,6 +101,8 @@ def test_patches_and_windows() -> None:
         "siglip2-so400m-384": 729,
         "siglip2-so400m-512": 1024,
         "dinov2-small": 1369,
+        "dinov2-with-registers-base": 1369,
+        "dinov2-with-registers-large": 1369,
         "convnext-xlarge-384": 144,
     }
     windows = {name: presets.make(name, "clip-vit-l-336").sliding_window for name in presets.LLMS}

@@ -30,6 +30,7 @@ def but_the_last_layer(published: int, width: int, mlp: int) -> int:
 
 CLIP = but_the_last_layer(303_507_456, 1024, 4096)
 SIGLIP = but_the_last_layer(428_225_600 - 15_238_352, 1152, 4304)  # without its pooling head
+DINOV2 = but_the_last_layer(304_372_736 - 1024, 1024, 4096) - 2 * 1024  # without mask token and that layer's scales
 CONVNEXT = 348_143_872
 
 
@@ -59,6 +60,7 @@ FINETUNE = {  # parameters in stage 2: (trainable, frozen)
     "saisa_llama3_2_3b": (LLAMA32_3B + 28 * projector(1152, 3072), SIGLIP),
     "saisa_smollm3_3b": (SMOLLM3_3B + 36 * projector(1152, 2048), SIGLIP),
     "saisa_vicuna_7b_siglip": (VICUNA_7B + 32 * projector(1152, 4096), SIGLIP),
+    "saisa_vicuna_7b_dinov2": (VICUNA_7B + 32 * ONE, DINOV2),
     "saisa_vicuna_7b_convnext": (VICUNA_7B + 32 * projector(2048, 4096), CONVNEXT),
     "ablation_shared_projector": (VICUNA_7B + ONE, CLIP),
     "ablation_half_the_layers": (VICUNA_7B + 16 * ONE, CLIP),

@@ -191,6 +191,7 @@ def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config") or LLAVA_HF_TOWER
     mode = image_mode_from_hf(read_preprocessor(directory))
     tower = vision_config_from_hf(vision, directory, raw.get("vision_feature_layer", -2), mode)
+    _check_tower(tower, directory)
     _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
     _expect(raw, "projector_hidden_act", "gelu", directory)
     _expect(raw, "multimodal_projector_bias", True, directory)
@@ -240,6 +241,7 @@ def _original(
     said = raw.get("mm_vision_select_layer")
     select = select_layer if said is None else said
     tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
+    _check_tower(tower, directory)
     if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
         _expect(raw, "mm_vision_select_feature", "patch", directory)
     width = raw.get("mm_hidden_size") or tower.embed_dim
@@ -263,6 +265,14 @@ def _check_llava(raw: Mapping[str, Any], directory: Path) -> None:
         done = "it writes image_newline into an image"
         raise _unsupported(
             directory, "mm_patch_merge_type", merge, f"{done}; take a checkpoint with 'flat' (LLaVA-1.5)"
+        )
+
+
+def _check_tower(tower: VisionConfig, directory: Path) -> None:
+    if tower.num_registers:
+        raise ConvertError(
+            f"{directory}: its tower has {tower.num_registers} registers (model_type dinov2_with_registers), which "
+            "LLaVA's programs take for patches: this is not supported; take a checkpoint with another tower"
         )
 
 

@@ -95,7 +95,8 @@ class EncoderFamily(Family):
       image_mean, image_std: of a directory without a preprocessor_config.json.
       switches: fields of `VisionConfig` that all of the family have in common; an encoder with others is none of it.
       select_layer: the hidden state to use where an import does not say; LLaVA's choice.
-      in_llava_hf: whether transformers' LLaVA supports it as its tower, which takes a row of patches.
+      in_llava_hf: whether transformers' LLaVA supports it as its tower, which takes a row of patches
+        behind at most a class token.
       presets: published encoders by name.
     """
 

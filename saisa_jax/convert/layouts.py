@@ -234,7 +234,7 @@ def check_says(config: ModelConfig, name: str) -> None:
     if name == "llava-hf" and not encoder_family(config.vision).in_llava_hf:
         reasons.append(
             f"model.vision.family={config.vision.family!r} is none that transformers' LLaVA can have: it wants a row "
-            "of patches"
+            "of patches behind at most a class token"
         )
     if reasons:
         raise ConvertError(f"the layout {name!r} cannot say what this model is:\n  " + "\n  ".join(reasons))
@@ -287,6 +287,8 @@ def _projector_reasons(config: ModelConfig) -> Iterator[str]:
 def _encoder_reasons(vision: VisionConfig) -> Iterator[str]:
     if vision.post_norm:
         yield "model.vision.post_norm=True: its readers take the encoder's features before the last norm"
+    if vision.num_registers:
+        yield f"model.vision.num_registers={vision.num_registers}: to its readers they are patches"
     if vision.num_used_layers == 0:
         yield f"model.vision.select_layer={vision.select_layer}: features of an encoder without any layer"
     if vision.positions_per_side != vision.patches_per_side:

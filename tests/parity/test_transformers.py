@@ -151,6 +151,9 @@ def encoder(family: str) -> Any:
         sizes = {"hidden_sizes": [24, 32, 40], "depths": [2, 1, 3], "num_stages": 3, "image_size": 64}
         return transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
     small = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
+    if family == "dinov2_with_registers":
+        config = transformers.Dinov2WithRegistersConfig(**small, mlp_ratio=2, num_register_tokens=3)
+        return transformers.Dinov2WithRegistersModel(config)
     return transformers.Dinov2Model(transformers.Dinov2Config(**small, mlp_ratio=2))
 
 
@@ -163,7 +166,9 @@ def pictures(config: ModelConfig, count: int) -> tuple[np.ndarray, Any]:
 
 
 @pytest.mark.parametrize("select_layer", [-1, -2])
-@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2"])
+@pytest.mark.parametrize(
+    "family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2", "dinov2_with_registers"]
+)
 def test_encoder(family: str, select_layer: int, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
@@ -171,7 +176,7 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path, close: Callable
     images, pixels = pictures(config, 2)
     with torch.no_grad():
         states = theirs(pixels, output_hidden_states=True).hidden_states
-    first = int(config.vision.class_token)
+    first = int(config.vision.class_token) + config.vision.num_registers
     params = import_params(tmp_path, config).params["vision"]
     features, hidden = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
     close(features, states[select_layer][:, first:].numpy(), atol=1e-4, what="features")
@@ -201,7 +206,7 @@ def test_convnext(select_layer: int, image_size: int, tmp_path: Path, close: Cal
 
 
 @pytest.mark.parametrize("size", [42, 84])
-@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "dinov2_with_registers"])
 def test_encoder_on_images_of_another_size(family: str, size: int, tmp_path: Path, close: Callable[..., None]) -> None:
     """Positions are resampled as theirs are: smaller and larger pictures than the table was made for."""
     torch.manual_seed(0)
@@ -209,17 +214,18 @@ def test_encoder_on_images_of_another_size(family: str, size: int, tmp_path: Pat
     config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
     config = dataclasses.replace(config, vision=resized(config.vision, size))
     images, pixels = pictures(config, 1)
-    always = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    always = {} if "dinov2" in family else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = theirs(pixels, output_hidden_states=True, **always).hidden_states[-1]
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
     assert features.shape[1] == (size // 14) ** 2 != config.vision.positions_per_side**2
-    close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
+    close(features, expected[:, -config.vision.num_patches :].numpy(), atol=1e-4, what="features")
 
 
 OLD_PREFIX = {  # of the keys that transformers 4 wrote, or that the class with a head writes
     "clip": "vision_model.", "siglip": "vision_model.", "dinov2": "dinov2.", "convnext": "convnext.",
+    "dinov2_with_registers": "dinov2_with_registers.",
 }  # fmt: skip
 
 
@@ -254,7 +260,7 @@ def test_encoder_comes_back_bit_for_bit_from_either_spelling(family: str, prefix
         assert key in loading["missing_keys"] or torch.equal(state[key], value), key
 
 
-@pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])
+@pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2", "dinov2_with_registers"])
 def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
@@ -265,7 +271,7 @@ def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callabl
         expected = theirs(pixels).last_hidden_state
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
-    close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
+    close(features, expected[:, -config.vision.num_patches :].numpy(), atol=1e-4, what="features")
 
 
 def test_a_whole_siglip2_is_read_as_its_encoder(tmp_path: Path, close: Callable[..., None]) -> None:

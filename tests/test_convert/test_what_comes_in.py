@@ -215,7 +215,8 @@ CLASSES = {
     "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config, "smollm3": transformers.SmolLM3Config,
     "clip_vision_model": transformers.CLIPVisionConfig, "siglip_vision_model": transformers.SiglipVisionConfig,
-    "dinov2": transformers.Dinov2Config, "convnext": transformers.ConvNextConfig,
+    "dinov2": transformers.Dinov2Config, "dinov2_with_registers": transformers.Dinov2WithRegistersConfig,
+    "convnext": transformers.ConvNextConfig,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from saisa_jax.convert.families.clip import Clip
 _SWITCHES: Mapping[str, Any] = {
     "kind": "vit",
     "class_token": False,
+    "num_registers": 0,
     "pre_norm": False,
     "patch_bias": True,
     "layer_scale": False,
