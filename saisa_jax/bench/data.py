@@ -79,7 +79,7 @@ class Pipeline:
             resized = time.thread_time()
             encoded, _ = self.encode(sample)
             tokenised = time.thread_time()
-            examples.append(Example(encoded, views))
+            examples.append(Example(encoded, list(views)))
             for stage, taken in zip(STAGES, (decoded - start, resized - decoded, tokenised - resized), strict=False):
                 seconds[stage] += taken
         start = time.thread_time()

@@ -8,10 +8,13 @@ picture, and a learned vector `image_newline` ends each row. That is another seq
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from saisa_jax.config import VisionConfig
+from saisa_jax.config import ConfigError, VisionConfig
+from saisa_jax.convert.rows import ConvertError
 
 MERGED = "its tiles are merged with image_newline at the end of each row (spatial_unpad), and here they stay whole"
 ONE_SQUARE = {  # layouts whose readers take one square for each image, and what they do with more
@@ -66,6 +69,20 @@ def grids_from_llava(raw: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | No
     if not grids:
         raise ValueError("no grid")
     return grids
+
+
+def with_grids(tower: VisionConfig, raw: Mapping[str, Any], where: Path) -> VisionConfig:
+    """The tower with the grids of a config.json in LLaVA's layout, if that is of any resolution.
+
+    Raises:
+      ConvertError: grids that are no multiples of its images.
+    """
+    if not (grids := grids_from_llava(raw)):
+        return tower
+    try:
+        return dataclasses.replace(tower, image_mode="anyres", image_grids=grids)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: image_grid_pinpoints: {error}") from error
 
 
 def views_to_llava(vision: VisionConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
-from saisa_jax.convert.any_resolution import FEATURE_GRIDS, MERGED, grids_from_llava, refusal, views_to_llava
+from saisa_jax.convert.any_resolution import FEATURE_GRIDS, MERGED, refusal, views_to_llava, with_grids
 from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.family import DecoderFamily
 from saisa_jax.convert.files.open import open_checkpoint
@@ -36,6 +36,12 @@ LLAVA_OPTIONS = {
 # In the config.json of an encoder that is exported alone: which features of it, and of which pictures, are meant.
 FEATURE_LAYER, FEATURE_NORM = "vision_feature_layer", "vision_feature_norm"
 FEATURE_IMAGE_MODE = "vision_image_mode"
+# Of which there is a nearer one here.
+INSTEAD = {
+    "siglip2_vision_model": "it reads pictures of any shape (NaFlex); take a SigLIP2 of one resolution, such as "
+    "google/siglip2-so400m-patch14-384",
+    "gemma3_text": "it has other norms, and layers of two kinds; docs/weights.md says why it is left out",
+}
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -133,7 +139,8 @@ def image_mode_from_hf(preprocessor: Mapping[str, Any]) -> str | None:
 
 def _unknown(raw: Mapping[str, Any], source: Path, known: Mapping[str, Any]) -> ConvertError:
     name = raw.get("model_type")
-    return ConvertError(f"{source}: model_type={name!r} is not known here; known: {', '.join(known)}")
+    instead = f": {INSTEAD[name]}" if name in INSTEAD else f"; known: {', '.join(known)}"
+    return ConvertError(f"{source}: model_type={name!r} is not known here{instead}")
 
 
 def config_from_hf(
@@ -188,6 +195,7 @@ def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config") or LLAVA_HF_TOWER
     mode = image_mode_from_hf(read_preprocessor(directory))
     tower = vision_config_from_hf(vision, directory, raw.get("vision_feature_layer", -2), mode)
+    _check_tower(tower, directory)
     _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
     _expect(raw, "projector_hidden_act", "gelu", directory)
     _expect(raw, "multimodal_projector_bias", True, directory)
@@ -237,11 +245,8 @@ def _original(
     said = raw.get("mm_vision_select_layer")
     select = select_layer if said is None else said
     tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
-    if grids := grids_from_llava(raw):
-        try:
-            tower = dataclasses.replace(tower, image_mode="anyres", image_grids=grids)
-        except ConfigError as error:
-            raise ConvertError(f"{directory / CONFIG}: image_grid_pinpoints: {error}") from error
+    _check_tower(tower, directory)
+    tower = with_grids(tower, raw, directory / CONFIG)
     if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
         _expect(raw, "mm_vision_select_feature", "patch", directory)
     width = raw.get("mm_hidden_size") or tower.embed_dim
@@ -258,6 +263,14 @@ def _check_llava(raw: Mapping[str, Any], directory: Path, layout: str) -> None:
             raise _unsupported(directory, field, raw[field], f"{done}; take a checkpoint that was trained without")
     if refused := refusal(raw, layout):
         raise _unsupported(directory, *refused)
+
+
+def _check_tower(tower: VisionConfig, directory: Path) -> None:
+    if tower.num_registers:
+        raise ConvertError(
+            f"{directory}: its tower has {tower.num_registers} registers (model_type dinov2_with_registers), which "
+            "LLaVA's programs take for patches: this is not supported; take a checkpoint with another tower"
+        )
 
 
 def _unsupported(directory: Path, field: str, value: Any, instead: str) -> ConvertError:

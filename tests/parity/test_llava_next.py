@@ -88,6 +88,6 @@ def test_logits(tmp_path: Path, close: Callable[..., None]) -> None:
     starts = np.concatenate([3 + P * np.arange(3), 5 + P * np.arange(3, 8)]).astype(np.int32)
     nothing = np.zeros(len(tokens), np.float32)
     encoded = Encoded("s", tokens, tokens, nothing, places, starts, len(ids), (3, 5))
-    batch = pack_rows([[Example(encoded, np.concatenate(views))]], len(tokens), 8, SIZE)
+    batch = pack_rows([[Example(encoded, list(np.concatenate(views)))]], len(tokens), 8, SIZE)
     logits, _ = jax.jit(Saisa(ours).apply)({"params": imported.params}, batch)
     close(np.asarray(logits)[0, :, : ours.vocab_size], expected[places], atol=1e-4)

@@ -14,6 +14,7 @@ import pytest
 from saisa_jax.__main__ import main
 from saisa_jax.checkpoints import load_model, save_model
 from saisa_jax.config import ModelConfig
+from saisa_jax.convert.any_resolution import grids_from_llava, reasons_of_views, views_to_llava
 from saisa_jax.convert.configs import config_from_hf
 from saisa_jax.convert.layouts import check_says
 from saisa_jax.convert.rows import ConvertError
@@ -47,7 +48,7 @@ def test_grids_are_read(tmp_path: Path) -> None:
         ({"image_grid_pinpoints": None}, r"image_grid_pinpoints=None is not supported: with anyres it lists pairs"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, r"image_grid_pinpoints='\(1x1\).* lists pairs \(width, height\)"),
         ({"image_grid_pinpoints": [[40, 32]]}, r"image_grid_pinpoints: .*\(32, 40\).* multiples of .*image_size=32"),
-        ({"mm_patch_merge_type": "spatial_unpad"}, r"mm_patch_merge_type='spatial_unpad' .* image_newline .* 'flat'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, r"mm_patch_merge_type='spatial_unpad' .* image_newline .*'flat'"),
         ({"image_aspect_ratio": "anyres_max_9"}, r"image_aspect_ratio='anyres_max_9' is not supported: it changes"),
     ],
 )
@@ -70,6 +71,14 @@ def test_layouts_of_one_square_an_image(layout: str, tmp_path: Path) -> None:
         check_says(hf, "hf")
 
 
+def test_grids_are_written() -> None:
+    vision = dataclasses.replace(tiny_model("llava").vision, image_mode="anyres", image_grids=GRIDS)
+    said = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": PINPOINTS, "mm_patch_merge_type": "flat"}
+    assert views_to_llava(vision) == said and grids_from_llava(said) == GRIDS
+    assert not list(reasons_of_views(vision, "llava")) and not list(reasons_of_views(vision, "hf-vision"))
+
+
+@pytest.mark.slow
 def test_out_and_in_again(tmp_path: Path) -> None:
     """A LLaVA of any resolution in LLaVA's layout, and its encoder alone."""
     config = tiny_config("llava")
