@@ -9,10 +9,20 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from configs import distill_from_llava
 from saisa_jax import flops
 from saisa_jax.__main__ import main
-from saisa_jax.checkpoints import load_model, save_model
-from saisa_jax.config import PROJECTOR_PATTERN, TRAIN_ALL, ConfigError, GroupConfig, SourceConfig, to_dict
+from saisa_jax.checkpoints import load_model, read_account, save_model
+from saisa_jax.config import (
+    PROJECTOR_PATTERN,
+    TRAIN_ALL,
+    Config,
+    ConfigError,
+    GroupConfig,
+    SourceConfig,
+    from_config_dict,
+    to_dict,
+)
 from saisa_jax.data.images import load_image
 from saisa_jax.data.pipeline import StageData
 from saisa_jax.data.sample import DataError
@@ -150,6 +160,37 @@ def test_features_of_every_view(home, tmp_path):
     found = features.batch["images"].reshape(expected.shape)
     held = np.repeat(places[0] > 0, 16, axis=1)
     np.testing.assert_allclose(found[held], expected[held], atol=1e-5)
+
+
+def student(home, teacher, params):
+    """The recipe of distillation, on features; the teacher is saved first."""
+    as_llava = tiny_config("llava")
+    save_model(teacher, params, as_llava, TOKENIZER, {"stage": "finetune"})
+    config = from_config_dict(Config, distill_from_llava.get_config(str(teacher)))
+    data, sources = recipe(home, features=True).data, recipe(home, features=True).finetune.sources
+    finetune = dataclasses.replace(
+        config.finetune, sources=sources, validation=(), text_length=96, max_images=4, steps=2
+    )
+    return dataclasses.replace(config, finetune=finetune, data=data, evaluation=as_llava.evaluation)
+
+
+def test_features_of_the_teachers_encoder_before_there_is_a_student(home, tmp_path):
+    params = load_model(home / "start")[0]
+    config = student(home, tmp_path / "teacher", params)
+    assert config.distill.start == "ridge" and not config.init_from
+    check_stages(config, TOKENIZER, epath.Path(tmp_path / "run"))
+    token = params["vision"]["class_embedding"] + 1
+    config = student(home, tmp_path / "other", {**params, "vision": {**params["vision"], "class_embedding": token}})
+    with pytest.raises(DataError, match=r"of another encoder"):
+        check_stages(config, TOKENIZER, epath.Path(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_student_is_fitted_and_trained_on_features(home, tmp_path):
+    config = student(home, tmp_path / "teacher", load_model(home / "start")[0])
+    assert loop.run(config, epath.Path(tmp_path / "run")) == 0
+    fit = read_account(tmp_path / "run" / "start")[0]["metadata"]["fit"]
+    assert fit["tokens"] > 0 and fit["fitted"][1] < fit["copied"][1]
 
 
 def test_what_does_not_fit_is_refused(home, tmp_path):
