@@ -241,7 +241,7 @@ vllm: $(VLLM)/installed $(VENV)/installed-dev  ## vLLM with the connector, offli
 # Needs jax[cuda13] and a torch of the same CUDA in the environment (`make` does not bring them); 20 minutes on a GPU.
 # GPU_REPORT_SIZE=tiny runs every piece on whatever there is, in a few minutes: it shows that all of it works.
 GPU_REPORT := runs/gpu-report
-GPU_REPORT_SIZE := full
+GPU_REPORT_SIZE ?= full
 GPU_REPORT_TIME := 300
 ifeq ($(GPU_REPORT_SIZE),tiny)
 GPU_PEERS := --sizes=tiny --rows=1 --dtypes=float32,bfloat16 --repeat=1 --runtimes=eager

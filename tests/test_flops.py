@@ -158,7 +158,7 @@ def closed_form(config: ModelConfig, text: int, images: int = 1, head_rows: int 
 def closed_form_of_encoder(c: VisionConfig) -> int:
     """FLOPs of one image up to the layer that is put out."""
     if c.kind == "vit":
-        rows = c.num_patches + c.class_token
+        rows = c.num_patches + c.class_token + c.num_registers
         of_layer = 8 * rows * c.embed_dim**2 + 4 * rows * rows * c.embed_dim + 4 * rows * c.embed_dim * c.mlp_dim
         return 2 * c.num_patches * 3 * c.patch_size**2 * c.embed_dim + c.num_used_layers * of_layer
     places = (c.image_size // c.stem_size) ** 2
@@ -284,6 +284,7 @@ def test_an_unknown_convention_is_an_error() -> None:
         ("vicuna-7b", "clip-vit-l-336"),
         ("vicuna-7b", "siglip-so400m-384"),
         ("llama3-8b", "clip-vit-l-336"),  # grouped keys and values
+        ("qwen3-0.6b", "clip-vit-l-336"),  # heads together twice as wide as the model
         ("smollm2-135m", "convnext-xlarge-384"),  # one table for embedding and head
     ],
 )

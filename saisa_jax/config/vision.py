@@ -37,6 +37,7 @@ class VisionConfig:
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
     class_token: bool = True
+    num_registers: int = 0  # DINOv2 with registers: further learnt tokens, which are no features either
     pre_norm: bool = True  # CLIP normalises the embeddings before the first layer
     patch_bias: bool = False
     layer_scale: bool = False  # DINOv2, ConvNeXt
@@ -65,6 +66,7 @@ class VisionConfig:
                 f"{where}.position_size={self.position_size} needs {where}.kind=vit and at least "
                 f"{where}.patch_size={self.patch_size}",
             )
+        check(self.num_registers >= 0, f"{where}.num_registers={self.num_registers} must not be negative")
         choice(f"{where}.activation", self.activation, ACTIVATIONS)
         choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
         check(
@@ -93,8 +95,8 @@ class VisionConfig:
         )
         for size in (*self.depths, *self.widths):
             positive(f"an entry of {where}.depths and .widths,", size)
-        for name in ("class_token", "pre_norm", "post_norm"):
-            check(not getattr(self, name), f"{where}.kind=convnext has no {name}: set {where}.{name}=False")
+        for name, none in (("class_token", False), ("num_registers", 0), ("pre_norm", False), ("post_norm", False)):
+            check(getattr(self, name) == none, f"{where}.kind=convnext has no {name}: set {where}.{name}={none}")
         last = max(self.num_used_layers, 1) - 1
         check(
             self.embed_dim == self.widths[last],

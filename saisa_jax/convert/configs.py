@@ -35,6 +35,12 @@ LLAVA_OPTIONS = {
 # In the config.json of an encoder that is exported alone: which features of it, and of which pictures, are meant.
 FEATURE_LAYER, FEATURE_NORM = "vision_feature_layer", "vision_feature_norm"
 FEATURE_IMAGE_MODE = "vision_image_mode"
+# Of which there is a nearer one here.
+INSTEAD = {
+    "siglip2_vision_model": "it reads pictures of any shape (NaFlex); take a SigLIP2 of one resolution, such as "
+    "google/siglip2-so400m-patch14-384",
+    "gemma3_text": "it has other norms, and layers of two kinds; docs/weights.md says why it is left out",
+}
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -131,7 +137,8 @@ def image_mode_from_hf(preprocessor: Mapping[str, Any]) -> str | None:
 
 def _unknown(raw: Mapping[str, Any], source: Path, known: Mapping[str, Any]) -> ConvertError:
     name = raw.get("model_type")
-    return ConvertError(f"{source}: model_type={name!r} is not known here; known: {', '.join(known)}")
+    instead = f": {INSTEAD[name]}" if name in INSTEAD else f"; known: {', '.join(known)}"
+    return ConvertError(f"{source}: model_type={name!r} is not known here{instead}")
 
 
 def config_from_hf(
@@ -184,6 +191,7 @@ def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config") or LLAVA_HF_TOWER
     mode = image_mode_from_hf(read_preprocessor(directory))
     tower = vision_config_from_hf(vision, directory, raw.get("vision_feature_layer", -2), mode)
+    _check_tower(tower, directory)
     _expect(raw, "vision_feature_select_strategy", "default" if tower.class_token else "full", directory)
     _expect(raw, "projector_hidden_act", "gelu", directory)
     _expect(raw, "multimodal_projector_bias", True, directory)
@@ -233,6 +241,7 @@ def _original(
     said = raw.get("mm_vision_select_layer")
     select = select_layer if said is None else said
     tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
+    _check_tower(tower, directory)
     if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
         _expect(raw, "mm_vision_select_feature", "patch", directory)
     width = raw.get("mm_hidden_size") or tower.embed_dim
@@ -256,6 +265,14 @@ def _check_llava(raw: Mapping[str, Any], directory: Path) -> None:
         done = "it writes image_newline into an image"
         raise _unsupported(
             directory, "mm_patch_merge_type", merge, f"{done}; take a checkpoint with 'flat' (LLaVA-1.5)"
+        )
+
+
+def _check_tower(tower: VisionConfig, directory: Path) -> None:
+    if tower.num_registers:
+        raise ConvertError(
+            f"{directory}: its tower has {tower.num_registers} registers (model_type dinov2_with_registers), which "
+            "LLaVA's programs take for patches: this is not supported; take a checkpoint with another tower"
         )
 
 

@@ -213,14 +213,16 @@ def test_a_multimodal_model_is_tied_if_either_says_so(top: bool | None, text: bo
 
 CLASSES = {
     "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config, "smollm3": transformers.SmolLM3Config,
     "clip_vision_model": transformers.CLIPVisionConfig, "siglip_vision_model": transformers.SiglipVisionConfig,
-    "dinov2": transformers.Dinov2Config, "convnext": transformers.ConvNextConfig,
+    "dinov2": transformers.Dinov2Config, "dinov2_with_registers": transformers.Dinov2WithRegistersConfig,
+    "convnext": transformers.ConvNextConfig,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_missing_and_null_fields_are_the_defaults_of_transformers(model_type: str) -> None:
-    read = decoder_config_from_hf if model_type in ("llama", "mistral", "qwen2") else vision_config_from_hf
+    read = decoder_config_from_hf if "num_key_value_heads" in CLASSES[model_type]().to_dict() else vision_config_from_hf
     whole = {"model_type": model_type, **CLASSES[model_type]().to_dict()}
     wanted = read(whole, Path("x"))
     assert read({"model_type": model_type}, Path("x")) == wanted
