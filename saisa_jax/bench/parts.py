@@ -87,7 +87,7 @@ def bench(size: Size, alignment: str, programs: Any, rows: int, dtype: str, repe
         for number in range(repeat + 1):
             (timed if number else Timed()).add(call)
         watch.stop()
-        took = profiled(call, compiled.as_text(), repeat)
+        took = profiled(call, compiled.as_text() or "", repeat)
         names = [part for part in (*needs, "rest") if needs.get(part) or took.get(part)]
         parts = {part: Part(needs.get(part, 0.0), weights.get(part, 0.0), took.get(part, 0.0)) for part in names}
         yield Taken(name, alignment, parts, timed, watch)
@@ -95,8 +95,9 @@ def bench(size: Size, alignment: str, programs: Any, rows: int, dtype: str, repe
 
 def weight_bytes(params: Any, dtype: str) -> dict[str, float]:
     """Of each part's parameters; of a table of embeddings that is no head nearly nothing is read."""
-    found: dict[str, float] = collections.Counter()
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    found: dict[str, float] = collections.defaultdict(float)
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    for path, leaf in flat.items():
         part = flops.part_of(path.replace("lm_head", "Saisa.head"))
         if "embed_tokens" in path and "lm_head" not in params:
             part = "head"
@@ -119,7 +120,7 @@ def profiled(call: Any, program: str, repeat: int) -> dict[str, float]:
                 jax.block_until_ready(call())
         file = next(Path(folder).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(file))
-        found: dict[str, float] = collections.Counter()
+        found: dict[str, float] = collections.defaultdict(float)
         for plane in data.planes:
             for line in plane.lines:
                 for event in line.events:

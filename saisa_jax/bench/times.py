@@ -64,7 +64,7 @@ class Timed:
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The calls of all rounds, every second round from the last to the first."""
     for number in range(rounds):
-        yield from reversed(calls.items()) if number % 2 else calls.items()
+        yield from reversed(list(calls.items())) if number % 2 else calls.items()
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -91,7 +91,7 @@ def test_the_command(tmp_path, capsys) -> None:
     """The peers' outputs are those of this program, or it would fail; training's is in a slow test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(times, "MOST_BY_OTHERS", -1.0)  # busy, whatever this machine does
-        assert main.main(["bench", "peers", "--sizes=tiny", "--rows=8", "--repeat=2", "--runtimes=eager",
+        assert main.main(["bench", "peers", "--sizes=tiny", "--rows=2", "--repeat=2", "--runtimes=eager",
                           "--measures=prefill,second,decode", f"--output={tmp_path}"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "Nothing is concluded: " in out and "(busy)" in out and "The bars" not in out
