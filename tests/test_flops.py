@@ -18,6 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from saisa_jax import flops, presets
 from saisa_jax.__main__ import main
 from saisa_jax.batch import empty_batch
+from saisa_jax.cli.flops import growth_table
 from saisa_jax.config import (
     TRAIN_ALL,
     TRAIN_ALL_BUT_VISION,
@@ -158,7 +159,7 @@ def closed_form(config: ModelConfig, text: int, images: int = 1, head_rows: int 
 def closed_form_of_encoder(c: VisionConfig) -> int:
     """FLOPs of one image up to the layer that is put out."""
     if c.kind == "vit":
-        rows = c.num_patches + c.class_token
+        rows = c.num_patches + c.class_token + c.num_registers
         of_layer = 8 * rows * c.embed_dim**2 + 4 * rows * rows * c.embed_dim + 4 * rows * c.embed_dim * c.mlp_dim
         return 2 * c.num_patches * 3 * c.patch_size**2 * c.embed_dim + c.num_used_layers * of_layer
     places = (c.image_size // c.stem_size) ** 2
@@ -284,6 +285,7 @@ def test_an_unknown_convention_is_an_error() -> None:
         ("vicuna-7b", "clip-vit-l-336"),
         ("vicuna-7b", "siglip-so400m-384"),
         ("llama3-8b", "clip-vit-l-336"),  # grouped keys and values
+        ("qwen3-0.6b", "clip-vit-l-336"),  # heads together twice as wide as the model
         ("smollm2-135m", "convnext-xlarge-384"),  # one table for embedding and head
     ],
 )
@@ -299,6 +301,15 @@ def test_small_models_cost_what_the_closed_form_says(variant: str) -> None:
         assert flops.prefill(config, TEXT, images).parts == closed_form(config, TEXT, images), f"{images} images"
     forward = flops.training(config, TRAIN_PROJECTOR, 2, TEXT, 2).forward
     assert forward.parts == {part: 2 * n for part, n in closed_form(config, TEXT, 2, head_rows=TEXT).items()}
+
+
+def test_how_the_saving_grows_with_visual_tokens() -> None:
+    """The table of docs/family.md: five views of any resolution, 2,880 visual tokens."""
+    configs = {name: seven_b(name) for name in ("llava", "saisa")}
+    table = growth_table(configs, 64, (1, 5), "decoder")
+    assert [list(column.cells) for column in table.columns] == [
+        ["1", "5"], ["576", "2,880"], ["8.528", "42.796"], ["2.860 (-66.5%)", "10.978 (-74.3%)"]
+    ]  # fmt: skip
 
 
 def test_how_a_model_runs_does_not_change_what_it_costs() -> None:

@@ -18,15 +18,26 @@ DECODERS = {
     "vicuna-13b": 13_015_864_320,
     "llama3-8b": 8_030_261_248,
     "llama3.2-1b": 1_235_814_400,  # tied
+    "llama3.2-3b": 3_212_749_824,  # tied
+    "smollm3-3b": 3_075_098_624,  # tied
     "mistral-7b": 7_241_732_096,
     "smollm2-135m": 134_515_008,  # tied
     "qwen2-0.5b": 494_032_768,  # tied
+    "qwen3-0.6b": 596_049_920,  # tied
+    "qwen3-1.7b": 1_720_574_976,  # tied
+    "qwen3-4b": 4_022_468_096,  # tied
+    "qwen3-8b": 8_190_735_360,
 }
 # Whole encoders: every layer and the last norm (without SigLIP's pooling head).
 ENCODERS = {
     "clip-vit-l-336": 303_507_456,
     "siglip-so400m-384": 428_225_600 - 15_238_352,
+    "siglip2-base-256": 92_930_304 - 7_087_104,
+    "siglip2-so400m-384": 428_225_600 - 15_238_352,
+    "siglip2-so400m-512": 428_772_800 - 15_238_352,
     "dinov2-small": 22_056_576 - 384,  # without the mask token of its pre-training
+    "dinov2-with-registers-base": 86_583_552 - 768,
+    "dinov2-with-registers-large": 304_372_736 - 1024,
     "convnext-xlarge-384": 350_196_968 - 2_049_000 - 4096,  # without classifier and the norm before it
 }
 PROJECTOR_7B = 20_979_712
@@ -86,7 +97,12 @@ def test_patches_and_windows() -> None:
     assert {name: vision.num_patches for name, vision in presets.VISIONS.items()} == {
         "clip-vit-l-336": 576,
         "siglip-so400m-384": 729,
+        "siglip2-base-256": 256,
+        "siglip2-so400m-384": 729,
+        "siglip2-so400m-512": 1024,
         "dinov2-small": 1369,
+        "dinov2-with-registers-base": 1369,
+        "dinov2-with-registers-large": 1369,
         "convnext-xlarge-384": 144,
     }
     windows = {name: presets.make(name, "clip-vit-l-336").sliding_window for name in presets.LLMS}

@@ -20,6 +20,7 @@ OTHERS = {"__init__", "common", "demo", "imported", "finetune_lora", "distill_fr
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
 
 VICUNA_7B, VICUNA_13B, LLAMA3_8B, MISTRAL_7B = 6_738_415_616, 13_015_864_320, 8_030_261_248, 7_241_732_096
+QWEN3_8B, LLAMA32_3B, SMOLLM3_3B = 8_190_735_360, 3_212_749_824, 3_075_098_624
 
 
 def but_the_last_layer(published: int, width: int, mlp: int) -> int:
@@ -29,6 +30,7 @@ def but_the_last_layer(published: int, width: int, mlp: int) -> int:
 
 CLIP = but_the_last_layer(303_507_456, 1024, 4096)
 SIGLIP = but_the_last_layer(428_225_600 - 15_238_352, 1152, 4304)  # without its pooling head
+DINOV2 = but_the_last_layer(304_372_736 - 1024, 1024, 4096) - 2 * 1024  # without mask token and that layer's scales
 CONVNEXT = 348_143_872
 
 
@@ -45,13 +47,20 @@ DECODERS = {
     "vica_vicuna_13b": VICUNA_13B,
     "saisa_llama3_8b": LLAMA3_8B,
     "saisa_mistral_7b": MISTRAL_7B,
+    "saisa_qwen3_8b": QWEN3_8B,
+    "saisa_llama3_2_3b": LLAMA32_3B,
+    "saisa_smollm3_3b": SMOLLM3_3B,
 }
 FINETUNE = {  # parameters in stage 2: (trainable, frozen)
     "saisa_vicuna_7b": (VICUNA_7B + 32 * ONE, CLIP),
     "saisa_vicuna_13b": (VICUNA_13B + 40 * projector(1024, 5120), CLIP),
     "saisa_llama3_8b": (LLAMA3_8B + 32 * ONE, CLIP),
     "saisa_mistral_7b": (MISTRAL_7B + 32 * ONE, CLIP),
+    "saisa_qwen3_8b": (QWEN3_8B + 36 * ONE, CLIP),
+    "saisa_llama3_2_3b": (LLAMA32_3B + 28 * projector(1152, 3072), SIGLIP),
+    "saisa_smollm3_3b": (SMOLLM3_3B + 36 * projector(1152, 2048), SIGLIP),
     "saisa_vicuna_7b_siglip": (VICUNA_7B + 32 * projector(1152, 4096), SIGLIP),
+    "saisa_vicuna_7b_dinov2": (VICUNA_7B + 32 * ONE, DINOV2),
     "saisa_vicuna_7b_convnext": (VICUNA_7B + 32 * projector(2048, 4096), CONVNEXT),
     "ablation_shared_projector": (VICUNA_7B + ONE, CLIP),
     "ablation_half_the_layers": (VICUNA_7B + 16 * ONE, CLIP),

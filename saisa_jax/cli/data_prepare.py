@@ -33,15 +33,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, help="processes, each making a shard (default: one for each core)")
     parser.add_argument("--image_size", type=int, help="make larger images smaller (default: keep them as they are)")
     parser.add_argument(
-        "--features", action="store_true", help="what the vision encoder of --config.init_from makes of the images"
+        "--features",
+        action="store_true",
+        help="what the vision encoder of --config.init_from, or of a teacher, makes of the images",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="with --features: images that are encoded at once")
     args, config = parser.parse_recipe(argv)
     if args.features and args.image_size is not None:
         parser.error("--image_size is of images, and --features writes none")
-    if args.features and not config.init_from:
+    source = config.init_from or config.distill.teacher
+    if args.features and not source:
         raise ConfigError("--features needs the vision encoder: name a model that holds it with --config.init_from")
-    features = feature_spec(config, config.init_from) if args.features else None
+    features = feature_spec(config, source) if args.features else None
     job, plan = prepare.make_job(
         config,
         args.output,
@@ -55,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     console, started = Console(), time.perf_counter()
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
     try:
-        encode = lambda: FeatureEncoder(config, config.init_from, args.batch_size)  # noqa: E731
+        encode = lambda: FeatureEncoder(config, source, args.batch_size)  # noqa: E731
         index = prepare.prepare(job, plan, workers, console, encode if features else None)
     except KeyboardInterrupt:
         print(f"data prepare: stopped; the same command resumes in {job.to}", file=sys.stderr)

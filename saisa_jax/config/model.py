@@ -110,6 +110,8 @@ class ModelConfig:
     max_length: int = 2048  # expanded positions of a sample, visual ones included
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: an RMSNorm over each head's queries, and one over its keys, before they are rotated
+    unrotated_layers: tuple[int, ...] = ()  # SmolLM3: layers whose queries and keys are not rotated (NoPE)
     sliding_window: int | None = None  # Mistral; None: full causal attention
     visual_layers: tuple[int, ...] | None = None  # SAISA: which layers attend to the image; None: all
     # LLaVA: layers in which visual tokens are no queries, but go through the MLP (as under NAAViT in all), and layers
@@ -175,6 +177,13 @@ class ModelConfig:
             f"model.frozen_prefix is a choice of model.alignment=saisa or naavit, not of {self.alignment!r}",
         )
         self._check_layers()
+        most = self.vision.max_views * self.num_visual_tokens
+        check(
+            self.vision.max_views == 1 or most < self.max_length,
+            f"model.vision.image_mode=anyres: an image takes up to {self.vision.max_views} x {self.num_visual_tokens} "
+            f"positions, which leave no room for text in model.max_length={self.max_length}: raise it, or choose "
+            "smaller model.vision.image_grids",
+        )
         if self.alignment == "flamingo":
             check(
                 self.flamingo.every <= self.num_layers,
@@ -190,7 +199,7 @@ class ModelConfig:
 
     def _check_layers(self) -> None:
         """Lists of layers are increasing and in range, and belong to the alignment."""
-        for name in ("visual_layers", "naavit_layers", "frozen_visual_layers"):
+        for name in ("visual_layers", "naavit_layers", "frozen_visual_layers", "unrotated_layers"):
             layers = getattr(self, name)
             if layers is None or (layers == () and name != "visual_layers"):
                 continue
@@ -205,7 +214,7 @@ class ModelConfig:
                 f"model.{name}={layers} must be a non-empty, strictly increasing list of layers",
             )
             check(
-                name == "visual_layers" or self.alignment == "llava",
+                name in ("visual_layers", "unrotated_layers") or self.alignment == "llava",
                 f"model.{name} is a choice of model.alignment=llava, not of {self.alignment!r}",
             )
         both = sorted({*self.naavit_layers} & {*self.frozen_visual_layers})

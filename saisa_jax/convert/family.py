@@ -17,6 +17,9 @@ from saisa_jax.convert.rows import TensorRow
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# Fields of `ModelConfig` for what decoders of this build have besides Llama's; a family is told by those that it has.
+EXTRAS = ("qkv_bias", "qk_norm", "unrotated_layers", "sliding_window")
+
 Aliases = tuple[tuple[str, str], ...]  # (regex, replacement): other spellings of keys
 
 
@@ -92,7 +95,8 @@ class EncoderFamily(Family):
       image_mean, image_std: of a directory without a preprocessor_config.json.
       switches: fields of `VisionConfig` that all of the family have in common; an encoder with others is none of it.
       select_layer: the hidden state to use where an import does not say; LLaVA's choice.
-      in_llava_hf: whether transformers' LLaVA supports it as its tower, which takes a row of patches.
+      in_llava_hf: whether transformers' LLaVA supports it as its tower, which takes a row of patches
+        behind at most a class token.
       presets: published encoders by name.
     """
 

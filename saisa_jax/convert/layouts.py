@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from saisa_jax.config import ModelConfig, VisionConfig
+from saisa_jax.convert.any_resolution import reasons_of_views
 from saisa_jax.convert.families import DECODERS, ENCODERS
-from saisa_jax.convert.family import Aliases, DecoderFamily, EncoderFamily
+from saisa_jax.convert.family import EXTRAS, Aliases, DecoderFamily, EncoderFamily
 from saisa_jax.convert.rows import ConvertError, TensorRow, dense
 
 MULTIMODAL = ("saisa", "llava", "llava-hf", "hf")
@@ -82,10 +83,8 @@ def decoder_family(config: ModelConfig) -> DecoderFamily:
     for family in DECODERS.values():
         if family.holds(config):
             return family
-    raise ConvertError(
-        f"no family of decoders ({', '.join(DECODERS)}) has what model.qkv_bias={config.qkv_bias} and "
-        f"model.sliding_window={config.sliding_window} say together"
-    )
+    extras = " and ".join(f"model.{name}={value}" for name in EXTRAS if (value := getattr(config, name)))
+    raise ConvertError(f"no family of decoders ({', '.join(DECODERS)}) has what {extras} say together")
 
 
 def encoder_family(config: VisionConfig) -> EncoderFamily:
@@ -233,10 +232,11 @@ def check_says(config: ModelConfig, name: str) -> None:
         reasons = [*_reasons_of_our_class(config)]
     else:
         reasons = [*_alignment_reasons(config, name), *_projector_reasons(config), *_encoder_reasons(config.vision)]
+    reasons += reasons_of_views(config.vision, name)
     if name == "llava-hf" and not encoder_family(config.vision).in_llava_hf:
         reasons.append(
             f"model.vision.family={config.vision.family!r} is none that transformers' LLaVA can have: it wants a row "
-            "of patches"
+            "of patches behind at most a class token"
         )
     if reasons:
         raise ConvertError(f"the layout {name!r} cannot say what this model is:\n  " + "\n  ".join(reasons))
@@ -289,6 +289,8 @@ def _projector_reasons(config: ModelConfig) -> Iterator[str]:
 def _encoder_reasons(vision: VisionConfig) -> Iterator[str]:
     if vision.post_norm:
         yield "model.vision.post_norm=True: its readers take the encoder's features before the last norm"
+    if vision.num_registers:
+        yield f"model.vision.num_registers={vision.num_registers}: to its readers they are patches"
     if vision.num_used_layers == 0:
         yield f"model.vision.select_layer={vision.select_layer}: features of an encoder without any layer"
     if vision.positions_per_side != vision.patches_per_side:

@@ -42,11 +42,11 @@ from saisa_jax.models.layers import (
     constrain,
     dequantized,
     init_stack,
-    keep,
     named,
     rematerialised,
     rotate_keys,
     rotate_queries,
+    rotated_layers,
     rotation,
     scan_stack,
     take_layers,
@@ -102,7 +102,7 @@ class CrossBlock(nn.Module):
             q = rotate_queries(q, rope)
             blocks.append(KeyBlock(*kv, mask))
         if blocks:
-            out, weights = attend(keep(q, "q"), blocks, impl)
+            out, weights = attend(q, blocks, impl)
             x = x + self._gate(self.attn_gate, x) * self.attn.o_proj(out)
         x = x + self._gate(self.mlp_gate, x) * self.mlp(self.post_attn_norm(x))
         return constrain(x, "activation_batch", "activation_length", "activation_embed"), kv, weights
@@ -179,7 +179,8 @@ class CrossedStack(LayerStack):
         before = take_layers(past_kv, c.num_layers, c.num_cached_layers) if c.flamingo.local_text else None
         hides = None if unseen is None else unseen[jnp.asarray(c.cross_layers)]
         of_cross = self.cross_params, of_image, before, hides
-        of_layers = self.params, None, take_layers(past_kv, 0, c.num_layers), None
+        rotates = rotated_layers(c, range(c.num_layers))
+        of_layers = self.params, None, take_layers(past_kv, 0, c.num_layers), None, rotates
 
         x, outs, whole = stream.x, [], c.num_layers // c.flamingo.every
         for first, last in ((0, whole), (whole, count)):  # groups of n layers, and one of what is left

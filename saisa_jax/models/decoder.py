@@ -22,7 +22,7 @@ from saisa_jax.models.projectors import PROJECTORS
 
 
 class Attention(nn.Module):
-    """The four projections of self-attention."""
+    """The four projections of self-attention, and Qwen3's norms of each head's queries and keys."""
 
     config: ModelConfig
 
@@ -33,15 +33,21 @@ class Attention(nn.Module):
         self.k_proj = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **kinds)
         self.v_proj = dense((c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), **kinds)
         self.o_proj = dense(c.embed_dim, ("heads", "head_dim", "embed"), axis=(-2, -1), **dtypes(c))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.norm_eps, jnp.dtype(c.param_dtype)) for _ in range(2))
 
     def keys_values(self, h: Float[Array, "B S D"]) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """Keys, not yet rotated, and values; head-major, as they are cached."""
         k, v = self.k_proj(h).swapaxes(1, 2), self.v_proj(h).swapaxes(1, 2)
+        k = self.k_norm(k) if self.config.qk_norm else k
         axes = ("activation_batch", "activation_kv_heads", None, None)
         return constrain(k, *axes), constrain(v, *axes)
 
     def queries(self, h: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        return constrain(self.q_proj(h), "activation_batch", "activation_length", "activation_heads", None)
+        """Queries, not yet rotated."""
+        q = keep(self.q_proj(h), "q")
+        q = self.q_norm(q) if self.config.qk_norm else q
+        return constrain(q, "activation_batch", "activation_length", "activation_heads", None)
 
 
 class MLP(nn.Module):
@@ -110,7 +116,7 @@ class Block(nn.Module):
           [others..., own], float32 [B, N, T, S] (None unless `impl` is xla).
         """
         h = self.input_norm(x)
-        q = keep(rotate_queries(self.attn.queries(h), rope), "q")
+        q = rotate_queries(self.attn.queries(h), rope)
         k, v = self.attn.keys_values(h)
         k = rotate_keys(k, rope)
         out, weights = attend(q, [*others, KeyBlock(k, v, mask)], impl)

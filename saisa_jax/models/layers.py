@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from saisa_jax.config import ModelConfig
 
@@ -170,6 +170,17 @@ class Rotation(NamedTuple):
 
     cos: Float[Array, "B S half"]
     sin: Float[Array, "B S half"]
+
+    def where(self, rotates: Bool[Array, ""] | None) -> Rotation:
+        """This rotation in a layer that rotates (None: all do), and none at all in another."""
+        if rotates is None:
+            return self
+        return Rotation(jnp.where(rotates, self.cos, 1), jnp.where(rotates, self.sin, 0))
+
+
+def rotated_layers(config: ModelConfig, layers: Sequence[int]) -> Bool[np.ndarray, " layers"] | None:
+    """Which of some layers of the decoder rotate their queries and keys; None: all layers do."""
+    return np.array([layer not in config.unrotated_layers for layer in layers]) if config.unrotated_layers else None
 
 
 def rotation(positions: Int[Array, "B S"], config: ModelConfig) -> Rotation:

@@ -4,7 +4,7 @@
     V_l          = fc2_l(gelu(fc1_l(Z)))                           [B, V, D]   projector of layer l
     h_t, h_v     = RMSNorm_in_l(x_t), RMSNorm_in_l(V_l)            the decoder's own norm serves both
     q            = rope(W_q h_t, pos_t)                            queries: text only
-    k, v         = rope(W_k [h_v; h_t], [pos_v; pos_t]), W_v [h_v; h_t]
+    k, v         = rope(W_k [h_v; h_t], [pos_v; pos_t]), W_v [h_v; h_t]      (Qwen3: rope(RMSNorm(W_q h_t)), and so k)
     x_t          = x_t + W_o attend(q, k, v, mask)
     x_t          = x_t + mlp(RMSNorm_post_l(x_t))                  the MLP: text only
 
@@ -50,6 +50,7 @@ from saisa_jax.models.layers import (
     look_up,
     named,
     rotate_keys,
+    rotated_layers,
     rotation,
     with_scales,
 )
@@ -243,8 +244,10 @@ class Saisa(nn.Module):
         if not self.config.rotates_images:
             return VisualKV(*image_kv, positions, segment_ids)
         rope = rotation(positions, self.config)
+        # Flamingo's cross layers all rotate.
+        rotates = None if self.config.cross_layers else rotated_layers(self.config, self.config.visible_layers)
         # Layer by layer, since they are float32 while they are rotated.
-        k = jax.lax.map(lambda k: rotate_keys(k, rope), image_kv.k)
+        k = jax.lax.map(lambda layer: rotate_keys(layer[0], rope.where(layer[1])), (image_kv.k, rotates))
         return VisualKV(k, image_kv.v, positions, segment_ids)
 
     def extend(

@@ -19,7 +19,16 @@ from jaxtyping import Array, Bool
 from saisa_jax.config import ModelConfig
 from saisa_jax.models.attention import attention_of_text
 from saisa_jax.models.kv_cache import ImageKV, KVCache
-from saisa_jax.models.layers import Params, constrain, dequantized, platform, rotation, scan_stack, take_layers
+from saisa_jax.models.layers import (
+    Params,
+    constrain,
+    dequantized,
+    platform,
+    rotated_layers,
+    rotation,
+    scan_stack,
+    take_layers,
+)
 from saisa_jax.models.lora import in_dtype
 from saisa_jax.models.mask import KeyBlock, Mask, PackedPositions, make_mask, without
 from saisa_jax.models.streams import CachedVisual, LayerGroup, Stream, StreamedVisual, layer_groups
@@ -107,7 +116,8 @@ class LayerStack:
                 places = rotation(both.positions, c), make_mask(both, both, c.sliding_window)
                 x, state = jnp.concatenate([cast(Any, state), x], axis=1), None
             of_visual = source.inputs(group) if group.reads_keys else None
-            of_layers = ((past.k, past.v) if past is not None else None, unseen)
+            rotates = rotated_layers(c, range(c.num_layers))
+            of_layers = ((past.k, past.v) if past is not None else None, unseen, rotates)
             of_layers = take_layers(of_layers, group.start, group.stop)
             body = functools.partial(self._layer, reading, group.role, *places)
             (x, state), out = self._scan(body, (x, state), (self.layers_of(group), of_visual, *of_layers))
@@ -127,18 +137,18 @@ class LayerStack:
 
     def _layer(self, reading: Reading, role: str, rope: Any, mask: Mask, carry: Any, inputs: Any) -> Any:
         """A layer in which visual tokens have that role: (text, visual state), and what is captured of it."""
-        (x, state), (params, of_visual, past_kv, hides) = carry, inputs
+        (x, state), (params, of_visual, past_kv, hides, rotates) = carry, inputs
         others, tokens = [], reading.tokens
         if role in ("keys", "mlp"):
             params = self._gathered_once(params)
-            state, image = reading.source.read(params, state, of_visual, role)
+            state, image = reading.source.read(params, state, of_visual, role, rotates)
             others.append(image if hides is None else image._replace(mask=without(image.mask, hides)))
         elif role == "queries" and hides is not None:
             of_image = jnp.arange(x.shape[1]) < tokens
             mask = without(mask, hides & ~of_image[:, None] & of_image)
         if reading.past_mask is not None:
             others.append(KeyBlock(past_kv[0], past_kv[1], reading.past_mask))
-        x, kv, attention = self._apply(params, "__call__", x, rope, mask, others, reading.impl)
+        x, kv, attention = self._apply(params, "__call__", x, rope.where(rotates), mask, others, reading.impl)
         if self.config.alignment == "llava" and role in ("keys", "mlp"):  # in one cache with the other layers'
             kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(others[0][:2], kv, strict=True))
         hidden = (x[:, tokens:], x[:, :tokens]) if role == "queries" else (x, state)

@@ -131,10 +131,12 @@ class StreamedVisual:
         self._rope = rotation(visual.positions, config) if config.rotates_images else None
         self._mask = image_mask(queries, visual, config)
 
-    def read(self, params: Params, state: Any, projector: Params, role: str) -> tuple[Any, KeyBlock]:
-        """One layer: the state for the next one, and its keys (rotated) and values."""
+    def read(
+        self, params: Params, state: Any, projector: Params, role: str, rotates: Any = None
+    ) -> tuple[Any, KeyBlock]:
+        """One layer: the state for the next one, and its keys (rotated, if the layer rotates) and values."""
         after, (k, v) = self._visual_kv(params, projector, self._features if state is None else state, role)
-        k = k if self._rope is None else rotate_keys(k, self._rope)
+        k = k if self._rope is None else rotate_keys(k, self._rope.where(rotates))
         return None if state is None else after, KeyBlock(k, v, self._mask)
 
 
@@ -158,6 +160,8 @@ class CachedVisual:
         """What each layer of a group needs: its keys and values."""
         return take_layers(self._kv, *group.projectors)
 
-    def read(self, params: Params, state: None, kv: tuple[Any, Any], role: str) -> tuple[None, KeyBlock]:
+    def read(
+        self, params: Params, state: None, kv: tuple[Any, Any], role: str, rotates: Any = None
+    ) -> tuple[None, KeyBlock]:
         """One layer: nothing for the next one, and its keys and values."""
         return None, KeyBlock(kv[0], kv[1], self._mask)

@@ -248,7 +248,8 @@ def _check_features(config: Config, stage: str, workdir: epath.Path, data: Stage
             f"{stage}.groups train the vision encoder ({trained[0]} and {len(trained) - 1} more), and with "
             "--config.data.features=True it is not run: freeze r'vision/.*', or train on images"
         )
-    source = start_model(config, workdir)  # whose encoder every stage keeps
+    # Whose encoder every stage keeps. A student is fitted later, with its teacher's.
+    source = config.distill.teacher if fits_start(config) else start_model(config, workdir)
     if not source:
         raise ConfigError(
             "--config.data.features=True needs the encoder that made the features: name a model that holds it with "

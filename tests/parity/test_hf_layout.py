@@ -45,6 +45,7 @@ def changed(alignment: str = "saisa", vision: dict[str, Any] | None = None, **ch
 SHARED = ProjectorConfig(sharing="shared", hidden_dim=24)
 SIGLIP = {"family": "siglip", "class_token": False, "pre_norm": False, "patch_bias": True, "post_norm": True}
 DINO = {"family": "dinov2", "pre_norm": False, "patch_bias": True, "layer_scale": True}
+REGISTERS = DINO | {"family": "dinov2_with_registers", "num_registers": 3, "image_size": 40, "position_size": 32}
 CONVNEXT = VisionConfig(
     kind="convnext", family="convnext", image_size=32, patch_size=8, embed_dim=16, num_layers=2, depths=(1, 1),
     widths=(8, 16), mlp_dim=64, num_heads=1, class_token=False, pre_norm=False, patch_bias=True, layer_scale=True,
@@ -55,7 +56,9 @@ VARIANTS = {
     "one projector, Qwen2": changed(projector=SHARED, qkv_bias=True, tie_embeddings=True),
     "low rank": changed(projector=ProjectorConfig(kind="low_rank", rank=6, hidden_dim=24), visual_layers=(1,)),
     "some layers, SigLIP": changed(vision=SIGLIP | {"select_layer": -1}, visual_layers=(1,)),
-    "some layers, Mistral": changed(visual_layers=(0,), sliding_window=20),
+    "Qwen3": changed(qk_norm=True, visual_layers=(1,)),
+    "SmolLM3": changed(unrotated_layers=(1,)),
+    "some layers, Mistral, registers": changed(vision=REGISTERS, visual_layers=(0,), sliding_window=20),
     "naavit, Mistral, DINOv2": changed("naavit", DINO | {"select_layer": -1, "post_norm": True}, sliding_window=20),
     "another size of images": dataclasses.replace(changed(), vision=resized(changed().vision, 40)),
     "ConvNeXt": dataclasses.replace(changed(), vision=CONVNEXT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from saisa_jax import presets
 from saisa_jax.batch import Batch, empty_batch
 from saisa_jax.config import ModelConfig, RopeScalingConfig
-from saisa_jax.convert.configs import config_from_hf
+from saisa_jax.convert.configs import config_from_hf, decoder_to_hf
 from saisa_jax.convert.import_checkpoint import resized
 from saisa_jax.convert.layouts import layout_for
 from saisa_jax.convert.read import import_model, import_params
+from saisa_jax.convert.rows import ConvertError
 from saisa_jax.convert.write import export_params
 from saisa_jax.models.encoders.convnext import ConvNext
 from saisa_jax.models.encoders.vit import VisionEncoder
@@ -50,6 +53,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 100}),
     "mistral-full": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "head_dim": 20}),
+    "qwen3": ("Qwen3", {"head_dim": 20, "rope_theta": 1e6, "tie_word_embeddings": True}),
 }
 PIXELS = 56
 TOWER = {
@@ -108,6 +113,17 @@ def test_decoder(family: str, tmp_path: Path, close: Callable[..., None]) -> Non
         assert torch.equal(again.state_dict()[key], value), key
 
 
+def test_every_preset_has_as_many_parameters_as_its_class() -> None:
+    """Of transformers, made without memory from what an export of the preset would say."""
+    for name in presets.LLMS:
+        config = presets.make(name, "clip-vit-l-336")
+        fields = decoder_to_hf(config)
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
+        rows = layout_for(config, "hf-llm").rows
+        assert sum(p.numel() for p in theirs.parameters()) == sum(math.prod(r.theirs) * len(r.keys) for r in rows), name
+
+
 @pytest.mark.parametrize("family", ["llama", "llama3", "llama-linear"])
 def test_rotary_frequencies_to_the_bit(family: str, tmp_path: Path) -> None:
     _, options = DECODERS[family]
@@ -135,6 +151,9 @@ def encoder(family: str) -> Any:
         sizes = {"hidden_sizes": [24, 32, 40], "depths": [2, 1, 3], "num_stages": 3, "image_size": 64}
         return transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
     small = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
+    if family == "dinov2_with_registers":
+        config = transformers.Dinov2WithRegistersConfig(**small, mlp_ratio=2, num_register_tokens=3)
+        return transformers.Dinov2WithRegistersModel(config)
     return transformers.Dinov2Model(transformers.Dinov2Config(**small, mlp_ratio=2))
 
 
@@ -147,7 +166,9 @@ def pictures(config: ModelConfig, count: int) -> tuple[np.ndarray, Any]:
 
 
 @pytest.mark.parametrize("select_layer", [-1, -2])
-@pytest.mark.parametrize("family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2"])
+@pytest.mark.parametrize(
+    "family", ["clip", "clip-gelu", "siglip", "siglip-remainder", "dinov2", "dinov2_with_registers"]
+)
 def test_encoder(family: str, select_layer: int, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
@@ -155,7 +176,7 @@ def test_encoder(family: str, select_layer: int, tmp_path: Path, close: Callable
     images, pixels = pictures(config, 2)
     with torch.no_grad():
         states = theirs(pixels, output_hidden_states=True).hidden_states
-    first = int(config.vision.class_token)
+    first = int(config.vision.class_token) + config.vision.num_registers
     params = import_params(tmp_path, config).params["vision"]
     features, hidden = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images), capture=True)
     close(features, states[select_layer][:, first:].numpy(), atol=1e-4, what="features")
@@ -185,7 +206,7 @@ def test_convnext(select_layer: int, image_size: int, tmp_path: Path, close: Cal
 
 
 @pytest.mark.parametrize("size", [42, 84])
-@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "dinov2_with_registers"])
 def test_encoder_on_images_of_another_size(family: str, size: int, tmp_path: Path, close: Callable[..., None]) -> None:
     """Positions are resampled as theirs are: smaller and larger pictures than the table was made for."""
     torch.manual_seed(0)
@@ -193,17 +214,18 @@ def test_encoder_on_images_of_another_size(family: str, size: int, tmp_path: Pat
     config = config_from_hf(saved(theirs, tmp_path), select_layer=-1)
     config = dataclasses.replace(config, vision=resized(config.vision, size))
     images, pixels = pictures(config, 1)
-    always = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    always = {} if "dinov2" in family else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = theirs(pixels, output_hidden_states=True, **always).hidden_states[-1]
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
     assert features.shape[1] == (size // 14) ** 2 != config.vision.positions_per_side**2
-    close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
+    close(features, expected[:, -config.vision.num_patches :].numpy(), atol=1e-4, what="features")
 
 
 OLD_PREFIX = {  # of the keys that transformers 4 wrote, or that the class with a head writes
     "clip": "vision_model.", "siglip": "vision_model.", "dinov2": "dinov2.", "convnext": "convnext.",
+    "dinov2_with_registers": "dinov2_with_registers.",
 }  # fmt: skip
 
 
@@ -238,7 +260,7 @@ def test_encoder_comes_back_bit_for_bit_from_either_spelling(family: str, prefix
         assert key in loading["missing_keys"] or torch.equal(state[key], value), key
 
 
-@pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2"])
+@pytest.mark.parametrize("family", ["siglip", "siglip-remainder", "dinov2", "dinov2_with_registers"])
 def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     theirs = randomized(encoder(family))
@@ -249,17 +271,37 @@ def test_encoder_with_its_final_norm(family: str, tmp_path: Path, close: Callabl
         expected = theirs(pixels).last_hidden_state
     params = import_params(tmp_path, config).params["vision"]
     features, _ = VisionEncoder(config.vision).apply({"params": params}, jnp.asarray(images))
-    close(features, expected[:, int(config.vision.class_token) :].numpy(), atol=1e-4, what="features")
+    close(features, expected[:, -config.vision.num_patches :].numpy(), atol=1e-4, what="features")
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_llava(tower: str, tmp_path: Path, close: Callable[..., None]) -> None:
+def test_a_whole_siglip2_is_read_as_its_encoder(tmp_path: Path, close: Callable[..., None]) -> None:
+    """As the hub has those of one resolution: with the model of texts, under `vision_model.`; NaFlex is refused."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    both = transformers.SiglipConfig(text_config=text | {"vocab_size": 256}, vision_config=TOWER)
+    theirs = randomized(transformers.SiglipModel(both))
+    config = config_from_hf(saved(theirs, tmp_path))
+    assert config.vision.family == "siglip" and config.vision.select_layer == -2
+    images, pixels = pictures(config, 1)
+    with torch.no_grad():
+        expected = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
+    imported = import_params(tmp_path, config)
+    assert any(key.startswith("text_model.") for key in imported.ignored)
+    features, _ = VisionEncoder(config.vision).apply({"params": imported.params["vision"]}, jnp.asarray(images))
+    close(features, expected.numpy(), atol=1e-4, what="features")
+    naflex = transformers.Siglip2Config().to_dict()
+    with pytest.raises(ConvertError, match=r"'siglip2_vision_model' .*NaFlex.*; take a SigLIP2 of one resolution"):
+        config_from_hf(tmp_path, layout="hf-vision", raw=naflex)
+
+
+@pytest.mark.parametrize(("tower", "family"), [("clip", "llama"), ("siglip", "qwen3")])
+def test_llava(tower: str, family: str, tmp_path: Path, close: Callable[..., None]) -> None:
     """The whole baseline: a picture between text, in the layout that transformers 5 saves."""
     torch.manual_seed(0)
     vision = encoder(tower).config
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=transformers.LlamaConfig(**SMALL),
+        text_config=getattr(transformers, f"{DECODERS[family][0]}Config")(**SMALL, **DECODERS[family][1]),
         image_token_index=149,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )

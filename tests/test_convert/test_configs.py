@@ -6,6 +6,7 @@ import pytest
 
 from saisa_jax import presets
 from saisa_jax.convert.configs import (
+    config_from_hf,
     decoder_config_from_hf,
     decoder_to_hf,
     preprocessor_to_hf,
@@ -32,6 +33,14 @@ def test_every_decoder_there_and_back(name, tmp_path):
     back = decoder_config_from_hf(decoder_to_hf(model), tmp_path, vision=model.vision)
     kept = {"dtype": model.dtype, "param_dtype": model.param_dtype, "projector": model.projector}
     assert dataclasses.replace(back, **kept) == model
+
+
+def test_registers_are_no_patches_of_a_llava(tmp_path):
+    tower = {"model_type": "dinov2_with_registers", "num_register_tokens": 4}
+    with pytest.raises(ConvertError, match="its tower has 4 registers"):
+        config_from_hf(tmp_path, layout="llava-hf", raw={"model_type": "llava", "vision_config": tower})
+    with pytest.raises(ConvertError, match="'dinov2_with_registers' is none that transformers' LLaVA can have"):
+        check_says(presets.make("vicuna-7b", "dinov2-with-registers-base", "llava"), "llava-hf")
 
 
 def test_llava_hf_knows_no_convnext():

@@ -93,6 +93,13 @@ def changed(alignment: str, vision: dict[str, Any] | None = None, **changes: Any
 
 SHARED = ProjectorConfig(sharing="shared")
 FINAL_NORM = {"post_norm": True, "select_layer": -1}
+REGISTERS = {
+    "family": "dinov2_with_registers",
+    "pre_norm": False,
+    "patch_bias": True,
+    "layer_scale": True,
+    "num_registers": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ FINAL_NORM = {"post_norm": True, "select_layer": -1}
         (
             ("hf-llm",),
             changed("saisa", qkv_bias=True, sliding_window=9),
-            r"no family of decoders .* model.sliding_window=9",
+            r"no family of decoders .* has what model.qkv_bias=True and model.sliding_window=9 say together",
         ),
         (("hf-vision",), changed("saisa", {"pre_norm": False}), r"family='clip' is not .*: pre_norm=False"),
         (
@@ -141,6 +148,7 @@ FINAL_NORM = {"post_norm": True, "select_layer": -1}
             changed("saisa", {"family": "siglip", "pre_norm": False, "patch_bias": True}),
             r"family='siglip' is not .*: class_token=True",
         ),
+        (("saisa",), changed("saisa", REGISTERS), r"num_registers=2: to its readers they are patches"),
         (
             ("hf-vision",),
             changed("saisa", {"family": "resnet"}),

@@ -35,7 +35,8 @@ CONVNEXT = VisionConfig(
     pre_norm=False,
     select_layer=-2,
 )
-TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2, "convnext": CONVNEXT}
+REGISTERS = dataclasses.replace(DINOV2, family="dinov2_with_registers", num_registers=3)
+TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2, "dinov2_with_registers": REGISTERS, "convnext": CONVNEXT}
 SMALL = ModelConfig(
     vocab_size=130, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10, vision=CLIP
 )
@@ -65,6 +66,8 @@ def test_rows_are_exactly_the_parameters(layout: str, tower: str) -> None:
     "changes",
     [
         {"qkv_bias": True},
+        {"qk_norm": True},
+        {"unrotated_layers": (1,)},
         {"tie_embeddings": True},
         {"visual_layers": (0, 2)},
         {"projector": ProjectorConfig(sharing="per_layer", hidden_dim=7)},

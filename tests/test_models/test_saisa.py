@@ -25,10 +25,12 @@ KINDS = {
         "num_layers": 4,
         "visual_layers": (1, 2),
         "frozen_prefix": True,
+        "qk_norm": True,
+        "unrotated_layers": (0, 2),
     },
     "low-rank": {"projector": ProjectorConfig("low_rank", rank=8), "num_layers": 3, "visual_layers": (0, 2)},
     "resampler": {"projector": ProjectorConfig("resampler", num_tokens=5)},
-    "naavit": {"alignment": "naavit", "projector": ProjectorConfig(sharing="shared")},
+    "naavit": {"alignment": "naavit", "projector": ProjectorConfig(sharing="shared"), "qk_norm": True},
     "llava": {"alignment": "llava", "projector": ProjectorConfig(sharing="shared")},
     "llava-switched": {
         "alignment": "llava",
@@ -36,6 +38,7 @@ KINDS = {
         "num_layers": 5,
         "naavit_layers": (1,),
         "frozen_visual_layers": (2, 4),
+        "unrotated_layers": (0, 1, 3),
     },
     "flamingo": {
         "alignment": "flamingo",
@@ -48,6 +51,8 @@ KINDS = {
         "projector": ProjectorConfig(sharing="shared"),
         "num_layers": 3,
         "flamingo": FlamingoConfig(every=2, local_text=True),
+        "qk_norm": True,
+        "unrotated_layers": (1,),
     },
 }
 SELDOM = {"flamingo"}  # its layers run as those of "casa"; `parity` compares it with IDEFICS
@@ -209,11 +214,12 @@ def _loop(config: ModelConfig, params, batch) -> np.ndarray:
                 k, v = block.apply({"params": own}, stream, method="visual_kv")
                 if config.alignment == "naavit":
                     stream = block.apply({"params": own}, stream, method="update_visual")
-                k = rotate_keys(k, rotation(visual.positions, config))
+                k = k if i in config.unrotated_layers else rotate_keys(k, rotation(visual.positions, config))
                 others = [KeyBlock(k, v, make_mask(places, PackedPositions(*visual[1:])))]
             elif run.reads_keys:  # of LLaVA: rows that ask nothing, and in frozen layers stay as they are
                 mask = without(mask, of_image[:, None])
-            x, _, _ = block.apply({"params": own}, x, rotation(one.positions, config), mask, others)
+            turned = rotation(one.positions * (i not in config.unrotated_layers), config)
+            x, _, _ = block.apply({"params": own}, x, turned, mask, others)
             if tokens and run.role == "keys":
                 x = jnp.where(of_image[:, None], before, x)
             if config.frozen_prefix:

@@ -37,8 +37,9 @@ SELDOM = [(alignment, mesh) for alignment in ALIGNMENTS for mesh in MESHES if (a
 def model_of(alignment: str) -> ModelConfig:
     """All that divides by 8 does, but for the two key/value heads; of the vocabulary's 256 rows 129 are tokens."""
     model = tiny_config(alignment).model
-    vision = dataclasses.replace(model.vision, num_heads=8)
-    return dataclasses.replace(model, vision=vision, num_heads=8, head_dim=4, vocab_size=129)
+    newer = {"qk_norm": True, "unrotated_layers": (1,)} if alignment in ("naavit", "casa") else {}
+    vision = dataclasses.replace(model.vision, num_heads=8, num_registers=3 if newer else 0)
+    return dataclasses.replace(model, vision=vision, num_heads=8, head_dim=4, vocab_size=129, **newer)
 
 
 def batch_of(model: ModelConfig) -> Batch:

@@ -23,6 +23,7 @@ class Clip(EncoderFamily):
     switches: ClassVar[Mapping[str, Any]] = {
         "kind": "vit",
         "class_token": True,
+        "num_registers": 0,
         "pre_norm": True,
         "patch_bias": False,
         "layer_scale": False,

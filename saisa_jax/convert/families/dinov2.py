@@ -1,4 +1,4 @@
-"""DINOv2's encoders."""
+"""DINOv2's encoders, without registers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Dinov2(EncoderFamily):
     switches: ClassVar[Mapping[str, Any]] = {
         "kind": "vit",
         "class_token": True,
+        "num_registers": 0,
         "pre_norm": False,
         "patch_bias": True,
         "layer_scale": True,
@@ -83,11 +84,14 @@ class Dinov2(EncoderFamily):
         for n in (1, 2):
             yield from norm(f"{ours}norm{n}", f"{block}norm{n}", C, layers)
             yield plain(f"{ours}scale{n}", f"{block}layer_scale{n}.lambda1", (C,), layers)
+        if config.num_registers:
+            registers = config.num_registers
+            yield plain("vision/registers", f"{embeddings}register_tokens", (1, registers, C), ours=(registers, C))
         if config.post_norm:
             yield from norm("vision/post_norm", f"{root}layernorm", C)
 
     def aliases(self, tower: str) -> Aliases:
-        return () if tower else ((r"dinov2\.", ""),)
+        return () if tower else ((rf"{self.model_type}\.", ""),)
 
     def ignored(self, config: VisionConfig) -> tuple[str, ...]:
         unused = range(config.num_used_layers, config.num_layers)

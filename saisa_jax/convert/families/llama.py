@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from saisa_jax.config import ConfigError, ModelConfig, RopeScalingConfig
 from saisa_jax.convert.families import DECODERS
-from saisa_jax.convert.family import DecoderFamily
+from saisa_jax.convert.family import EXTRAS, DecoderFamily
 from saisa_jax.convert.rows import TensorRow, dense, plain
 
 _LINEAR = {"factor": ("factor", float)}
@@ -25,7 +25,9 @@ ROPE_SCALINGS: dict[str, tuple[str, dict[str, tuple[str, type]]]] = {
 
 
 class Llama(DecoderFamily):
-    """No biases, no window."""
+    """None of EXTRAS; what inherits from it names those that its decoders have."""
+
+    extras: ClassVar[frozenset[str]] = frozenset()
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
@@ -100,6 +102,20 @@ class Llama(DecoderFamily):
             "max_length": 131072,
             "tie_embeddings": True,
         },
+        "llama3.2-3b": {
+            "vocab_size": 128256,
+            "embed_dim": 3072,
+            "num_layers": 28,
+            "num_heads": 24,
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "mlp_dim": 8192,
+            "rope_theta": 5e5,
+            "rope_scaling": RopeScalingConfig("llama3", factor=32.0),
+            "norm_eps": 1e-5,
+            "max_length": 131072,
+            "tie_embeddings": True,
+        },
         "smollm2-135m": {
             "vocab_size": 49152,
             "embed_dim": 576,
@@ -116,7 +132,7 @@ class Llama(DecoderFamily):
     }
 
     def holds(self, config: ModelConfig) -> bool:
-        return not config.qkv_bias and config.sliding_window is None
+        return self.extras == {name for name in EXTRAS if getattr(config, name)}
 
     def config_from_hf(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         heads = fields["num_attention_heads"]
@@ -151,6 +167,8 @@ class Llama(DecoderFamily):
         yield from dense("layers/attn/o_proj", f"{attn}o_proj", (N, H), (D,), layers, False)
         for name, inputs, outputs in (("gate_proj", D, F), ("up_proj", D, F), ("down_proj", F, D)):
             yield from dense(f"layers/mlp/{name}", f"{mlp}{name}", (inputs,), (outputs,), layers, False)
+        for ours, theirs in (("attn/q_norm", "q_norm"), ("attn/k_norm", "k_norm")) if config.qk_norm else ():
+            yield plain(f"layers/{ours}/scale", f"{attn}{theirs}.weight", (H,), layers)
         for ours, theirs in (("input_norm", "input_layernorm"), ("post_attn_norm", "post_attention_layernorm")):
             yield plain(f"layers/{ours}/scale", f"{body}layers.{{i}}.{theirs}.weight", (D,), layers)
         yield plain("final_norm/scale", f"{body}norm.weight", (D,))

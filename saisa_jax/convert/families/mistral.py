@@ -17,6 +17,7 @@ class Mistral(Llama):
     architecture = "MistralForCausalLM"
     llava = ("llava_mistral", "LlavaMistralForCausalLM")
     also = ()
+    extras = frozenset({"sliding_window"})
     defaults: ClassVar[Mapping[str, Any]] = {
         **Llama.defaults,
         "intermediate_size": 14336,
@@ -39,9 +40,6 @@ class Mistral(Llama):
             "sliding_window": 4096,
         }
     }
-
-    def holds(self, config: ModelConfig) -> bool:
-        return not config.qkv_bias and config.sliding_window is not None
 
     def config_from_hf(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().config_from_hf(fields), "sliding_window": fields.get("sliding_window")}

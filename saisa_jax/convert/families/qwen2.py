@@ -17,6 +17,7 @@ class Qwen2(Llama):
     architecture = "Qwen2ForCausalLM"
     llava = ("llava_qwen", "LlavaQwenForCausalLM")
     also = ()
+    extras = frozenset({"qkv_bias"})
     defaults: ClassVar[Mapping[str, Any]] = {
         **Llama.defaults,
         "vocab_size": 151936,
@@ -40,9 +41,6 @@ class Qwen2(Llama):
             "qkv_bias": True,
         }
     }
-
-    def holds(self, config: ModelConfig) -> bool:
-        return config.qkv_bias and config.sliding_window is None
 
     def config_from_hf(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields.get("use_sliding_window"):

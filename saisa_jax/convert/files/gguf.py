@@ -20,13 +20,15 @@ _BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling of the frequencies, as its outcome
 
@@ -35,7 +37,8 @@ class GgufFile:
     """The tensors of a GGUF file, dequantised to float32 one by one.
 
     Args:
-      path: of a model whose architecture is llama (Mistral and SmolLM2 among them) or qwen2; of a split one any part.
+      path: of a model whose architecture is llama (Mistral and SmolLM2 among them), qwen2 or qwen3; of a split one any
+        part.
 
     Raises:
       ConvertError: the `gguf` package is missing, no whole GGUF file, a part that is not there, or another

@@ -3,10 +3,10 @@
     model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)
 
-Text is computed by the unchanged decoder (Llama, Mistral, Qwen2). A visual token exists only as a key and a value of
-each layer, which depend on its image and its position alone: projector, the layer's input norm, k_proj and v_proj,
-rotation. They are put into the cache between those of the text, in the order of the sequence; after that, generation is
-the decoder's own.
+Text is computed by the unchanged decoder (Llama, Mistral, Qwen2, Qwen3, SmolLM3). A visual token exists only as a key
+and a value of each layer, which depend on its image and its position alone: projector, the layer's input norm, k_proj
+(then k_norm where the decoder has it) and v_proj, rotation. They are put into the cache between those of the text, in
+the order of the sequence; after that, generation is the decoder's own.
 
 Shapes: B rows, S tokens of a row (an image counts as P tokens), T text tokens of a row, U visual tokens of all rows,
 P visual tokens of an image, K key heads, H their width, C width of the vision encoder, D width of the decoder.
@@ -301,6 +301,9 @@ class InterleavedCache(DynamicCache):
         keys, values = (
             project(h).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
         )
+        keys = attention.k_norm(keys) if hasattr(attention, "k_norm") else keys
+        if not getattr(attention, "use_rope", True):  # of SmolLM3
+            return keys, values
         cos, sin = (part[0, :, None] for part in self.rotation)
         return keys * cos + rotate_half(keys) * sin, values
 

@@ -1,6 +1,7 @@
-"""ViT encoders: CLIP, SigLIP and DINOv2 are one module with parts switched on or off (`VisionConfig`).
+"""ViT encoders: CLIP, SigLIP and DINOv2 (with registers or without) are one module with parts switched on or off.
 
-The output is one hidden state, `select_layer`, without the class token; later layers have no parameters.
+The output is one hidden state, `select_layer`, without the class token and the registers; later layers have no
+parameters. `VisionConfig` has the switches.
 Axes: I images, P patches of an image, C width.
 """
 
@@ -62,7 +63,7 @@ def scaled(block: Any, name: str, branch: Float[Array, "*rows C"]) -> Float[Arra
 
 
 class VisionAttention(nn.Module):
-    """Attention of all patches (and the class token) to all."""
+    """Attention of all tokens (patches, class token, registers) to all."""
 
     config: VisionConfig
     dtype: Any
@@ -115,11 +116,14 @@ def convolution(width: int, dtype: Any, param_dtype: Any, use_bias: bool = True)
 
 
 def resampled(table: Float[Array, "rows C"], config: VisionConfig) -> Float[Array, "S C"]:
-    """The positions of the image's patches from those that were learnt on images of another size; bicubic."""
+    """The positions of the image's patches from those that were learnt on images of another size; bicubic.
+
+    Encoders with registers were trained with antialiasing here, and those without were not.
+    """
     old, new, first = config.positions_per_side, config.patches_per_side, int(config.class_token)
     if old == new:
         return table
-    weights = jnp.asarray(_cubic(old, new), table.dtype)
+    weights = jnp.asarray(_antialiased(old, new) if config.num_registers else _cubic(old, new), table.dtype)
     grid = table[first:].reshape(old, old, -1)
     grid = jnp.einsum("ai,bj,ijc->abc", weights, weights, grid, precision="highest")
     return jnp.concatenate([table[:first], grid.reshape(new * new, -1)])
@@ -127,16 +131,27 @@ def resampled(table: Float[Array, "rows C"], config: VisionConfig) -> Float[Arra
 
 def _cubic(old: int, new: int) -> np.ndarray:
     """[new, old]: torch's bicubic interpolation of one axis (a = -0.75, pixels' centres fall together)."""
-    a = -0.75
     places = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
-        t = np.abs(places - np.floor(places) - tap)
-        near = ((a + 2) * t - (a + 3)) * t**2 + 1
-        far = ((t - 5) * t + 8) * a * t - 4 * a
         column = np.clip(np.floor(places).astype(int) + tap, 0, old - 1)  # the border is repeated
-        np.add.at(weights, (np.arange(new), column), np.where(t <= 1, near, far))
+        np.add.at(weights, (np.arange(new), column), _kernel(places - np.floor(places) - tap, a=-0.75))
     return weights
+
+
+def _antialiased(old: int, new: int) -> np.ndarray:
+    """[new, old]: torch's with `antialias` (a = -0.5): a smaller grid is of wider means, within the border alone."""
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = _kernel((np.arange(old) - places[:, None]) / max(old / new, 1), a=-0.5)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _kernel(distance: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic kernel, which is 0 from a distance of 2 on."""
+    t = np.minimum(np.abs(distance), 2)
+    near = ((a + 2) * t - (a + 3)) * t**2 + 1
+    far = ((t - 5) * t + 8) * a * t - 4 * a
+    return np.where(t <= 1, near, far)
 
 
 @ENCODERS.register("vit")
@@ -164,6 +179,9 @@ class VisionEncoder(nn.Module):
         if c.class_token:
             init = named(nn.initializers.normal(0.02), "vision_embed")
             self.class_embedding = self.param("class_embedding", init, (c.embed_dim,), self.param_dtype)
+        if c.num_registers:
+            init = named(nn.initializers.normal(0.02), None, "vision_embed")
+            self.registers = self.param("registers", init, (c.num_registers, c.embed_dim), self.param_dtype)
         rows = c.positions_per_side**2 + int(c.class_token)
         self.position_embedding = self.param("position_embedding", positions, (rows, c.embed_dim), self.param_dtype)
         if c.pre_norm:
@@ -189,7 +207,7 @@ class VisionEncoder(nn.Module):
 
             x, hidden = scan_stack(body, x, self.layers, remat_policy=self.remat_policy, scan=self.scan_layers)
             states.append(hidden)
-        features = x[:, 1:] if self.config.class_token else x
+        features = x[:, x.shape[1] - self.config.num_patches :]
         if self.config.post_norm:
             features = self.post_norm(features)
         return features.astype(self.dtype), jnp.concatenate(states) if capture else None
@@ -204,6 +222,9 @@ class VisionEncoder(nn.Module):
             first = jnp.broadcast_to(self.class_embedding, (x.shape[0], 1, c.embed_dim))
             x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
         x = x + resampled(jnp.asarray(self.position_embedding, x.dtype), c)
+        if c.num_registers:  # they have no place
+            own = jnp.broadcast_to(self.registers, (len(x), *self.registers.shape)).astype(x.dtype)
+            x = jnp.concatenate([x[:, : int(c.class_token)], own, x[:, int(c.class_token) :]], axis=1)
         if c.pre_norm:
             x = self.pre_norm(x)
         return split_by_image(x.astype(self.dtype))

@@ -30,8 +30,8 @@ def accuracy_by_kind(title: str, runs: Sequence[Run]) -> Figure:
             if part is None:
                 continue
             low, high = part["interval"]
-            line: dict[str, Any] = {"color": color(run.number), "linewidth": 2, "alpha": 0.55, "solid_capstyle": "round"}
-            axes.plot([low, high], [row + shift] * 2, **line)
+            shade = color(run.number)
+            axes.plot([low, high], [row + shift] * 2, color=shade, linewidth=2, alpha=0.55, solid_capstyle="round")
             axes.plot(
                 part["accuracy"],
                 row + shift,

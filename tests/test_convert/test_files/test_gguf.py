@@ -105,6 +105,17 @@ def test_tensors_and_config(file: Path) -> None:
     assert config.tie_embeddings and config.vocab_size == W and config.max_length == 128
 
 
+def test_qwen3_has_norms_and_rows_in_order(tmp_path: Path) -> None:
+    held = tensors() | {
+        f"blk.{i}.attn_{n}_norm.weight": np.full(H, i + 2.0, np.float32) for i in range(L) for n in "qk"
+    }
+    source = GgufFile(write(tmp_path / "3.gguf", held, architecture="qwen3", pre="qwen2"))
+    assert decoder_config_from_hf(source.config(), tmp_path).qk_norm
+    np.testing.assert_array_equal(source.read("model.layers.1.self_attn.k_norm.weight"), np.full(H, 3.0))
+    read = source.read("model.layers.0.self_attn.q_proj.weight")
+    np.testing.assert_allclose(read, held["blk.0.attn_q.weight"], atol=0.02)
+
+
 def test_rope_factors_of_llama_3(tmp_path: Path) -> None:
     turns = 8192 / (2 * np.pi * 100000.0 ** (np.arange(0, H, 2) / H))
     smooth = np.clip((turns - 1) / 3, 0, 1)
@@ -190,7 +201,7 @@ def test_what_is_refused(file: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     lacking = write(tmp_path / "lacking.gguf", {k: v for k, v in tensors().items() if k != "blk.1.ffn_up.weight"})
     for path, message in (
         (short, "truncated"),
-        (other, "'gemma' is not known here; known: llama, qwen2"),
+        (other, "'gemma' is not known here; known: llama, qwen2, qwen3"),
         (unknown, "'new-thing' is not one of default, gpt-2, smollm"),
         (lacking, "missing     model.layers.1.mlp.up_proj.weight"),
         (tmp_path / "none.gguf", "there is no"),
