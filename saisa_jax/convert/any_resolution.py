@@ -64,7 +64,7 @@ def grids_from_llava(raw: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | No
     if raw.get("image_aspect_ratio") != "anyres":
         return None
     named = raw.get("image_grid_pinpoints")
-    pairs = ast.literal_eval(named) if isinstance(named, str) else named
+    pairs: Any = ast.literal_eval(named) if isinstance(named, str) else named
     grids = tuple((int(height), int(width)) for width, height in pairs)
     if not grids:
         raise ValueError("no grid")

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class EncodedImage:
         return cls(content_key(pixels), pixels, None)
 
     @classmethod
-    def of_views(cls, views: Sequence[np.ndarray | EncodedImage]) -> EncodedImage:
+    def of_views(cls, views: Iterable[np.ndarray | EncodedImage]) -> EncodedImage:
         """The image of these views."""
         first, *tiles = (view if isinstance(view, EncodedImage) else cls.of(view) for view in views)
         return dataclasses.replace(first, tiles=tuple(tiles)) if tiles else first
