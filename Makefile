@@ -236,6 +236,54 @@ $(VLLM)/installed: integrations/vllm/requirements.txt
 vllm: $(VLLM)/installed $(VENV)/installed-dev  ## vLLM with the connector, offline: its answers are those of our own engine
 	JAX_PLATFORMS=cpu PYTHONPATH=.:integrations/vllm $(BIN)/python integrations/vllm/check.py runs/vllm --vllm=$(VLLM)/bin/python
 
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+# Needs jax[cuda13] and a torch of the same CUDA in the environment (`make` does not bring them); 20 minutes on a GPU.
+# GPU_REPORT_SIZE=tiny runs every piece on whatever there is, in a few minutes: it shows that all of it works.
+GPU_REPORT := runs/gpu-report
+GPU_REPORT_SIZE ?= full
+GPU_REPORT_TIME := 300
+ifeq ($(GPU_REPORT_SIZE),tiny)
+GPU_PEERS := --sizes=tiny --rows=1 --dtypes=float32,bfloat16 --repeat=1 --runtimes=eager
+GPU_GROWTH := --size=tiny --tokens=4,16 --images=2 --repeat=1 --alignments=saisa,llava
+GPU_PARTS := --size=tiny --repeat=1 --alignments=saisa
+GPU_STEP := --layers=1 --embed=64 --mlp=64 --vocab=128 --visual=4 --text=8 --rows=1 --repeat=1
+GPU_IMPLS := xla
+GPU_TRAIN := --config=saisa_jax/testing/configs.py
+GPU_IMAGE := --repeat=1
+else
+GPU_PEERS := --sizes=mid,smollm2 --rows=1,8 --dtypes=float32,bfloat16
+GPU_GROWTH := --dtype=bfloat16
+GPU_PARTS := --dtype=bfloat16
+GPU_STEP := --layers=24 --embed=2048 --mlp=5632 --vocab=32000 --text=512 --rows=8
+GPU_IMPLS := xla cudnn
+GPU_TRAIN := --config=configs/demo.py --config.pretrain.steps=2 --config.finetune.steps=2
+GPU_IMAGE :=
+endif
+
+# $(call piece,name,command): its output goes to a file as well; a piece that fails or takes too long is said and left out
+define piece
+@echo "== $(1)"; XLA_PYTHON_CLIENT_PREALLOCATE=false timeout $(GPU_REPORT_TIME) $(BIN)/python $(2) \
+  > $(GPU_REPORT)/$(1).txt 2> $(GPU_REPORT)/$(1).log || echo "$(1) failed, see its log" | tee -a $(GPU_REPORT)/failed
+@cat $(GPU_REPORT)/$(1).txt
+
+endef
+
+.PHONY: gpu-report
+gpu-report: $(VENV)/installed-dev  ## speed on a GPU: peers, growth, parts, steps, images, the cuda tests (docs/performance.md)
+	rm -rf $(GPU_REPORT)
+	mkdir -p $(GPU_REPORT)
+	$(call piece,cuda-tests,-m pytest -q -m cuda tests)
+	$(foreach impl,$(GPU_IMPLS),$(call piece,step-bfloat16-$(impl),-m saisa_jax bench step $(GPU_STEP) --dtype=bfloat16 --attention=$(impl)))
+	$(call piece,step-float32-xla,-m saisa_jax bench step $(GPU_STEP) --dtype=float32 --attention=xla)
+	$(call piece,peers,-m saisa_jax bench peers $(GPU_PEERS) --output=$(GPU_REPORT)/peers)
+	$(call piece,growth,-m saisa_jax bench growth $(GPU_GROWTH) --output=$(GPU_REPORT)/growth)
+	$(call piece,parts,-m saisa_jax bench parts $(GPU_PARTS) --output=$(GPU_REPORT)/parts)
+	$(call piece,train,train.py $(GPU_TRAIN) --workdir=$(GPU_REPORT)/model)
+	$(call piece,image,-m saisa_jax bench image --checkpoint=$(GPU_REPORT)/model/finetune/model $(GPU_IMAGE) --output=$(GPU_REPORT)/image.json)
+	@echo "MFU of bench step stands beside what \`plan\` assumes: an HFU of 50%. The proof at full size: make proof"
+	@test ! -e $(GPU_REPORT)/failed
+
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 .PHONY: docs

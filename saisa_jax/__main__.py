@@ -32,6 +32,12 @@ VERBS = {
     "bench serve": ("saisa_jax.cli.bench_serve", "a server with 1, 8 and 64 clients, against one by one"),
     "bench eval": ("saisa_jax.cli.bench_eval", "questions a second of an evaluation, and where its time goes"),
     "bench step": ("saisa_jax.cli.bench_step", "a training step under SAISA, NAAViT and LLaVA"),
+    "bench peers": ("saisa_jax.cli.bench_peers", "SAISA and LLaVA beside the same models in PyTorch, in one run"),
+    "bench growth": ("saisa_jax.cli.bench_growth", "time and memory as visual tokens and pictures become more"),
+    "bench parts": (
+        "saisa_jax.cli.bench_parts",
+        "each part of a question and of a step against what this machine can do",
+    ),
     "bench data": ("saisa_jax.cli.bench_data", "images a second of a core, beside PIL with transformers' processor"),
 }
 

@@ -97,7 +97,7 @@ def layer(config: ModelConfig, text: int, images: int = 1) -> Breakdown:
 def _prefill(config: ModelConfig, text: int, images: int) -> Breakdown:
     config = _plain(config)
     program = _trace(_read(config), _params(config), _abstract_batch(1, text, images, config.vision.image_size))
-    return _by_part(products(program))
+    return by_part(products(program))
 
 
 def xla_prefill(config: ModelConfig, text: int, images: int = 1) -> float:
@@ -180,17 +180,17 @@ def training(
     for product in products(program):
         (backward if "transpose(" in product.scope else forward).append(product)
     if teacher is None:
-        return Training(_by_part(forward), _by_part(backward))
+        return Training(by_part(forward), by_part(backward))
     taught = _forward(_plain(teacher.model), rows, text, images)
     if teacher.within and not any(path.startswith("vision/") for path in trainable):
         taught = dataclasses.replace(taught, vision=0)
-    return Training(_by_part(forward), _by_part(backward), taught)
+    return Training(by_part(forward), by_part(backward), taught)
 
 
 def _forward(config: ModelConfig, rows: int, text: int, images: int) -> Breakdown:
     """FLOPs of the logits of all tokens."""
     forward = lambda params, batch: Saisa(config).apply({"params": params}, batch)[0]  # noqa: E731
-    return _by_part(products(_trace(forward, _params(config), _abstract_batch(rows, text, images, config.image_slot))))
+    return by_part(products(_trace(forward, _params(config), _abstract_batch(rows, text, images, config.image_slot))))
 
 
 def _parted(params: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -232,7 +232,7 @@ def of_step(
     teacher: Teacher | None = None,
 ) -> StepFlops:
     """FLOPs of a train step, whose own jaxpr is given; the other arguments are those of `training`."""
-    needed, executed = training(config, groups, rows, text, images, teacher), _by_part(products(jaxpr))
+    needed, executed = training(config, groups, rows, text, images, teacher), by_part(products(jaxpr))
     attention = sum(passes.attention for passes in needed)
     return StepFlops(needed.total, attention, executed.total, executed.attention)
 
@@ -287,11 +287,16 @@ _SCOPES = {
 }
 
 
-def _by_part(found: Iterable[Product]) -> Breakdown:
+def part_of(scope: str) -> str:
+    """The one of PARTS that the names of the modules around something say."""
+    return next((part for name, part in _SCOPES.items() if name.search(scope)), "other")
+
+
+def by_part(found: Iterable[Product]) -> Breakdown:
+    """FLOPs of products, part by part."""
     parts: dict[str, int] = {}
     for scope, flops, _ in found:
-        part = next((part for name, part in _SCOPES.items() if name.search(scope)), "other")
-        parts[part] = parts.get(part, 0) + flops
+        parts[part_of(scope)] = parts.get(part_of(scope), 0) + flops
     return Breakdown(**parts)
 
 

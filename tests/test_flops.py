@@ -18,6 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from saisa_jax import flops, presets
 from saisa_jax.__main__ import main
 from saisa_jax.batch import empty_batch
+from saisa_jax.cli.flops import growth_table
 from saisa_jax.config import (
     TRAIN_ALL,
     TRAIN_ALL_BUT_VISION,
@@ -300,6 +301,15 @@ def test_small_models_cost_what_the_closed_form_says(variant: str) -> None:
         assert flops.prefill(config, TEXT, images).parts == closed_form(config, TEXT, images), f"{images} images"
     forward = flops.training(config, TRAIN_PROJECTOR, 2, TEXT, 2).forward
     assert forward.parts == {part: 2 * n for part, n in closed_form(config, TEXT, 2, head_rows=TEXT).items()}
+
+
+def test_how_the_saving_grows_with_visual_tokens() -> None:
+    """The table of docs/family.md: five views of any resolution, 2,880 visual tokens."""
+    configs = {name: seven_b(name) for name in ("llava", "saisa")}
+    table = growth_table(configs, 64, (1, 5), "decoder")
+    assert [list(column.cells) for column in table.columns] == [
+        ["1", "5"], ["576", "2,880"], ["8.528", "42.796"], ["2.860 (-66.5%)", "10.978 (-74.3%)"]
+    ]  # fmt: skip
 
 
 def test_how_a_model_runs_does_not_change_what_it_costs() -> None:

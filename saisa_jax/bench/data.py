@@ -1,9 +1,9 @@
 """`python -m saisa_jax bench data`: how many images a second one core prepares, and what a TPU host would need.
 
 Each round does the same work three times, alternating: as the pipeline does it (decode, pad and resize, tokenise,
-pack); with PIL and transformers' CLIP processor up to the same uint8 pixels; and with them up to normalised float32
-pixels, as LLaVA does. The processor time of the one working thread is measured, so that other load on the machine does
-not count; the figures are medians over the rounds.
+pack); with PIL and transformers' processor (CLIP's; of `anyres` LLaVA-NeXT's) up to the same uint8 pixels; and with
+them up to normalised float32 pixels, as LLaVA does. The processor time of the one working thread is measured, so that
+other load on the machine does not count; the figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from saisa_jax import flops, presets
 from saisa_jax.chips import CHIPS
@@ -31,15 +33,16 @@ from saisa_jax.config import (
     ConfigError,
     VisionConfig,
 )
-from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.data.images import load_image
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.rows.packing import pack
 from saisa_jax.data.sample import ASSISTANT, USER, ImageSource, Sample, Turn
 from saisa_jax.data.sources import easy_vqa
 from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.views import count_views, prepare_views
 
 STAGES: tuple[str, ...] = ("decode", "pad and resize", "tokenise", "pack")
-ROW = (1024, 4)  # text tokens and image slots of a packed row
+ROW_TEXT, ROW_IMAGES = 1024, 4  # text tokens and images of a packed row
 CORES, CHIPS_A_HOST = 16, 4
 CAPTION = 32  # text tokens of a sample of stage 1
 
@@ -72,11 +75,11 @@ class Pipeline:
             start = time.thread_time()
             image = load_image(sample.images[0], sample.id)
             decoded = time.thread_time()
-            pixels = prepare_image(image, self.vision.image_size, self.vision.image_mode, self.vision.image_mean)
+            views = prepare_views(image, self.vision)
             resized = time.thread_time()
             encoded, _ = self.encode(sample)
             tokenised = time.thread_time()
-            examples.append(Example(encoded, [pixels]))
+            examples.append(Example(encoded, list(views)))
             for stage, taken in zip(STAGES, (decoded - start, resized - decoded, tokenised - resized), strict=False):
                 seconds[stage] += taken
         start = time.thread_time()
@@ -86,20 +89,28 @@ class Pipeline:
 
     def _pack(self, examples: Sequence[Example]) -> None:
         tokens = np.array([len(example.encoded.tokens) for example in examples], np.int32)
-        plan = pack(tokens, np.ones_like(tokens), *ROW, [0])
-        pack_rows([[examples[i] for i in plan[row]] for row in range(len(plan))], *ROW, self.vision.image_size)
+        slots = np.array([len(example.encoded.image_positions) for example in examples], np.int32)
+        shape = ROW_TEXT, ROW_IMAGES * self.vision.max_views
+        plan = pack(tokens, slots, *shape, [0])
+        pack_rows([[examples[i] for i in plan[row]] for row in range(len(plan))], *shape, self.vision.image_size)
 
 
 class Peer:
-    """The same work with PIL and transformers' CLIP processor, as LLaVA's code is written."""
+    """The same work with PIL and transformers' processors, as LLaVA's code is written."""
 
     def __init__(self, vision: VisionConfig, tokenizer: PreTrainedTokenizerFast, normalised: bool) -> None:
         side = vision.image_size
-        self.processor = CLIPImageProcessorPil(
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-            do_rescale=normalised,
-            do_normalize=normalised,
+        options: dict[str, Any] = {
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            "do_rescale": normalised,
+            "do_normalize": normalised,
+        }
+        self.grids = [list(grid) for grid in vision.grids]
+        self.processor: Any = (
+            LlavaNextImageProcessorPil(**options, image_grid_pinpoints=self.grids)
+            if self.grids
+            else CLIPImageProcessorPil(**options)
         )
         self.color = tuple(int(255 * value) for value in vision.image_mean)
         self.tokenizer = tokenizer
@@ -108,18 +119,21 @@ class Peer:
         """Prepares the samples; returns the seconds."""
         start = time.thread_time()
         pixels = [self._pixels(sample.images[0]) for sample in samples]
-        np.stack(pixels)
+        np.concatenate(pixels)
         for sample in samples:
             _ = self.tokenizer(" ".join(turn.text for turn in sample.turns)).input_ids
         return time.thread_time() - start
 
     def _pixels(self, source: ImageSource) -> np.ndarray:
+        """[views, 3, size, size]."""
         assert isinstance(source, bytes), "a file's bytes"
         image = Image.open(io.BytesIO(source)).convert("RGB")
+        if self.grids:
+            return self.processor(image, return_tensors="np").pixel_values[0]
         long = max(image.size)
         square = Image.new("RGB", (long, long), self.color)
         square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
-        return self.processor(square, return_tensors="np").pixel_values[0]
+        return self.processor(square, return_tensors="np").pixel_values
 
 
 def bench(config: Config, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample], repeat: int) -> list[Round]:
@@ -212,7 +226,7 @@ def path_table(rounds: Sequence[Round], count: int) -> Table:
     return table
 
 
-def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> Table:
+def demand_table(text: int, images_per_second: float, chip: str, mfu: float, views: int = 1) -> Table:
     """What a host of four TPU chips needs for the 7B recipe, and what 16 cores deliver, in tokens of both kinds.
 
     Args:
@@ -220,6 +234,7 @@ def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> 
       images_per_second: of a core.
       chip: one of CHIPS.
       mfu: the fraction of the chips' peak that is reached.
+      views: image slots of an image.
     """
     table = Table("7B recipe", "text", "TFLOP", "samples/s", "tokens/s", f"{CORES} cores", "times")
     for column in table.columns[1:]:
@@ -231,10 +246,10 @@ def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> 
             ("pretrain", shared, TRAIN_PROJECTOR, CAPTION),
             ("finetune", model, TRAIN_ALL_BUT_VISION, text),
         ):
-            of_sample = flops.train_step(staged, groups, 1, tokens)
+            of_sample = flops.train_step(staged, groups, 1, tokens, views)
             needed = CHIPS_A_HOST * CHIPS[chip].flops * mfu / of_sample
             delivered = CORES * images_per_second  # samples a second
-            whole = tokens + model.vision.num_patches
+            whole = tokens + views * model.vision.num_patches
             table.add_row(
                 f"{alignment}, {name}",
                 str(tokens),
@@ -245,6 +260,11 @@ def demand_table(text: int, images_per_second: float, chip: str, mfu: float) -> 
                 f"{delivered / needed:.0f}",
             )
     return table
+
+
+def most_views(samples: Sequence[Sample], vision: VisionConfig) -> int:
+    """Image slots of the image that takes most of them."""
+    return max(count_views(image, vision, sample.id) for sample in samples for image in sample.images)
 
 
 def text_length(sample: Sample, config: Config, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -6,31 +6,17 @@ is that of the medians.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
+from saisa_jax.bench.times import Timed
 from saisa_jax.data.sample import USER, Turn
 from saisa_jax.inference.generate import bucket
 from saisa_jax.inference.model import Request, VisionLanguageModel
 
 QUESTION = "what is in the image?"
-
-
-def seconds(act: Callable[[], Any]) -> float:
-    """Seconds of a call until its arrays are ready."""
-    return timed(act, time.perf_counter)[0]
-
-
-def timed(act: Callable[[], Any], *clocks: Callable[[], float]) -> list[float]:
-    """What each of the clocks says of it."""
-    start = [clock() for clock in clocks]
-    jax.block_until_ready(act())
-    return [clock() - since for clock, since in zip(clocks, start, strict=True)]
 
 
 def bench(model: VisionLanguageModel, repeat: int, question: str = QUESTION) -> dict[str, Any]:
@@ -57,19 +43,19 @@ def bench(model: VisionLanguageModel, repeat: int, question: str = QUESTION) -> 
         with model.on_mesh():
             return model.generator.prefill(model.params, batch, 16, model.image_slots(batch, [request]))[0]
 
-    times: dict[str, list[float]] = {"first": [], "second": [], "first_processor": [], "second_processor": []}
+    asked = {"first": Timed(), "second": Timed()}
     for n in range(repeat + 1):
         pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        for name in ("first", "second"):
-            took = timed(lambda p=pixels: prefill(p, question), time.perf_counter, time.process_time)
-            if n:  # the first pair compiles
-                times[name].append(took[0])
-                times[f"{name}_processor"].append(took[1])
+        for timed in asked.values():
+            (timed if n else Timed()).add(lambda p=pixels: prefill(p, question))  # the first pair compiles
     request = request_of(pixels, question)
     room = bucket(len(request.encoded.tokens)) - len(request.encoded.tokens)
-    longer = question + " what?" * (room + 1)  # the next bucket of text
+    longer, more = question + " what?" * (room + 1), Timed()  # the next bucket of text
+    for _ in range(2):
+        more.add(lambda: prefill(pixels, longer))
     return {
-        **times,
-        "compile": seconds(lambda: prefill(pixels, longer)),
-        "reuse": seconds(lambda: prefill(pixels, longer)),
+        **{name: timed.seconds for name, timed in asked.items()},
+        **{f"{name}_processor": timed.processor for name, timed in asked.items()},
+        "compile": more.seconds[0],
+        "reuse": more.seconds[1],
     }

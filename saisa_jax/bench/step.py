@@ -1,18 +1,15 @@
 """`python -m saisa_jax bench step`: the time of a training step of SAISA, NAAViT and LLaVA on this machine.
 
-The step is stage 2's own: everything but the vision encoder trains, with AdamW. The three alternate in one run, each
-round in reverse order, so that other load on the machine affects all alike. A ratio to LLaVA is the median over
-the rounds of that of the two times of a round; beside it is the ratio of the FLOPs (`saisa_jax/flops.py`).
-On a CPU the processor time of all threads is shown as well: other load hardly changes it.
+The step is stage 2's own: everything but the vision encoder trains, with AdamW. The alignments alternate in one run
+(`times.py`); beside a ratio of times is the ratio of the FLOPs (`saisa_jax/flops.py`). On a CPU the processor time of
+all threads is shown as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +18,7 @@ from rich.table import Table
 
 from saisa_jax import flops, parallel
 from saisa_jax.batch import Batch
+from saisa_jax.bench.times import Timed, in_turns, middle, ratios
 from saisa_jax.chips import peak_flops
 from saisa_jax.config import ALIGNMENTS, Config, FlamingoConfig, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
 from saisa_jax.models.saisa import init_params
@@ -31,27 +29,6 @@ from saisa_jax.training.state import create_state
 from saisa_jax.training.step import make_train_step
 
 STAGE = "finetune"
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One alignment's steps.
-
-    Attributes:
-      flops: that a step needs.
-      seconds: of each step, wall time.
-      processor: of each step, of all threads of this process together.
-    """
-
-    flops: float
-    seconds: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-
-    def add(self, step: Callable[[], None]) -> None:
-        wall, processor = time.perf_counter(), time.process_time()
-        step()
-        self.seconds.append(time.perf_counter() - wall)
-        self.processor.append(time.process_time() - processor)
 
 
 def make_config(alignment: str, options: argparse.Namespace) -> Config:
@@ -128,9 +105,8 @@ def bench(options: argparse.Namespace) -> dict[str, Timed]:
     timed = {alignment: Timed(needed) for alignment, (_, needed) in steps.items()}
     for step, _ in steps.values():
         step()  # compiles
-    for number in range(options.repeat):
-        for alignment in reversed(ALIGNMENTS) if number % 2 else ALIGNMENTS:
-            timed[alignment].add(steps[alignment][0])
+    for alignment, step in in_turns({alignment: step for alignment, (step, _) in steps.items()}, options.repeat):
+        timed[alignment].add(step)
     return timed
 
 
@@ -145,25 +121,16 @@ def table(timed: dict[str, Timed]) -> Table:
         shown.add_row(name, *map(of, timed.values()))
 
     def rate(one: Timed) -> str:
-        speed = one.flops / statistics.median(one.seconds)
+        speed = one.flops / one.median
         return f"{speed / peak:.1%}" if peak else f"{speed / 1e9:,.0f}"
 
-    row("ms a step", lambda one: f"{1e3 * statistics.median(one.seconds):,.0f}")
+    row("ms a step", lambda one: f"{1e3 * one.median:,.0f}")
     row("of LLaVA's", lambda one: f"{statistics.median(ratios(one.seconds, llava.seconds)):.2f}")
-    row("in half of the rounds", lambda one: "{:.2f} to {:.2f}".format(*_middle(ratios(one.seconds, llava.seconds))))
+    row("in half of the rounds", lambda one: "{:.2f} to {:.2f}".format(*middle(ratios(one.seconds, llava.seconds))))
     if jax.default_backend() == "cpu":
-        row("processor ms a step", lambda one: f"{1e3 * statistics.median(one.processor):,.0f}")
+        row("processor ms a step", lambda one: f"{1e3 * one.processor_median:,.0f}")
         row("of LLaVA's", lambda one: f"{statistics.median(ratios(one.processor, llava.processor)):.2f}")
     row("GFLOPs a step needs", lambda one: f"{one.flops / 1e9:,.4g}")
     row("of LLaVA's", lambda one: f"{one.flops / llava.flops:.2f}")
     row("MFU" if peak else "GFLOP/s", rate)
     return shown
-
-
-def _middle(values: Sequence[float]) -> Sequence[float]:
-    return np.percentile(values, [25, 75]).tolist()
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(ours, theirs, strict=True)]

@@ -1,6 +1,9 @@
 """`python -m saisa_jax flops`: what a prompt costs under each alignment, side by side.
 
 python -m saisa_jax flops --model=vicuna-7b --vision=clip-vit-l-336 --text=64
+
+With several numbers of images (`--images=1,2,3,4,5`: of image slots, as the views of any resolution take them) how the
+cost grows with them.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ CONVENTIONS = {
 def layer_table(configs: Mapping[str, ModelConfig], text: int, images: int = 1) -> Table:
     """What one decoder layer that sees the image costs, by part; under Flamingo with the cross layer before it."""
     layers = {name: flops.layer(config, text, images) for name, config in configs.items()}
-    unit, scale = _unit(layers.values())
+    unit, scale = _unit(layer.total for layer in layers.values())
     table = _new_table(f"One decoder layer ({unit})", configs)
     parts = (part for part in flops.PARTS if any(layer.parts[part] for layer in layers.values()))
     for part in (*parts, "total"):
@@ -45,7 +48,7 @@ def total_table(configs: Mapping[str, ModelConfig], text: int, images: int, by_x
       by_xla: `flops.xla_prefill` of each.
     """
     totals = {name: flops.prefill(config, text, images) for name, config in configs.items()}
-    unit, scale = _unit(totals.values())
+    unit, scale = _unit(total.total for total in totals.values())
     table = _new_table(f"Prefill of the whole model ({unit})", configs)
     for part in (part for part in flops.PARTS if any(total.parts[part] for total in totals.values())):
         table.add_row(part, *(_number(getattr(total, part) / scale) for total in totals.values()))
@@ -59,6 +62,22 @@ def total_table(configs: Mapping[str, ModelConfig], text: int, images: int, by_x
     return table
 
 
+def growth_table(configs: Mapping[str, ModelConfig], text: int, images: Sequence[int], convention: str) -> Table:
+    """What reading a prompt costs with more and more images, in one of the conventions of `flops.CONVENTIONS`."""
+    totals = [
+        [flops.prefill(config, text, count, convention=convention).total for config in configs.values()]
+        for count in images
+    ]
+    unit, scale = _unit([max(map(max, totals))])
+    table = Table(title=f"Prefill by visual tokens, {convention} ({unit})", title_justify="left")
+    for name in ("images", "visual tokens", *map(NAMES.__getitem__, configs)):
+        table.add_column(name, justify="right")
+    for count, sums in zip(images, totals, strict=True):
+        visual = count * next(iter(configs.values())).num_visual_tokens
+        table.add_row(str(count), f"{visual:,}", *_with_reductions(sums, scale))
+    return table
+
+
 def _new_table(title: str, configs: Mapping[str, ModelConfig]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -67,8 +86,8 @@ def _new_table(title: str, configs: Mapping[str, ModelConfig]) -> Table:
     return table
 
 
-def _unit(breakdowns: Iterable[flops.Breakdown]) -> tuple[str, float]:
-    largest = max(breakdown.total for breakdown in breakdowns)
+def _unit(values: Iterable[float]) -> tuple[str, float]:
+    largest = max(values)
     return next(
         ((unit, size) for unit, size in (("TFLOPs", 1e12), ("GFLOPs", 1e9)) if largest >= size), ("MFLOPs", 1e6)
     )
@@ -93,19 +112,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default="vicuna-7b", help=", ".join(presets.LLMS))
     parser.add_argument("--vision", default="clip-vit-l-336", help=", ".join(presets.VISIONS))
     parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt (default 64, the authors')")
-    parser.add_argument("--images", type=int, default=1, help="images in the prompt (default 1)")
+    parser.add_argument("--images", default="1", help="image slots of the prompt, or several numbers (default 1)")
     args = parser.parse_args(argv)
-    if args.text < 1 or args.images < 0:
+    images = [int(number) if number.isdecimal() else -1 for number in args.images.split(",")]
+    if args.text < 1 or min(images) < 0:
         raise ConfigError(f"--text={args.text} must be at least 1 and --images={args.images} at least 0")
 
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed: leave accelerators alone
     configs = {name: presets.make(args.model, args.vision, alignment=name) for name in NAMES}
-    visual = args.images * presets.VISIONS[args.vision].num_patches
     console, start = Console(width=max(Console().width, 100)), time.perf_counter()  # four columns of numbers
-    console.print(f"{args.model}, {args.vision}: {args.text} text and {visual} visual tokens")
-    console.print(layer_table(configs, args.text, args.images))
-    by_xla = {name: flops.xla_prefill(config, args.text, args.images) for name, config in configs.items()}
-    console.print(total_table(configs, args.text, args.images, by_xla))
+    if len(images) > 1:
+        console.print(f"{args.model}, {args.vision}: {args.text} text tokens")
+        for convention in ("decoder", "end_to_end"):
+            console.print(growth_table(configs, args.text, images, convention))
+    else:
+        visual = images[0] * presets.VISIONS[args.vision].num_patches
+        console.print(f"{args.model}, {args.vision}: {args.text} text and {visual} visual tokens")
+        console.print(layer_table(configs, args.text, images[0]))
+        by_xla = {name: flops.xla_prefill(config, args.text, images[0]) for name, config in configs.items()}
+        console.print(total_table(configs, args.text, images[0], by_xla))
     seconds = time.perf_counter() - start
     console.print(f"Counted in the model's own prefill, traced with abstract arrays (no weights), in {seconds:.1f} s.")
     console.print("Products of matrices alone are counted; XLA counts element-wise arithmetic as well.")

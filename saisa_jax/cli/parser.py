@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 CACHE_FLAG = "--compilation_cache"
 # Of those that compile on the devices that there are; chat tells of it by itself.
-COMPILING_VERBS = frozenset({"train", "eval", "chat", "report", "checkpoint export", "bench image", "bench step"})
+COMPILING_VERBS = frozenset({"train", "eval", "chat", "report", "checkpoint export", "bench image", "bench step",
+                             "bench peers", "bench growth", "bench parts"})  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -67,10 +67,11 @@ def main(argv: Sequence[str]) -> int:
         for name, value in sizes.items():
             if value is not None and value < (name != "images"):
                 raise ConfigError(f"--{name}={value} is too small")
-        shape = Shape(options.text, options.max_new_tokens, options.images)
+        shape = Shape(options.text, options.max_new_tokens, options.images * config.model.vision.max_views)
         return 0 if plan_generation(console, config, topology, shape, options.dtype, options.batch_size) else 1
     fits = True
     for stage in config.stages:
-        long = length(config.stage(stage), config.data.packing, options.samples, options.samples_per_row)
+        packing, vision = config.data.packing, config.model.vision
+        long = length(config.stage(stage), packing, vision, options.samples, options.samples_per_row)
         fits &= plan_stage(console, config, stage, topology, long, options.hfu, options.remedies, options.compare)
     return 0 if fits else 1

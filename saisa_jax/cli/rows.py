@@ -15,7 +15,7 @@ from saisa_jax.config import STAGES
 from saisa_jax.data.pipeline import stage_counts
 from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.planning import rows
-from saisa_jax.planning.lengths import LENGTHS
+from saisa_jax.planning.lengths import LENGTHS, in_slots
 from saisa_jax.planning.tables import console
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     config = read_config(rest)
     if options.lengths:
-        counts = LENGTHS[options.lengths]()
+        counts = in_slots(LENGTHS[options.lengths](), config.model.vision)
     else:
         counts = stage_counts(config, options.stage, load_tokenizer(config.data.tokenizer))
     choices = rows.compare(config, options.stage, counts)

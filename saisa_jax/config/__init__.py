@@ -53,7 +53,7 @@ from saisa_jax.config.training import (
     StageConfig,
     TrainingConfig,
 )
-from saisa_jax.config.vision import ACTIVATIONS, IMAGE_MODES, SHARINGS, ProjectorConfig, VisionConfig
+from saisa_jax.config.vision import ACTIVATIONS, IMAGE_MODES, SHARINGS, SQUARE_MODES, ProjectorConfig, VisionConfig
 
 __all__ = [
     "ACTIVATIONS",
@@ -73,6 +73,7 @@ __all__ = [
     "SCHEDULES",
     "SCHOOLS",
     "SHARINGS",
+    "SQUARE_MODES",
     "STAGES",
     "TRAIN_ADAPTERS",
     "TRAIN_ALL",

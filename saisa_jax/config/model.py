@@ -177,6 +177,13 @@ class ModelConfig:
             f"model.frozen_prefix is a choice of model.alignment=saisa or naavit, not of {self.alignment!r}",
         )
         self._check_layers()
+        most = self.vision.max_views * self.num_visual_tokens
+        check(
+            self.vision.max_views == 1 or most < self.max_length,
+            f"model.vision.image_mode=anyres: an image takes up to {self.vision.max_views} x {self.num_visual_tokens} "
+            f"positions, which leave no room for text in model.max_length={self.max_length}: raise it, or choose "
+            "smaller model.vision.image_grids",
+        )
         if self.alignment == "flamingo":
             check(
                 self.flamingo.every <= self.num_layers,

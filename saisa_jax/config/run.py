@@ -69,6 +69,11 @@ class Config:
             "model.projector.sharing=per_layer, or model.projector.kind=mlp",
         )
         check(self.model.lora.rank == 0, "model.lora belongs to a stage: set finetune.lora")
+        check(
+            not (self.data.augment and self.model.vision.max_views > 1),
+            "data.augment mirrors and moves each image slot by itself, and model.vision.image_mode=anyres cuts an "
+            "image into several: set data.augment=False",
+        )
         check(not self.model.vision.precomputed, "model.vision.precomputed belongs to the data: set data.features")
         if self.model.alignment != "saisa":
             for stage in self.stages:

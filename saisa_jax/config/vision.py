@@ -11,7 +11,10 @@ from saisa_jax.config.checks import check, choice, positive
 
 SHARINGS = ("shared", "per_layer")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
-IMAGE_MODES = ("pad", "square", "resize")
+SQUARE_MODES = ("pad", "square", "resize")
+IMAGE_MODES = (*SQUARE_MODES, "anyres")
+# LLaVA-NeXT's grids (height, width) of tiles, as many as fit into 2,880 visual tokens with the view of the whole.
+NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class VisionConfig:
     post_norm: bool = False  # the encoder's final LayerNorm on the selected features
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    image_mode: str = "pad"  # how an image is made square: pad | square (centre crop) | resize
+    # How an image is made square: pad | square (centre crop) | resize; or anyres, LLaVA-NeXT's any resolution: it is
+    # resized, and also laid on a grid that is cut into tiles. Each of these views takes an image slot.
+    image_mode: str = "pad"
+    # anyres: (height, width) in pixels of the grids that an image may be laid on, multiples of image_size; None:
+    # LLaVA-NeXT's five, two to four tiles: 1 x 2, 2 x 1, 2 x 2, 3 x 1 and 1 x 3.
+    image_grids: tuple[tuple[int, int], ...] | None = None
     precomputed: bool = False  # a batch holds the encoder's features in place of images; set by `data.features`
 
     def __post_init__(self) -> None:
@@ -69,6 +77,7 @@ class VisionConfig:
         check(self.num_registers >= 0, f"{where}.num_registers={self.num_registers} must not be negative")
         choice(f"{where}.activation", self.activation, ACTIVATIONS)
         choice(f"{where}.image_mode", self.image_mode, IMAGE_MODES)
+        self._check_grids(where)
         check(
             -(self.num_layers + 1) <= self.select_layer <= self.num_layers,
             f"{where}.select_layer={self.select_layer} is out of range: {where}.num_layers={self.num_layers} has "
@@ -86,6 +95,22 @@ class VisionConfig:
                 f"{where}.embed_dim={self.embed_dim} is not divisible by {where}.num_heads={self.num_heads}",
             )
             check(not self.depths and not self.widths, f"{where}.depths and {where}.widths need {where}.kind=convnext")
+
+    def _check_grids(self, where: str) -> None:
+        if self.image_grids is None:
+            return
+        check(
+            self.image_mode == "anyres",
+            f"{where}.image_grids is a choice of {where}.image_mode=anyres, not of {self.image_mode!r}",
+        )
+        check(len(self.image_grids) > 0, f"{where}.image_grids is empty: name one, or None for LLaVA-NeXT's")
+        size = self.image_size
+        wrong = [grid for grid in self.image_grids if any(side < size or side % size for side in grid)]
+        check(
+            not wrong,
+            f"{where}.image_grids={self.image_grids}: {wrong} are no (height, width) in multiples of "
+            f"{where}.image_size={size}, such as {(size, 2 * size)}",
+        )
 
     def _check_convnext(self, where: str) -> None:
         check(
@@ -120,6 +145,19 @@ class VisionConfig:
     @property
     def patches_per_side(self) -> int:
         return self.image_size // self.patch_size
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of the grids that an image may be laid on; (): it is one square."""
+        if self.image_mode != "anyres":
+            return ()
+        size = self.image_size
+        return self.image_grids or tuple((height * size, width * size) for height, width in NEXT_GRIDS)
+
+    @property
+    def max_views(self) -> int:
+        """Image slots that an image takes at most: its view as a whole, and the tiles of the largest grid."""
+        return 1 + max((height * width for height, width in self.grids), default=0) // self.image_size**2
 
     @property
     def num_patches(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saisa_jax.config import ConfigError, ModelConfig, ProjectorConfig, VisionConfig
+from saisa_jax.convert.any_resolution import FEATURE_GRIDS, MERGED, refusal, views_to_llava, with_grids
 from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.family import DecoderFamily
 from saisa_jax.convert.files.open import open_checkpoint
@@ -109,7 +110,7 @@ def vision_config_from_hf(
         select_layer = family.select_layer if declared is None else declared
     if not isinstance(select_layer, int):
         raise ConvertError(f"{source}: features of several layers ({select_layer!r}) are not supported, only of one")
-    preprocessor = read_preprocessor(source)
+    preprocessor, grids = read_preprocessor(source), raw.get(FEATURE_GRIDS)
     try:
         family.check_fields(fields)
         return VisionConfig(
@@ -120,6 +121,7 @@ def vision_config_from_hf(
             image_mean=tuple(preprocessor.get("image_mean") or family.image_mean),
             image_std=tuple(preprocessor.get("image_std") or family.image_std),
             image_mode=image_mode or raw.get(FEATURE_IMAGE_MODE) or "pad",
+            image_grids=None if grids is None or image_mode else tuple((height, width) for height, width in grids),
         )
     except (ConfigError, TypeError) as error:
         raise ConvertError(f"{source}: {error}") from error
@@ -183,11 +185,13 @@ def config_from_hf(
 
 
 def _llava_hf(raw: Mapping[str, Any], directory: Path) -> ModelConfig:
-    _check_llava(raw, directory)
-    if raw.get("model_type", "llava") != "llava":
+    model_type = raw.get("model_type", "llava")
+    if model_type != "llava":
+        why = f"{MERGED}; " if model_type == "llava_next" else ""
         raise _unsupported(
-            directory, "model_type", raw["model_type"], "take a checkpoint of LLaVA-1.5 (model_type llava)"
+            directory, "model_type", model_type, f"{why}take a checkpoint of LLaVA-1.5 (model_type llava)"
         )
+    _check_llava(raw, directory, "llava-hf")
     text, vision = dict(raw.get("text_config") or {}), raw.get("vision_config") or LLAVA_HF_TOWER
     mode = image_mode_from_hf(read_preprocessor(directory))
     tower = vision_config_from_hf(vision, directory, raw.get("vision_feature_layer", -2), mode)
@@ -232,7 +236,7 @@ def _original(
     raw: Mapping[str, Any], directory: Path, layout: str, vision: str | Path | None, select_layer: int | None
 ) -> ModelConfig:
     """The layouts saisa and llava."""
-    _check_llava(raw, directory)
+    _check_llava(raw, directory, layout)
     _expect(raw, "mm_projector_type", "mlp2x_gelu", directory)
     folder = vision_directory(directory, vision)
     mode = "pad"
@@ -242,6 +246,7 @@ def _original(
     select = select_layer if said is None else said
     tower = vision_config_from_hf(read_json(folder / CONFIG), folder, select, image_mode=mode)
     _check_tower(tower, directory)
+    tower = with_grids(tower, raw, directory / CONFIG)
     if raw.get("mm_vision_select_feature") != "cls_patch" or tower.class_token:  # cls_patch: all tokens
         _expect(raw, "mm_vision_select_feature", "patch", directory)
     width = raw.get("mm_hidden_size") or tower.embed_dim
@@ -251,21 +256,13 @@ def _original(
     return decoder_config_from_hf(raw, directory, alignment=alignment, sharing=sharing, vision=tower)
 
 
-def _check_llava(raw: Mapping[str, Any], directory: Path) -> None:
+def _check_llava(raw: Mapping[str, Any], directory: Path, layout: str) -> None:
     """Raises ConvertError for what LLaVA's successors and options compute and this program does not, by name."""
     for field, done in LLAVA_OPTIONS.items():
         if raw.get(field):
             raise _unsupported(directory, field, raw[field], f"{done}; take a checkpoint that was trained without")
-    ratio, merge = str(raw.get("image_aspect_ratio")), raw.get("mm_patch_merge_type") or "flat"
-    if "anyres" in ratio or raw.get("image_grid_pinpoints"):
-        field = "image_aspect_ratio" if "anyres" in ratio else "image_grid_pinpoints"
-        done = "it cuts an image into several with image_newline between rows, as LLaVA-NeXT (1.6) does"
-        raise _unsupported(directory, field, raw[field], f"{done}; take a checkpoint of LLaVA-1.5 (pad or square)")
-    if merge != "flat":
-        done = "it writes image_newline into an image"
-        raise _unsupported(
-            directory, "mm_patch_merge_type", merge, f"{done}; take a checkpoint with 'flat' (LLaVA-1.5)"
-        )
+    if refused := refusal(raw, layout):
+        raise _unsupported(directory, *refused)
 
 
 def _check_tower(tower: VisionConfig, directory: Path) -> None:
@@ -339,6 +336,8 @@ def features_to_hf(config: VisionConfig) -> dict[str, Any]:
         fields[FEATURE_NORM] = True
     if config.image_mode != "pad":
         fields[FEATURE_IMAGE_MODE] = config.image_mode
+    if config.image_grids is not None:
+        fields[FEATURE_GRIDS] = [list(grid) for grid in config.image_grids]
     return fields
 
 
@@ -450,10 +449,9 @@ def multimodal_to_hf(config: ModelConfig, layout: str, *, tower: str, image_toke
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": vision.select_layer,
         "mm_vision_select_feature": "patch" if vision.class_token else "cls_patch",  # cls_patch: all tokens
-        "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if vision.image_mode == "pad" else "square",
+        **views_to_llava(vision),
         "tokenizer_model_max_length": config.max_length,
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,

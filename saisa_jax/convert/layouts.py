@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from saisa_jax.config import ModelConfig, VisionConfig
+from saisa_jax.convert.any_resolution import reasons_of_views
 from saisa_jax.convert.families import DECODERS, ENCODERS
 from saisa_jax.convert.family import EXTRAS, Aliases, DecoderFamily, EncoderFamily
 from saisa_jax.convert.rows import ConvertError, TensorRow, dense
@@ -231,6 +232,7 @@ def check_says(config: ModelConfig, name: str) -> None:
         reasons = [*_reasons_of_our_class(config)]
     else:
         reasons = [*_alignment_reasons(config, name), *_projector_reasons(config), *_encoder_reasons(config.vision)]
+    reasons += reasons_of_views(config.vision, name)
     if name == "llava-hf" and not encoder_family(config.vision).in_llava_hf:
         reasons.append(
             f"model.vision.family={config.vision.family!r} is none that transformers' LLaVA can have: it wants a row "

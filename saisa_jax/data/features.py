@@ -20,10 +20,10 @@ from saisa_jax.data.sample import DataError, Samples
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a set holds in place of each image."""
+    """What a set holds in place of each image: features of its views."""
 
     encoder: str  # a hash of its configuration and of the checksums of its weights
-    shape: tuple[int, int]  # P, C
+    shape: tuple[int, int]  # P, C of a view
     dtype: str
 
     @classmethod
@@ -35,9 +35,9 @@ class FeatureSpec:
     def for_plan(self) -> dict[str, Any]:
         return asdict(self)
 
-    def array(self, data: bytes) -> Float[np.ndarray, "P C"]:
-        """Features of one image; ValueError: the bytes are not as many."""
-        return np.frombuffer(data, np.dtype(self.dtype)).reshape(self.shape)
+    def array(self, data: bytes) -> Float[np.ndarray, "views P C"]:
+        """Features of an image's views; ValueError: the bytes are not as many."""
+        return np.frombuffer(data, np.dtype(self.dtype)).reshape(-1, *self.shape)
 
 
 def held_by(samples: Samples) -> FeatureSpec | None:

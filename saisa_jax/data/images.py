@@ -6,20 +6,20 @@ import hashlib
 import io
 import itertools
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from saisa_jax.config import IMAGE_MODES
+from saisa_jax.config import SQUARE_MODES
 from saisa_jax.data.sample import DataError, ImageSource, StoredImage
+
+T = TypeVar("T")
 
 # Beyond these an image is refused before it is decoded. The pixels are those at which PIL begins to warn, 268 MB as
 # RGB; as 16 bits without compression they are the bytes.
@@ -27,7 +27,14 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**29
 MAX_WARNINGS = 20  # of images that become one colour
 _warnings = itertools.count()  # absl's own `log_first_n` was seen to count all its callers together
+ORIENTATION = 0x0112  # of EXIF: how the image is to be turned
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def image_size(source: ImageSource | Image.Image, sample_id: str = "") -> tuple[int, int]:
+    """(width, height) of the image that `load_image` would give; no pixel is decoded (but of a
+    PNG that says nothing of EXIF before its pixels). Args and errors as there."""
+    return _reading(source, sample_id, lambda image, name: _upright_size(image))
 
 
 def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.Image:
@@ -45,14 +52,17 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
       DataError: missing, unreadable, truncated, of an unknown format, or of more than `MAX_PIXELS` or
         `MAX_BYTES`.
     """
+    return _reading(source, sample_id, _decoded)
+
+
+def _reading(source: ImageSource | Image.Image, sample_id: str, read: Callable[[Image.Image, str], T]) -> T:
+    """What `read` makes of an image that is open, and of its name; errors as of `load_image`."""
     name = _name(source)
     try:
         _check_bytes(source, name, sample_id)
         image = source if isinstance(source, Image.Image) else _open(source, sample_id)
         _check_pixels(image.width * image.height, f"{name} has {image.width} x {image.height} pixels", sample_id)
-        deep = any("16" in str(tile[-1]) for tile in getattr(image, "tile", ()))  # bits a colour, of which PIL keeps 8
-        image.load()
-        return _rgb(_upright(image), name, deep)
+        return read(image, name)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -61,6 +71,12 @@ def load_image(source: ImageSource | Image.Image, sample_id: str = "") -> Image.
         raise DataError(f"{name} is too large to decode: {error}", sample_id) from error
     except Exception as error:  # PIL's readers raise almost anything on broken files
         raise DataError(f"cannot read {name}: {error or type(error).__name__}", sample_id) from error
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    deep = any("16" in str(tile[-1]) for tile in getattr(image, "tile", ()))  # bits a colour, of which PIL keeps 8
+    image.load()
+    return _rgb(_upright(image), name, deep)
 
 
 def read_image(source: ImageSource, sample_id: str = "") -> bytes:
@@ -104,49 +120,12 @@ def prepare_image(
         short, long = min(width, height), max(width, height)
         longer = int(size * long / short)
         _check_pixels(size * longer, f"{width} x {height} pixels become {size} x {longer} when resized", sample_id)
-        image = _resized(image, (size, longer) if width < height else (longer, size))
+        image = resized(image, (size, longer) if width < height else (longer, size))
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     elif mode != "resize":
-        raise DataError(f"model.vision.image_mode={mode!r} is not one of {', '.join(IMAGE_MODES)}", sample_id)
-    return np.array(_resized(image, (size, size)), np.uint8)
-
-
-class ImageLoader:
-    """Reads and prepares images, and keeps the last ones in memory; safe to share among threads.
-
-    Small sets of images are decoded once; of large ones as many are kept as fit.
-    """
-
-    def __init__(self, size: int, mode: str, mean: Sequence[float], cache_bytes: int = 256 * 2**20) -> None:
-        """Size, mode and mean as `prepare_image`; `cache_bytes` bounds the arrays that are kept."""
-        self.size, self.mode, self.mean = size, mode, tuple(mean)
-        self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[str, UInt8[np.ndarray, "size size 3"]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": OrderedDict(), "_lock": None}  # another process starts with its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    def __call__(self, source: ImageSource | Image.Image, sample_id: str = "") -> UInt8[np.ndarray, "size size 3"]:
-        """The prepared image, read-only. Only images with a path are kept. Errors as `load_image`."""
-        key = _name(source) if isinstance(source, str | os.PathLike | StoredImage) else None
-        if key is not None:
-            with self._lock:
-                if key in self._cache:
-                    self._cache.move_to_end(key)
-                    return self._cache[key]
-        array = prepare_image(load_image(source, sample_id), self.size, self.mode, self.mean, sample_id)
-        array.flags.writeable = False
-        if key is not None and array.nbytes <= self.cache_bytes:
-            with self._lock:
-                self._cache[key] = array
-                while len(self._cache) * array.nbytes > self.cache_bytes:  # all are of one size
-                    self._cache.popitem(last=False)
-        return array
+        raise DataError(f"model.vision.image_mode={mode!r} is not one of {', '.join(SQUARE_MODES)}", sample_id)
+    return np.array(resized(image, (size, size)), np.uint8)
 
 
 def augment(image: UInt8[np.ndarray, "size size 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
@@ -206,6 +185,15 @@ def _check_bytes(source: ImageSource | Image.Image, name: str, sample_id: str) -
 def _check_pixels(pixels: int, seen: str, sample_id: str) -> None:
     if pixels > MAX_PIXELS:
         raise DataError(f"{seen}; at most {MAX_PIXELS:,} are decoded: make it smaller", sample_id)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """As of what `_upright` gives."""
+    try:
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter
+    except Exception:  # as in `_upright`
+        turned = False
+    return (image.height, image.width) if turned else image.size
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -298,5 +286,6 @@ def _padded(image: Image.Image, mean: Sequence[float], sample_id: str) -> Image.
     return square
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image of another size (width, height), bicubically."""
     return image if image.size == size else image.resize(size, resample=Image.Resampling.BICUBIC)

@@ -229,8 +229,8 @@ def _make_shard(job: Job, number: int, read: Read, tick: Callable[[], object]) -
                     raise sample
                 account[LEFT_OUT].append({"id": sample.sample_id, "reason": sample.reason})
             else:
-                account["tokens"].append(sample.tokens)
-                account["images"].append(len(sample.sample.images))
+                account["tokens"].append(len(sample.encoded.tokens))
+                account["images"].append(len(sample.encoded.image_positions))
                 yield encode_record(sample.sample, sample.images)
             tick()
 
@@ -321,6 +321,11 @@ def make_job(
         raise DataError(
             f"{name} have different weights, which training applies: prepare them one by one with "
             "--source=0, --source=1, ... and give each set its weight"
+        )
+    if image_size is not None and config.model.vision.grids:
+        raise DataError(
+            f"--image_size={image_size} makes images smaller, and model.vision.image_mode=anyres chooses a grid by "
+            "their own size: leave --image_size out"
         )
     opened = [open_source(each) for each in listed]
     check_sources(opened, listed, features=False)

@@ -13,9 +13,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from saisa_jax.config import VisionConfig
-from saisa_jax.data.images import load_image, prepare_image, read_image
+from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.sample import DataError, Sample, Samples
+from saisa_jax.data.text.conversation import Encoded
 from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.views import prepare_views
 
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ class Prepared(NamedTuple):
     """One sample that can be trained on."""
 
     sample: Sample
-    tokens: int  # of its text, in full length
+    encoded: Encoded  # in full length
     images: list[bytes]  # what its record holds of them
 
 
@@ -32,8 +34,8 @@ class Decoded(NamedTuple):
     """One sample whose images are yet to be encoded."""
 
     sample: Sample
-    tokens: int
-    images: list[UInt8[np.ndarray, "size size 3"]]
+    encoded: Encoded
+    images: list[UInt8[np.ndarray, "views size size 3"]]
 
 
 @runtime_checkable
@@ -60,13 +62,13 @@ def with_files(
 
     def read(number: int) -> Prepared:
         sample = samples[number]
-        tokens = len(encoder.whole(sample).tokens)
+        encoded = encoder.whole(sample)
         files = [read_image(image, sample.id) for image in sample.images]
         for place, data in enumerate(files):
             image = load_image(data, sample.id)
             if image_size is not None:
                 files[place] = shrunk(image, data, image_size, vision.image_mode)
-        return Prepared(sample, tokens, files)
+        return Prepared(sample, encoded, files)
 
     return (_or_error(read, number) for number in numbers)
 
@@ -90,17 +92,16 @@ def with_features(
 
     def read(number: int) -> Decoded:
         sample = samples[number]
-        tokens = len(encoder.whole(sample).tokens)
+        encoded = encoder.whole(sample)
         images = [load_image(image, sample.id) for image in sample.images]
-        how = vision.image_size, vision.image_mode, vision.image_mean, sample.id
-        return Decoded(sample, tokens, [prepare_image(image, *how) for image in images])
+        return Decoded(sample, encoded, [prepare_views(image, vision, sample.id) for image in images])
 
     size = encode.batch_size
     waiting = None
     for start in range(numbers.start, numbers.stop, size):
         some = list(readers.map(lambda number: _or_error(read, number), range(start, min(start + size, numbers.stop))))
-        images = [image for each in some if isinstance(each, Decoded) for image in each.images]
-        batches = [images[n : n + size] for n in range(0, len(images), size)]
+        views = [view for each in some if isinstance(each, Decoded) for image in each.images for view in image]
+        batches = [views[n : n + size] for n in range(0, len(views), size)]
         encoded = [(encode(batch), len(batch)) for batch in batches]
         if waiting:
             yield from _joined(*waiting)
@@ -115,7 +116,8 @@ def _joined(some: Sequence[Decoded | DataError], encoded: Sequence[tuple[Any, in
         if isinstance(each, DataError):
             yield each
         else:
-            yield Prepared(each.sample, each.tokens, [next(features).tobytes() for _ in each.images])
+            of_images = [np.stack(list(itertools.islice(features, len(image)))).tobytes() for image in each.images]
+            yield Prepared(each.sample, each.encoded, of_images)
 
 
 def _or_error(read: Callable[[int], T], number: int) -> T | DataError:

@@ -28,7 +28,8 @@ class StoredImage(Protocol):
         ...
 
 
-# A path, an encoded file, or a place of one; or an array [P, C]: what a frozen encoder made of it (`data/features.py`).
+# A path, an encoded file, or a place of one; or an array [views, P, C]: what a frozen encoder made of it
+# (`data/features.py`).
 ImageSource = str | os.PathLike[str] | bytes | StoredImage | np.ndarray
 
 

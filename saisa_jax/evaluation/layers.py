@@ -155,22 +155,23 @@ def _answered(
 def _examples(model: VisionLanguageModel, asked: Sequence[Conversation], answers: Sequence[str]) -> Iterator[Example]:
     for conversation, answer in zip(asked, answers, strict=True):
         if answer.strip():
-            pixels = [image.pixels for image in model.encode_images(conversation.images)]
+            pixels = [view.pixels for image in model.encode_images(conversation.images) for view in image.views]
             yield Example(_encoded(model, conversation, answer), pixels)
 
 
 def _encoded(model: VisionLanguageModel, conversation: Conversation, answer: str) -> Encoded:
-    system = conversation.system
+    system, views = conversation.system, model.views_of(conversation.images, conversation.name)
     encoded = encode(
         (*conversation.turns, Turn(ASSISTANT, answer)),
         model.stage_config.template,
         model.tokenizer,
         model.model_config.num_visual_tokens,
-        num_images=len(conversation.images),
+        num_images=len(views),
+        views=views,
         system_prompt=model.config.data.system_prompt if system is None else system,
         sample_id=conversation.name,
     )
-    prompt = model.prompt(conversation.turns, len(conversation.images), 0, conversation.name, system)
+    prompt = model.prompt(conversation.turns, views, 0, conversation.name, system)
     weights = encoded.loss_weights * (np.arange(len(encoded.tokens)) >= len(prompt.tokens) - 1)  # of this answer alone
     return dataclasses.replace(encoded, loss_weights=weights.astype(np.float32))
 

@@ -44,6 +44,7 @@ from saisa_jax.checkpoints import checksums
 from saisa_jax.config import DistributedConfig, MeshConfig, to_dict
 from saisa_jax.data.images import image_name
 from saisa_jax.data.sample import USER, DataError, Turn
+from saisa_jax.data.text.conversation import Encoded
 from saisa_jax.evaluation import scoring
 from saisa_jax.evaluation.progress import Progress
 from saisa_jax.evaluation.settings import FREE, Settings
@@ -231,7 +232,7 @@ def _answers(
     prompts = _prompts(model, items, settings.max_new_tokens)
     asked = [n for n, prompt in enumerate(prompts) if isinstance(prompt, Prompt)]
     if first and (unasked := set(range(len(items))) - set(asked)):
-        yield [_prediction(model, task, items[n], prompts[n], ()) for n in sorted(unasked)]
+        yield [_prediction(model, task, items[n], prompts[n], None) for n in sorted(unasked)]
     items, prompts, before = [items[n] for n in asked], [prompts[n] for n in asked], before[asked]
     size, cache_bytes, told = _sizes(model, prompts, settings)
     batches = _left(prompts, before, size, model.row_ways)
@@ -246,7 +247,7 @@ def _answers(
             if progress is None:
                 continue
             predicted = [
-                _prediction(model, task, items[n], _said(model, output), prompts[n].encoded.tokens)
+                _prediction(model, task, items[n], _said(model, output), prompts[n].encoded)
                 for n, output in zip(batch, outputs, strict=True)
                 if n is not None
             ]
@@ -259,7 +260,7 @@ def _sizes(model: VisionLanguageModel, prompts: Sequence[Prompt], settings: Sett
     shape = memory.Shape(
         bucket(max((len(prompt.encoded.tokens) for prompt in prompts), default=1)),
         bucket(settings.max_new_tokens),
-        max((len(prompt.images) for prompt in prompts), default=0),
+        max((len(prompt.keys) for prompt in prompts), default=0),
     )
     free = parallel.least(memory.free_bytes(memory.devices_of(model.mesh)))
     room = memory.room(model.model_config, model.mesh, shape, free)
@@ -290,7 +291,11 @@ def _prompts(model: VisionLanguageModel, items: Sequence[Item], max_new_tokens: 
     encoded: dict[Any, Any] = {}
     prompts = []
     for item in items:
-        key = (item.question, len(item.images), item.before, item.system)
+        try:
+            key = (item.question, tuple(model.views_of(item.images, item.id)), item.before, item.system)
+        except DataError as error:
+            prompts.append(error)
+            continue
         if key not in encoded:
             turns = (*item.before, Turn(USER, item.question))
             try:
@@ -330,10 +335,15 @@ def _sum(rows: Sequence[dict[str, Any]]) -> float:
     return sum(row["score"] or 0.0 for row in rows)
 
 
-def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any, prompt: Any) -> dict[str, Any]:
+def _prediction(
+    model: VisionLanguageModel, task: Task, item: Item, output: Any, prompt: Encoded | None
+) -> dict[str, Any]:
     """The line of a question. `output`: what the model says, or the DataError that says why it was not asked."""
-    text = model.tokenizer.decode(np.asarray(prompt).tolist(), skip_special_tokens=False)
-    row = scoring.question(item, {"prompt": text, "prompt_tokens": len(prompt)})
+    tokens = [] if prompt is None else prompt.tokens.tolist()
+    asked = {"prompt": model.tokenizer.decode(tokens, skip_special_tokens=False), "prompt_tokens": len(tokens)}
+    if prompt is not None and model.model_config.vision.grids:
+        asked["image_slots"] = len(prompt.image_positions)
+    row = scoring.question(item, asked)
     return row | scoring.answered(task, item, output)
 
 
@@ -341,10 +351,11 @@ def _prediction(model: VisionLanguageModel, task: Task, item: Item, output: Any,
 
 
 def _costs(model: VisionLanguageModel, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """FLOPs of reading the mean question. The image slots of a blind run are empty, and computed all the same."""
+    """FLOPs of reading the mean question, with as many image slots as the largest has. Those of a blind run are empty,
+    and computed all the same."""
     predictions = [row for row in predictions if "error" not in row]
     tokens = statistics.fmean(row["prompt_tokens"] for row in predictions)
-    images = max(len(row["images"]) for row in predictions)
+    images = max(row.get("image_slots", len(row["images"])) for row in predictions)
     flops_of = {
         name: flops.prefill(model.model_config, round(tokens), images, convention=name).total
         for name in flops.CONVENTIONS

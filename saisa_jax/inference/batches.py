@@ -6,7 +6,8 @@ devices, so that nothing needs a common disk.
 
 Prompts are sorted by their buckets of length and of image slots, and within these by picture. What a text reads of a
 picture (keys and values; under LLaVA the features) stays on the devices that hold its rows, in a ring of slots: the
-next questions about it find it there. While a batch is computed, the pictures of the next one are read.
+next questions about it find it there. While a batch is computed, the pictures of the next one are read. Of a picture
+of several views (`data/views.py`) each takes a slot by itself.
 
 Axes: B rows of a batch, W ways (devices along "data" and "fsdp") over which they are split, b = B / W, E pictures that
 a way encodes at once, C slots of its ring.
@@ -51,20 +52,23 @@ class Prompt:
 
     @functools.cached_property
     def keys(self) -> tuple[str, ...]:
-        """Names of the pictures, the same in every process."""
-        return tuple(map(image_name, self.images))
+        """Names of what its image slots hold, the same in every process: pictures, or the views of each."""
+        return tuple(
+            f"{image_name(image)}{f' view {n}' if n else ''}"
+            for image, views in zip(self.images, self.encoded.views, strict=True)
+            for n in range(views)
+        )
 
 
 def make_prompt(model: VisionLanguageModel, asked: Conversation, max_new_tokens: int) -> Prompt:
-    """A conversation as the model reads it; its pictures are not looked at.
+    """A conversation as the model reads it; its pictures are not looked at, but for their size where that counts.
 
     Raises:
       DataError: it is empty, too long, or does not fit its pictures; or the model has no eyes.
     """
     model.check_sees(asked.images, asked.name)
-    return Prompt(
-        model.prompt(asked.turns, len(asked.images), max_new_tokens, asked.name, asked.system), asked.images
-    )  # fmt: skip
+    views = model.views_of(asked.images, asked.name)
+    return Prompt(model.prompt(asked.turns, views, max_new_tokens, asked.name, asked.system), asked.images)
 
 
 def plan_batches(prompts: Sequence[Prompt], size: int, ways: int = 1) -> list[list[int | None]]:
@@ -81,7 +85,7 @@ def plan_batches(prompts: Sequence[Prompt], size: int, ways: int = 1) -> list[li
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
         first_seen.setdefault(prompt.keys, number)
-        groups[bucket(len(prompt.encoded.tokens)), _slots(len(prompt.images))].append(number)
+        groups[bucket(len(prompt.encoded.tokens)), _slots(len(prompt.keys))].append(number)
     batches: list[list[int | None]] = []
     waiting: list[int] = []
     for _, numbers in sorted(groups.items()):
@@ -210,7 +214,7 @@ class Answerer:
         self._blind = model.config.data.blind
         mesh = model.mesh
         self._own_ways = tuple(range(self._ways)) if mesh is None else parallel.own_rows(mesh, self._ways)
-        self._bad: dict[str, str] = {}  # pictures that this process could not read
+        self._bad: dict[str, str] = {}  # views that this process could not read, and why
         self._programs = programs_of(model.generator, mesh, self._ways, self.max_new_tokens)
         self._plan_pictures()
 
@@ -233,9 +237,12 @@ class Answerer:
         self._capacity = max(whole(most + ahead), min(whole(different + ahead), fits // self._at_once * self._at_once))
         self._rings = [simulate(of_way, self._capacity - ahead) for of_way in needs]
         self._calls = schedule(self._rings, self._at_once)
-        self._sources = {
-            key: image for prompt in self.prompts for key, image in zip(prompt.keys, prompt.images, strict=True)
-        }
+        self._sources: dict[str, tuple[str, Any, int]] = {}  # of each view: its picture's name, the picture, its place
+        for prompt in self.prompts:
+            keys = iter(prompt.keys)
+            for image, views in zip(prompt.images, prompt.encoded.views, strict=True):
+                names = [next(keys) for _ in range(views)]
+                self._sources |= {name: (names[0], image, n) for n, name in enumerate(names)}
 
     def _empty_pool(self) -> Any:
         """A ring of slots for every way: leaves [A, W, C, ...]."""
@@ -283,21 +290,20 @@ class Answerer:
                 start, stop = call[way]
                 if stop > start:
                     first[row] = start % self._capacity
-                some = readers.map(self._read, self._rings[way].stream[start:stop])
-                for column, picture in enumerate(some):
-                    if picture is not None:
-                        pixels[row, column] = picture
+                for column, view in enumerate(self._views(self._rings[way].stream[start:stop], readers)):
+                    if view is not None:
+                        pixels[row, column] = view
             calls.append((pixels, first))
 
         each = self._size // self._ways
         rows = [row for way in self._own_ways for row in range(way * each, (way + 1) * each)]
         numbers = self.batches[number]
         longest = [self.prompts[n] for n in numbers if n is not None]  # of all processes, which agree on the shapes
-        slots = max(_slots(len(prompt.images)) for prompt in longest) if self._rings else 0
+        slots = max(_slots(len(prompt.keys)) for prompt in longest) if self._rings else 0
         asked = [None if (n := numbers[row]) is None else self.prompts[n] for row in rows]
         nothing = np.zeros((0, 0, 3), np.uint8)
         batch = pack_rows(
-            [[p and Example(p.encoded, [nothing] * len(p.images) if slots else None)] for p in asked],
+            [[p and Example(p.encoded, [nothing] * len(p.keys) if slots else None)] for p in asked],
             text_length=bucket(max(len(prompt.encoded.tokens) for prompt in longest)),
             max_images=slots,
             image=0,
@@ -313,12 +319,25 @@ class Answerer:
                 bad[row] = unread[0]
         return _Prepared(calls, {name: x for name, x in batch.items() if name != "images"}, numbered, bad)
 
-    def _read(self, key: str) -> Any:
+    def _views(self, keys: Sequence[str], readers: ThreadPoolExecutor) -> Iterator[Any]:
+        """The pixels of some views; None: they cannot be read. A picture is decoded once for those of them that it
+        has."""
+        sources = [self._sources[key] for key in keys]
+        pictures = {name: image for name, image, _ in sources}
+        read = dict(zip(pictures, readers.map(self._read, pictures.values()), strict=True))
+        for key, (name, _, n) in zip(keys, sources, strict=True):
+            found = read[name]
+            if isinstance(found, DataError) or n >= len(found):
+                self._bad[key] = found.reason if isinstance(found, DataError) else "it has changed since it was counted"
+                yield None
+            else:
+                yield found[n]
+
+    def _read(self, image: Any) -> Any:
         try:
-            return self.model.loader(self._sources[key])
+            return self.model.loader(image)
         except DataError as error:
-            self._bad[key] = error.reason
-            return None
+            return error
 
     def _place(self, x: Any, rows: int) -> Any:
         return x if self.model.mesh is None else parallel.to_device(x, self.model.mesh, rows)

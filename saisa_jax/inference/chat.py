@@ -46,7 +46,7 @@ class Chat:
 
     Attributes:
       turns: of user and assistant, `<image>` where an image stands.
-      images: of all turns, in their order.
+      images: of all turns, in their order, each with all its views.
       reused: text tokens of the last prompt that were in the cache.
       generated: tokens of the last answer.
     """

@@ -33,7 +33,9 @@ def feature_spec(config: Config, source: str) -> FeatureSpec:
     if not checksums:
         raise ConfigError(f"{source} holds no vision encoder: name a model that does with --config.init_from")
     vision = dataclasses.replace(config.model.vision, precomputed=True)
-    mark = json.dumps([to_dict(vision), checksums], sort_keys=True).encode()
+    # A field that is as it was before there was one is left out, so that older sets are still recognised.
+    said = {name: value for name, value in to_dict(vision).items() if name != "image_grids" or value}
+    mark = json.dumps([said, checksums], sort_keys=True).encode()
     (patches, width), dtype = dataclasses.replace(config.model, vision=vision).image_slot
     return FeatureSpec(hashlib.sha256(mark).hexdigest()[:16], (patches, width), dtype.name)
 

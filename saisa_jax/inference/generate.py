@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from saisa_jax.batch import Batch
 from saisa_jax.config import ConfigError, ModelConfig
@@ -144,10 +144,15 @@ class Generator:
 
     # --- the programs, one by one ------------------------------------------------------------------------------------
 
-    def encode(self, params: Any, images: UInt8[np.ndarray, "I size size 3"]) -> list[ImageKV]:
-        """Keys and values of images, one [Lv, 1, K, P, H] each; compiled for buckets of I."""
+    def encode(self, params: Any, images: Any) -> list[ImageKV]:
+        """Keys and values of images, one [Lv, 1, K, P, H] each; compiled for buckets of I.
+
+        Args:
+          params: the model's parameters, or quantised ones.
+          images: uint8 [I, size, size, 3], or features of them [I, P, C].
+        """
         padding = bucket(len(images), smallest=self.multiple_of) - len(images)
-        padded = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])
+        padded = np.pad(images, [(0, padding), *[(0, 0)] * (images.ndim - 1)]) if padding else images
         return self._encode(params, padded)[: len(images)]
 
     def prefill(
@@ -229,7 +234,7 @@ class Generator:
         return self._model.apply(variables_of(params), *args, method=method)
 
     def image_kv(self, params: Any, images: Any) -> ImageKV:
-        """Keys and values of images [I, size, size, 3]."""
+        """Keys and values of images [I, size, size, 3], or of features [I, P, C]."""
         return self.apply(params, images, method=lambda model, x: model.image_kv(model.encode_images(x[:, None])))
 
     def _run_encode(self, params: Any, images: Any) -> list[ImageKV]:

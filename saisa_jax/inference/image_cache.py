@@ -7,9 +7,11 @@ what its tokens attended to in the layers below, which is everything before it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,27 +29,41 @@ class EncodedImage:
 
     Attributes:
       key: a hash of its pixels.
-      pixels: as prepared for the vision encoder.
+      pixels: as prepared for the vision encoder; of an image of several views (`data/views.py`), of the first.
       kv: keys, not rotated, and values [Lv, 1, K, P, H]; None where they depend on the prompt (LLaVA).
       model: the parameters that made `kv`; another model encodes the pixels again.
+      tiles: the other views of the image, each of which takes a slot and an entry of the cache by itself.
     """
 
     key: str
     pixels: UInt8[np.ndarray, "size size 3"]
     kv: ImageKV | None
     model: Any = None
+    tiles: tuple[EncodedImage, ...] = ()
 
     @classmethod
     def of(cls, pixels: np.ndarray) -> EncodedImage:
-        """Prepared pixels that are not encoded yet."""
+        """Prepared pixels of one view that are not encoded yet."""
         return cls(content_key(pixels), pixels, None)
 
+    @classmethod
+    def of_views(cls, views: Sequence[np.ndarray | EncodedImage]) -> EncodedImage:
+        """The image of these views."""
+        first, *tiles = (view if isinstance(view, EncodedImage) else cls.of(view) for view in views)
+        return dataclasses.replace(first, tiles=tuple(tiles)) if tiles else first
+
+    @property
+    def views(self) -> tuple[EncodedImage, ...]:
+        """What takes the image's slots, one after the other."""
+        return (dataclasses.replace(self, tiles=()), *self.tiles) if self.tiles else (self,)
+
     def __repr__(self) -> str:
-        return f"EncodedImage({self.key}, {self.pixels.shape[0]} pixels, {self.nbytes} bytes of keys and values)"
+        tiles = f" and {len(self.tiles)} tiles" if self.tiles else ""
+        return f"EncodedImage({self.key}, {self.pixels.shape[0]} pixels{tiles}, {self.nbytes} bytes of keys and values)"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys and values."""
+        """Bytes of its keys and values, without those of its tiles."""
         return 0 if self.kv is None else self.kv.k.nbytes + self.kv.v.nbytes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
@@ -19,10 +20,10 @@ from saisa_jax import parallel
 from saisa_jax.batch import Batch
 from saisa_jax.checkpoints import load_model
 from saisa_jax.config import DTYPES, Config, ConfigError, MeshConfig, ModelConfig, StageConfig
-from saisa_jax.data.images import ImageLoader
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.sample import USER, DataError, ImageSource, Turn
 from saisa_jax.data.text.conversation import IMAGE, Encoded, check_length, encode, encode_prompt, end_token_id
+from saisa_jax.data.views import ImageLoader, count_views
 from saisa_jax.errors import did_you_mean
 from saisa_jax.inference import memory
 from saisa_jax.inference.generate import GREEDY, Generator, ImageSlots, Sampling, bucket, check_sampling
@@ -60,7 +61,7 @@ class Request:
     """One question as the model reads it."""
 
     encoded: Encoded
-    images: tuple[EncodedImage, ...]
+    images: tuple[EncodedImage, ...]  # in the order of its image slots
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -115,8 +116,7 @@ class VisionLanguageModel:
 
     @functools.cached_property
     def loader(self) -> ImageLoader:
-        vision = self.model_config.vision
-        return ImageLoader(vision.image_size, vision.image_mode, vision.image_mean, cache_bytes=0)
+        return ImageLoader(self.model_config.vision, cache_bytes=0)
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +247,9 @@ class VisionLanguageModel:
           DataError: an image that cannot be read.
         """
         self.check_alone("encode_images")
-        return self._encode([self._pixels(image, f"image {n}") for n, image in enumerate(images)])
+        pictures = [self._pixels(image, f"image {n}") for n, image in enumerate(images)]
+        views = iter(self._encode([view for picture in pictures for view in picture.views]))
+        return [EncodedImage.of_views([next(views) for _ in picture.views]) for picture in pictures]
 
     def attention(self, question: str, images: Sequence[Any]) -> Float[np.ndarray, "L V"]:
         """How much the answer's first token reads each visual token, by layer, averaged over heads.
@@ -282,10 +284,12 @@ class VisionLanguageModel:
             self.model_config.num_visual_tokens,
             system_prompt=self.config.data.system_prompt if system is None else system,
             num_images=len(pixels),
+            views=[len(image.views) for image in pixels],
         )
         check_length(encoded, len(encoded.tokens), self.model_config.max_length)
         rows = np.flatnonzero((encoded.loss_weights > 0) & ~np.isin(encoded.targets, self.generator.eos_ids))
-        weights = self._attention_to_images(Request(encoded, tuple(pixels)), rows)
+        views = tuple(view for image in pixels for view in image.views)
+        weights = self._attention_to_images(Request(encoded, views), rows)
         return encoded.targets[rows].tolist(), weights
 
     def _attention_to_images(self, request: Request, queries: Any) -> Float[np.ndarray, "L Q V"]:
@@ -319,17 +323,26 @@ class VisionLanguageModel:
         system: str | None = None,
     ) -> Request:
         """A conversation, ending with the user's turn, as the model reads it. Errors as of `prompt`."""
-        return Request(self.prompt(turns, len(images), max_new_tokens, name, system), tuple(images))
+        views = [image.views for image in images]
+        encoded = self.prompt(turns, list(map(len, views)), max_new_tokens, name, system)
+        return Request(encoded, tuple(itertools.chain.from_iterable(views)))
 
     def prompt(
         self,
         turns: Sequence[Turn],
-        num_images: int,
+        views: Sequence[int],
         max_new_tokens: int = 0,
         name: str = "",
         system: str | None = None,
     ) -> Encoded:
         """The text of a conversation that ends with the user's turn, and the places of its images.
+
+        Args:
+          turns: of the conversation.
+          views: of each of its images, how many image slots it takes (`views_of`).
+          max_new_tokens: of the answer, for which there has to be room.
+          name: for errors.
+          system: a system prompt; None: the model's.
 
         Raises:
           DataError: the last turn is empty, the images do not fit the turns, or prompt and answer exceed
@@ -343,7 +356,8 @@ class VisionLanguageModel:
             self.stage_config.template,
             self.tokenizer,
             self.model_config.num_visual_tokens,
-            num_images=num_images,
+            num_images=len(views),
+            views=views,
             system_prompt=self.config.data.system_prompt if system is None else system,
             sample_id=name,
         )
@@ -355,6 +369,22 @@ class VisionLanguageModel:
                 name,
             )
         return encoded
+
+    def views_of(self, images: Sequence[Any], name: str = "") -> list[int]:
+        """How many image slots each of these images takes; it is read only where that depends on its size.
+
+        Raises:
+          DataError: an image whose size cannot be read.
+        """
+        vision = self.model_config.vision
+        if not vision.grids:
+            return [1] * len(images)
+        return [
+            len(image.views)
+            if isinstance(image, EncodedImage)
+            else count_views(picture(image, name, self.allow_urls), vision, name)
+            for image in images
+        ]
 
     def _requests(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Request | DataError]:
         """One request for each conversation, or why there is none. All new images are encoded together."""
@@ -383,10 +413,13 @@ class VisionLanguageModel:
         self.check_sees((image,), name)
         if isinstance(image, EncodedImage):
             expected = (self.model_config.vision.image_size, self.model_config.vision.image_size, 3)
-            if image.pixels.shape != expected:
-                raise DataError(f"an encoded image of {image.pixels.shape}, expected {expected}", name)
-            return image if image.model is self.params else EncodedImage(image.key, image.pixels, None)
-        return EncodedImage.of(self.loader(picture(image, name, self.allow_urls), name))
+            for view in image.views:
+                if view.pixels.shape != expected:
+                    raise DataError(f"an encoded image of {view.pixels.shape}, expected {expected}", name)
+            if image.model is self.params:
+                return image
+            return EncodedImage.of_views([EncodedImage(view.key, view.pixels, None) for view in image.views])
+        return EncodedImage.of_views(self.loader(picture(image, name, self.allow_urls), name))
 
     def _encode(self, images: Sequence[EncodedImage]) -> list[EncodedImage]:
         """The same images with keys and values, where the model has such: kept ones, or else new ones."""

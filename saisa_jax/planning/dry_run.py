@@ -68,7 +68,7 @@ def resolved(config: Config) -> dict[str, Any]:
 def _length(config: Config, stage: str) -> Length | None:
     """None: unknown without the data."""
     try:
-        return length(config.stage(stage), config.data.packing)
+        return length(config.stage(stage), config.data.packing, config.model.vision)
     except ConfigError:
         return None
 

@@ -160,7 +160,7 @@ def plan_generation(
 
 def table(plan: GenerationPlan, config: Config, dtype: str) -> Table:
     """A column for each program."""
-    what = f"{plan.shape.text} text tokens, {plan.shape.images} picture(s), up to {plan.shape.new} new tokens a row"
+    what = f"{plan.shape.text} text tokens, {plan.shape.images} image slot(s), up to {plan.shape.new} new tokens a row"
     shown = Table(title=f"{config.name} in {dtype} on {plan.topology.name}: {what}", title_justify="left")
     shown.add_column("GiB a device")
     for each in plan.programs:

@@ -1,8 +1,8 @@
 """How long a stage is, as far as it is known without its data: stand-ins for the lengths of the paper's samples.
 
 How many samples LLaVA's two files hold is published; how long they are is not. The stand-ins are drawn from simple
-distributions, on average 21 text tokens in stage 1 and 233 in stage 2. `python -m saisa_jax rows` counts the files
-themselves where they are.
+distributions, on average 21 text tokens in stage 1 and 233 in stage 2, and pictures are of 640 x 480 pixels, as COCO's.
+`python -m saisa_jax rows` counts the files themselves where they are.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from pathlib import PurePath
 import numpy as np
 from jaxtyping import Int32
 
-from saisa_jax.config import ConfigError, StageConfig
+from saisa_jax.config import ConfigError, StageConfig, VisionConfig
 from saisa_jax.data.rows.packing import WINDOW, pack
+from saisa_jax.data.sample import DataError
+from saisa_jax.data.views import num_views
 
-Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens and images of each sample
+Counts = tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]  # text tokens and image slots of each sample
+PICTURE = 640, 480  # pixels
 
 ENOUGH = 4 * WINDOW  # samples that are packed, of however many: shares come out within a few tenths of a percent
 
@@ -50,13 +53,28 @@ def some(counts: Counts) -> tuple[Int32[np.ndarray, " m"], Int32[np.ndarray, " m
     return counts[0][chosen], counts[1][chosen]
 
 
-def known_counts(settings: StageConfig) -> Counts | None:
-    """Of those of a stage's sources that have a stand-in; None: of none."""
+def in_slots(counts: Counts, vision: VisionConfig) -> Counts:
+    """Samples counted by pictures, by the image slots that these take."""
+    return counts[0], counts[1] * num_views(PICTURE, vision)
+
+
+def known_counts(settings: StageConfig, vision: VisionConfig) -> Counts | None:
+    """Of those of a stage's sources that have a stand-in; None: of none.
+
+    Raises:
+      DataError: a row has no room for one picture.
+    """
     names = [PurePath(source.path).name for source in settings.sources]
     known = [STAND_INS[name]() for name in names if name in STAND_INS]
     if not known:
         return None
-    return np.concatenate([of[0] for of in known]), np.concatenate([of[1] for of in known])
+    views = num_views(PICTURE, vision)
+    if views > max(settings.max_images, 1):
+        raise DataError(
+            f"max_images={settings.max_images} has no room for a picture of {PICTURE[0]} x {PICTURE[1]} pixels, which "
+            f"model.vision.image_mode=anyres cuts into {views} views: raise the stage's max_images"
+        )
+    return in_slots((np.concatenate([of[0] for of in known]), np.concatenate([of[1] for of in known])), vision)
 
 
 @dataclass(frozen=True)
@@ -67,12 +85,19 @@ class Length:
     steps: int
 
 
-def length(settings: StageConfig, packing: bool, samples: int | None = None, per_row: float | None = None) -> Length:
+def length(
+    settings: StageConfig,
+    packing: bool,
+    vision: VisionConfig,
+    samples: int | None = None,
+    per_row: float | None = None,
+) -> Length:
     """How long a stage takes, as far as it is known without its data.
 
     Args:
       settings: the stage's.
       packing: whether rows hold several samples.
+      vision: how many image slots a picture takes.
       samples: of its sources; None: of those that have a stand-in.
       per_row: samples of a row; None: as many as packing finds room for in rows of its T and M.
 
@@ -80,7 +105,7 @@ def length(settings: StageConfig, packing: bool, samples: int | None = None, per
       ConfigError: how many samples there are is unknown.
     """
     names = [PurePath(source.path).name for source in settings.sources]
-    known = known_counts(settings)
+    known = known_counts(settings, vision)
     total = len(known[0]) if known else 0
     if settings.steps is None and samples is None and not set(names) <= set(STAND_INS):
         raise ConfigError(f"it is unknown how many samples {', '.join(map(str, settings.sources))} hold: set --samples")

@@ -29,7 +29,7 @@ def attention_shares(
     model: ModelConfig, settings: StageConfig, packing: bool, teacher: Teacher | None = None
 ) -> AttentionShares:
     """Of a stage's rows; all of everything where the lengths of its samples are unknown."""
-    counts = known_counts(settings) if packing else None
+    counts = known_counts(settings, model.vision) if packing else None
     if counts is None:
         return AttentionShares(1.0, 1.0)
     before = BEFORE_IMAGE.get(settings.template, SYSTEM_PROMPT)

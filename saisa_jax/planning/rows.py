@@ -24,7 +24,7 @@ from saisa_jax.data.rows.packing import pack
 from saisa_jax.planning.lengths import Counts, some
 
 TEXT_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
-SLOTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
+SLOTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)  # of images, each of as many views as it may have
 SAMPLES_PER_STEP = {"pretrain": 256, "finetune": 128}  # the paper's
 SHOWN = 12
 MAX_CUT = 0.01  # shapes that cut a larger share of the text are another training, and are not shown
@@ -60,7 +60,8 @@ def compare(config: Config, stage: str, counts: Counts) -> list[Choice]:
         raise ConfigError(f"{stage}.sources: no sample can be used")
     tokens, images = some(counts)
     settings, cost = config.stage(stage), RowCost(config, stage)
-    shapes = {(t, m) for t in TEXT_LENGTHS for m in SLOTS} | {(settings.text_length, settings.max_images)}
+    views = config.model.vision.max_views
+    shapes = {(t, m * views) for t in TEXT_LENGTHS for m in SLOTS} | {(settings.text_length, settings.max_images)}
     found = []
     for text_length, max_images in sorted(shapes):
         if max_images < images.max() or not 0.5 < _balance(tokens, images, text_length, max_images) < 2:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from saisa_jax.config import VisionConfig
-from saisa_jax.data.images import load_image, prepare_image
+from saisa_jax.data.images import load_image
+from saisa_jax.data.views import prepare_views
 from saisa_jax.report import pictures
 
 MAX_LAYERS = 8  # shown; of deeper models they are spread evenly, the first and the last among them
@@ -50,15 +51,15 @@ def look(model: Any, predictions: Sequence[dict[str, Any]], size: int = pictures
 def _look(model: Any, row: dict[str, Any], size: int) -> Looked:
     vision: VisionConfig = model.config.model.vision
     image = load_image(row["image"], row["id"])
-    pixels = prepare_image(image, vision.image_size, vision.image_mode, vision.image_mean, row["id"])
+    pixels = prepare_views(image, vision, row["id"])[0]  # the whole; tiles come behind it
     seen = vision.patches_per_side * vision.patch_size  # so that the patches fit the image
     pixels = pixels[:seen, :seen]
-    weights = np.asarray(model.attention(row["question"], [row["image"]]), np.float32)[:, : vision.num_patches]
+    weights = np.asarray(model.attention(row["question"], [row["image"]]), np.float32)
     shown = [Picture("the image", pictures.tile(pixels, size))]
     for layer in layers_to_show(len(weights)):
         share = float(weights[layer].sum())
         caption = f"layer {layer + 1}: {share:.0%} on the image" if share > 0 else f"layer {layer + 1} does not see it"
-        shown.append(Picture(caption, pictures.attention_tile(pixels, weights[layer], size)))
+        shown.append(Picture(caption, pictures.attention_tile(pixels, weights[layer, : vision.num_patches], size)))
     return Looked(row, tuple(shown))
 
 

@@ -153,7 +153,7 @@ def _look(
         for row in wrong:
             if len(looked) == count:
                 break
-            asked = model.prompt((Turn(USER, row["question"]),), 1).tokens.tolist()
+            asked = model.prompt((Turn(USER, row["question"]),), [1]).tokens.tolist()
             if model.tokenizer.decode(asked, skip_special_tokens=False) != row["prompt"]:
                 continue  # turns before it, or a system prompt of its own, which the attention would not be of
             image = load_image(sources[row["id"]][0], row["id"])

@@ -85,9 +85,10 @@ def _what(model: ModelConfig, parameters: int, sees: bool) -> str:
     }
     if sees:
         vision = model.vision
+        views = f", for each of up to {vision.max_views} views" if vision.grids else ""
         rows["vision encoder"] = (
             f"{vision.family}, images of {vision.image_size} pixels ({vision.image_mode}), {model.num_visual_tokens} "
-            f"visual tokens of width {vision.embed_dim}"
+            f"visual tokens of width {vision.embed_dim}{views}"
         )
         rows["projectors"] = f"{model.projector.kind}, {each}"
     if model.visual_layers is not None:

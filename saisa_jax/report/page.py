@@ -142,7 +142,7 @@ def _header(title: str, content: Content) -> str:
     text = (
         f"A decoder of {model.num_layers} layers of width {model.embed_dim} reads each image as "
         f"{model.num_visual_tokens} visual tokens from a vision encoder of {vision.num_used_layers} {layers} of width "
-        f"{vision.embed_dim}."
+        f"{vision.embed_dim}{f', for each of up to {vision.max_views} views' if vision.grids else ''}."
     )
     return f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(text)}</p>'
 

@@ -196,6 +196,12 @@ class Server:
             if len(asked.urls) > most and not model.config.data.blind:
                 raise DataError(f"{len(asked.urls)} pictures; at most {most} are taken (--max_images)")
             images = read_pictures(model, asked.urls, self.settings.pictures)
+            slots = sum(len(image.views) for image in images)
+            if slots > most and not model.config.data.blind:
+                raise DataError(
+                    f"{len(images)} picture(s) of {slots} views; at most {most} views are taken (--max_images, and "
+                    "what model.max_length has room for)"
+                )
             request = model.request(asked.turns, images, 1, system=asked.system)
         except DataError as error:
             code = "context_length_exceeded" if isinstance(error, TooLongError) else None

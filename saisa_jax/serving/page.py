@@ -41,9 +41,9 @@ def attention(model: VisionLanguageModel, body: dict[str, Any], limits: PictureL
 
     Returns:
       {"pieces": A texts of the answer's tokens, "layers": L, "side": patches of a picture's side (0: its visual tokens
-      are no grid), "pictures": data URLs of M pictures as the encoder sees them, "share": [A][L], what part of a
-      token's attention is on pictures, "maps": base64 of bytes [A, L, M, P], each token's and layer's largest weight
-      being 255}.
+      are no grid), "pictures": data URLs of M views of pictures as the encoder sees them, "share": [A][L], what part
+      of a token's attention is on pictures, "maps": base64 of bytes [A, L, M, P], each token's and layer's largest
+      weight being 255}.
 
     Raises:
       ProtocolError: the conversation cannot be read.
@@ -71,7 +71,7 @@ def attention(model: VisionLanguageModel, body: dict[str, Any], limits: PictureL
         "pieces": [stream.push(token) for token in tokens],
         "layers": len(weights),
         "side": vision.patches_per_side if grid else 0,
-        "pictures": [_data_url(image.pixels[:seen, :seen]) for image in images],
+        "pictures": [_data_url(view.pixels[:seen, :seen]) for image in images for view in image.views],
         "share": np.round(weights.sum(axis=-1).T, 4).tolist(),
         "maps": base64.b64encode(maps.tobytes()).decode(),
     }

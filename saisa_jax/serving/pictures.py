@@ -61,7 +61,7 @@ def read_picture(model: VisionLanguageModel, url: str, limits: PictureLimits, na
     if len(content) > limits.file_bytes:
         raise DataError(f"a picture of {len(content):,} bytes; at most {limits.file_bytes:,} are taken", name)
     _check_header(content, limits, name)
-    return EncodedImage.of(model.loader(content, name))
+    return EncodedImage.of_views(model.loader(content, name))
 
 
 def _bytes(url: str, limits: PictureLimits, name: str) -> bytes:

@@ -133,7 +133,7 @@ class Answers(Protocol):
     Attributes:
       model: that is asked: its words, its pictures, its lengths.
       count: how many questions are answered at once.
-      max_images: of a question.
+      max_images: image slots of a question: pictures, or their views.
       ready: set when questions are taken.
       warmed: (what is prepared, what has to be) before that.
       counters: (name, about, value) of what only grows, for /metrics.

@@ -62,7 +62,7 @@ class Rows:
     Args:
       model: of any alignment but llava, on devices that do not split rows.
       count: B.
-      max_images: of a question.
+      max_images: of a question, each of as many views as `model.vision` makes of one.
       pieces: sizes of what `read` takes, the smaller first.
 
     Raises:
@@ -83,7 +83,8 @@ class Rows:
         if count < 1:
             raise ConfigError(f"--rows={count} must be at least 1")
         sees = "vision" in variables_of(model.params)["params"] and not model.config.data.blind
-        self.max_images = max(0, min(max_images, (config.max_length - 1) // config.num_visual_tokens)) if sees else 0
+        fitting = (config.max_length - 1) // config.num_visual_tokens
+        self.max_images = max(0, min(max_images * config.vision.max_views, fitting)) if sees else 0
         self.count, self.pieces = count, pieces
         self.levels = make_levels(config.max_length, self.max_images, pieces[-1])
         self._model, self._config = model, config

@@ -24,7 +24,7 @@ def test_the_peer_does_the_same_work() -> None:
         image = load_image(picture)
         assert sorted(image.size) == [480, 640] and 50_000 < len(picture) < 250_000
         ours = prepare_image(image, VISION.image_size, VISION.image_mode, VISION.image_mean)
-        same, llava = (data.Peer(VISION, tokenizer, normalised=n)._pixels(picture) for n in (False, True))
+        same, llava = (data.Peer(VISION, tokenizer, normalised=n)._pixels(picture)[0] for n in (False, True))
         np.testing.assert_array_equal(same.transpose(1, 2, 0), ours)
         values = (ours / 255 - np.array(VISION.image_mean)) / np.array(VISION.image_std)
         np.testing.assert_allclose(llava.transpose(1, 2, 0), values, atol=1e-5)

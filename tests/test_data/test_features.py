@@ -100,9 +100,10 @@ def test_a_set_holds_what_the_encoder_makes_of_each_image(home):
     params = load_model(home / "start")[0]
     for i in (0, 9, 19):
         with_images = StageData(config, "finetune", TOKENIZER).rows.reader
-        pixels = np.stack([with_images.load(image) for image in images[i].images])
+        pixels = np.concatenate([with_images.load(image) for image in images[i].images])
         expected = Saisa(config.model).apply({"params": params}, pixels[None], method=Saisa.encode_images)
-        np.testing.assert_allclose(np.concatenate(prepared[i].images), expected[0], atol=1e-5)
+        found = np.concatenate(prepared[i].images)
+        np.testing.assert_allclose(found.reshape(expected[0].shape), expected[0], atol=1e-5)
     assert prepared[0].turns == images[0].turns and prepared[5].images == ()
 
 
@@ -125,6 +126,40 @@ def test_an_encoder_that_does_not_run_costs_nothing(home):
     )
     assert images.forward.vision > 0 == features.forward.vision
     assert dataclasses.replace(images.forward, vision=0) == features.forward and images.backward == features.backward
+
+
+def test_features_of_every_view(home, tmp_path):
+    """Any resolution: rows of features hold what the encoder makes of the views that rows of images hold."""
+
+    def cut(config):
+        vision = dataclasses.replace(config.model.vision, image_mode="anyres")
+        model = dataclasses.replace(config.model, vision=vision, max_length=256)
+        return dataclasses.replace(config, model=model, finetune=dataclasses.replace(config.finetune, max_images=10))
+
+    source = recipe(home).finetune.sources[0]
+    flags = [
+        "--config=saisa_jax/testing/configs.py", f"--config.init_from={home}/start",
+        f"--config.finetune.sources=({{'path': '{source.path}', 'images': '{source.images}'}},)",
+        "--config.model.projector.sharing=shared", "--config.finetune.sharing=shared",
+        "--config.model.vision.image_mode=anyres", "--config.model.max_length=256",
+    ]  # fmt: skip
+    prepare = ["data", "prepare", *flags, f"--output={tmp_path}/features", "--features", "--shards=1", "--batch_size=4"]
+    assert main(prepare) == 0
+    of_images, of_features = cut(recipe(home)), cut(recipe(tmp_path, features=True))
+    assert (
+        StageData(of_features, "finetune", TOKENIZER).mark["counts"]
+        == StageData(of_images, "finetune", TOKENIZER).mark["counts"]
+    )
+    pixels, features = (next(StageData(c, "finetune", TOKENIZER).batches()) for c in (of_images, of_features))
+    assert pixels.sample_ids == features.sample_ids
+    places = pixels.batch["image_segment_ids"], features.batch["image_segment_ids"]
+    np.testing.assert_array_equal(*places)
+    assert len({int(n) for n in (places[0] > 0).sum(axis=1)}) > 1
+    params = load_model(home / "start")[0]
+    expected = Saisa(of_images.model).apply({"params": params}, pixels.batch["images"], method=Saisa.encode_images)
+    found = features.batch["images"].reshape(expected.shape)
+    held = np.repeat(places[0] > 0, 16, axis=1)
+    np.testing.assert_allclose(found[held], expected[held], atol=1e-5)
 
 
 def student(home, teacher, params):

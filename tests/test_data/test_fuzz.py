@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saisa_jax.config import SourceConfig
-from saisa_jax.data.images import ImageLoader
+from saisa_jax.config import SourceConfig, VisionConfig
 from saisa_jax.data.sample import DataError
 from saisa_jax.data.sources import open_source
 from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.tokenizer import load_tokenizer
+from saisa_jax.data.views import ImageLoader
 from saisa_jax.testing.configs import tiny_config
 
 VALUES = (
@@ -152,7 +152,7 @@ def write(rng: np.random.Generator, root: Path, pictures: dict[str, bytes], numb
 def test_every_failure_is_a_data_error(tmp_path, pictures, count) -> None:
     config, tokenizer = tiny_config(), load_tokenizer("easy_vqa")
     encoder = Encoder(config, "finetune", tokenizer)
-    load = ImageLoader(16, "pad", (0.5, 0.5, 0.5), cache_bytes=0)
+    load = ImageLoader(VisionConfig(image_size=16), cache_bytes=0)
     threads, outcome = threading.active_count(), Counter[str]()
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -168,7 +168,7 @@ def test_every_failure_is_a_data_error(tmp_path, pictures, count) -> None:
                 sample = samples[i]
                 encoded, _ = encoder(sample)
                 for image in sample.images:
-                    assert load(image, sample.id).shape == (16, 16, 3)
+                    assert load(image, sample.id).shape == (1, 16, 16, 3)
                 assert encoded.loss_weights.any()
                 outcome["used"] += 1
             except DataError as error:

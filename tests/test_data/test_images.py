@@ -16,8 +16,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from saisa_jax.config import VisionConfig
 from saisa_jax.data import images as images_module
-from saisa_jax.data.images import ImageLoader, augment, load_image, prepare_image
+from saisa_jax.data import views as views_module
+from saisa_jax.data.images import augment, load_image, prepare_image
 from saisa_jax.data.sample import DataError
+from saisa_jax.data.views import ImageLoader
 
 RECORDED = Path(__file__).parent.parent / "data" / "saisa_tiny" / "expected.safetensors"
 MEAN = VisionConfig().image_mean
@@ -272,11 +274,11 @@ def test_the_loader_keeps_what_fits(tmp_path, monkeypatch) -> None:
     for i, path in enumerate(paths):
         Image.new("RGB", (4, 4), (i, i, i)).save(path)
     reads: list[str] = []
-    real = images_module.load_image
+    real = views_module.load_image
     monkeypatch.setattr(
-        images_module, "load_image", lambda source, *rest: reads.append(source.name) or real(source, *rest)
+        views_module, "load_image", lambda source, *rest: reads.append(source.name) or real(source, *rest)
     )
-    load = ImageLoader(4, "pad", MEAN, cache_bytes=2 * 4 * 4 * 3)
+    load = ImageLoader(VisionConfig(image_size=4, patch_size=1), cache_bytes=2 * 4 * 4 * 3)
     for i in (0, 1, 0, 2, 0, 1):  # reading 2 throws out 1, which was not used for longest
         assert (load(paths[i]) == i).all()
     assert reads == ["0.png", "1.png", "2.png", "1.png"]

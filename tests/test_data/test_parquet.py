@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from saisa_jax import buckets
-from saisa_jax.data.images import ImageLoader
+from saisa_jax.config import VisionConfig
 from saisa_jax.data.parquet import ParquetImage, ParquetTable, find_files
 from saisa_jax.data.sample import DataError, StoredImage
+from saisa_jax.data.views import ImageLoader
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ROWS, GROUP = 23, 4
@@ -73,14 +74,14 @@ def test_a_row_and_its_pictures(data) -> None:
     rows = ParquetTable(data, split="train")
     assert len(rows) == 3 * ROWS
     assert rows.image_columns == ("image", "images", "raw", "raws") and rows.labels == {"label": ("no", "yes")}
-    loader = ImageLoader(2, "resize", (0.5, 0.5, 0.5))
+    loader = ImageLoader(VisionConfig(image_size=2, patch_size=1, image_mode="resize"))
     for i in (0, 1, 5, 22, 23, 24, 50, 68, 3):
         row = rows[i]
         assert row["question"] == f"what is {i}?" and row["label"] == i % 2 and row["sound"]["bytes"] == b"RIFF"
         assert (row["image"] is None) == (row["raw"] is None) == (i % 5 == 0)
         if i % 5:
             assert row["image"].read() == row["raw"].read() == png(i) and isinstance(row["image"], StoredImage)
-            assert loader(row["image"])[0, 0, 0] == i
+            assert loader(row["image"])[0, 0, 0, 0] == i
         assert [one.read() for one in row["images"]] == [one.read() for one in row["raws"]] == [
             png(i + j) for j in range(i % 3)
         ]  # fmt: skip
@@ -231,7 +232,7 @@ def test_a_picture_without_bytes(tmp_path) -> None:
     ]:
         assert isinstance(picture, ParquetImage)
         with pytest.raises(DataError, match=rf"cannot read .*a.parquet:\d/images?(\[0\])?: {message}"):
-            ImageLoader(2, "resize", (0, 0, 0))(picture)
+            ImageLoader(VisionConfig(image_size=2, patch_size=1, image_mode="resize"))(picture)
 
 
 def test_a_bucket(data, bucket) -> None:

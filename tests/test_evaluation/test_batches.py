@@ -41,7 +41,11 @@ def prompts(seed: int, count: int) -> list[Prompt]:
         tokens = np.zeros(rng.integers(1, 60), np.int32)
         weights, nothing = np.zeros(len(tokens), np.float32), np.zeros(0, np.int32)
         images = tuple(f"{rng.integers(12)}.png" for _ in range(rng.integers(0, 3)))
-        made.append(Prompt(Encoded(str(number), tokens, tokens, weights, tokens, nothing, len(tokens)), images))
+        made.append(
+            Prompt(
+                Encoded(str(number), tokens, tokens, weights, tokens, nothing, len(tokens), (1,) * len(images)), images
+            )
+        )
     return made
 
 

@@ -67,14 +67,14 @@ class Pretender(VisionLanguageModel):
     def prompt(
         self,
         turns: Sequence[Turn],
-        num_images: int,
+        views: Sequence[int],
         max_new_tokens: int = 0,
         name: str = "",
         system: str | None = None,
     ) -> Any:
         tokens = np.arange(len(turns[-1].text.split()), dtype=np.int32)
         weights, nothing = np.zeros(len(tokens), np.float32), np.zeros(0, np.int32)
-        return Encoded(turns[-1].text, tokens, tokens, weights, tokens, nothing, len(tokens))
+        return Encoded(turns[-1].text, tokens, tokens, weights, tokens, nothing, len(tokens), tuple(views))
 
     def check_sees(self, images: Any, name: str) -> None:
         pass

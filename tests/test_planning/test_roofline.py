@@ -25,19 +25,23 @@ def recipe() -> Config:
 
 def test_the_recipes_steps_hold_as_many_samples_as_the_papers(recipe: Config) -> None:
     """256 and 128 samples a step, 2,180 and 5,200 steps an epoch."""
-    pretrain, finetune = (length(recipe.stage(stage), recipe.data.packing) for stage in recipe.stages)
+    pretrain, finetune = (
+        length(recipe.stage(stage), recipe.data.packing, recipe.model.vision) for stage in recipe.stages
+    )
     assert pretrain.samples_per_step == pytest.approx(256, rel=0.07) and pretrain.steps == pytest.approx(2180, rel=0.07)
     assert finetune.samples_per_step == pytest.approx(128, rel=0.07) and finetune.steps == pytest.approx(5200, rel=0.07)
 
 
 def test_samples_that_are_given(recipe: Config) -> None:
-    assert length(recipe.finetune, True, samples=4800, per_row=2.0).steps == 4800 / (2 * recipe.finetune.batch_size)
-    unpacked = length(recipe.finetune, packing=False)
+    assert length(recipe.finetune, True, recipe.model.vision, samples=4800, per_row=2.0).steps == 4800 / (
+        2 * recipe.finetune.batch_size
+    )
+    unpacked = length(recipe.finetune, False, recipe.model.vision)
     assert unpacked.samples_per_step == recipe.finetune.batch_size
     tiny = tiny_config().finetune
-    assert length(tiny, packing=False).steps == tiny.steps
+    assert length(tiny, False, recipe.model.vision).steps == tiny.steps
     with pytest.raises(ConfigError, match="easy_vqa:vqa hold: set --samples"):
-        length(dataclasses.replace(tiny, steps=None), packing=False)
+        length(dataclasses.replace(tiny, steps=None), False, recipe.model.vision)
 
 
 def test_bytes_of_a_split_state() -> None:

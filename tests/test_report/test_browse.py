@@ -66,7 +66,7 @@ class FakeModel:
     config = tiny_config()
     tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "".join(map(chr, tokens)))
 
-    def prompt(self, turns: Any, num_images: int) -> Any:
+    def prompt(self, turns: Any, views: list[int]) -> Any:
         text = turns[-1].text
         text = text if ITEMS[1].question == text else f"prompt {text}"
         return SimpleNamespace(tokens=np.array([ord(letter) for letter in text]))

@@ -71,7 +71,7 @@ class VllmEngine:
         self.model, self.client, self.store = model, client, store
         self.prefixes = Prefixes(model, store)
         fitting = (model.model_config.max_length - 1) // model.model_config.num_visual_tokens
-        self.count, self.max_images = count, min(max_images, fitting)
+        self.count, self.max_images = count, min(max_images * model.model_config.vision.max_views, fitting)
         self.ready = threading.Event()
         self.warmed = (0, 1)
         self.prompt_tokens = self.generated_tokens = 0

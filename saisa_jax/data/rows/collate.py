@@ -17,8 +17,8 @@ from saisa_jax.data.text.conversation import Encoded, check_length
 class Example:
     """A sample, ready for a row.
 
-    `images`, or their features, stand in the order of its placeholders; None leaves the row's slots empty (segment 0)
-    while its text keeps the positions that it would have with them.
+    `images`, the views of all its images or their features, stand in the order of its placeholders; None leaves the
+    row's slots empty (segment 0) while its text keeps the positions that it would have with them.
     """
 
     encoded: Encoded
@@ -87,7 +87,7 @@ def _check_images(example: Example, slots_left: int, image: Slot) -> None:
     if pictures is None:
         return
     if len(pictures) != expected:
-        raise DataError(f"{len(pictures)} images for {expected} placeholder(s)", sample.sample_id)
+        raise DataError(f"{len(pictures)} images for {expected} image slot(s)", sample.sample_id)
     for picture in pictures:
         if (picture.shape, picture.dtype) != image:
             raise DataError(

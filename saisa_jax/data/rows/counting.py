@@ -83,7 +83,7 @@ def count(
     stopped: Callable[[], bool] = lambda: False,
     tick: Callable[[], object] = lambda: None,
 ) -> Part:
-    """Counts samples; no image is opened, but each has to be there.
+    """Counts samples; no image is decoded, but each has to be there.
 
     Args:
       samples: of a source.

@@ -21,7 +21,7 @@ from saisa_jax.data.sample import DataError, Samples, TooLongError
 from saisa_jax.data.text.encoder import Encoder
 from saisa_jax.data.text.templates import find_template
 
-# Text tokens (0: unusable) and images, in integers of any size: of 100 million samples each byte counts.
+# Text tokens (0: unusable) and image slots, in integers of any size: of 100 million samples each byte counts.
 Counts = tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]
 
 SLICE = 2**22  # counts that are worked on together
@@ -34,6 +34,8 @@ def fingerprint(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) 
     template = find_template(config.stage(stage).template)
     parts = [tokenizer.backend_tokenizer.to_str(), repr(template), repr(config.data.system_prompt), str(RULES)]
     parts.append(str(tokenizer.init_kwargs.get("legacy")))
+    if config.model.vision.grids:  # how many slots an image takes
+        parts.append(repr((config.model.vision.grids, config.model.vision.image_size)))
     if template.own:
         parts.append(str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.batch import Batch
 from saisa_jax.config import Config
-from saisa_jax.data.images import ImageLoader, augment
+from saisa_jax.data.images import augment
 from saisa_jax.data.rows.collate import Example, pack_rows
 from saisa_jax.data.rows.order import Concatenated
 from saisa_jax.data.rows.packing import PackingPlan
 from saisa_jax.data.rows.plans import BlockPlan, RowPlans, Start
 from saisa_jax.data.sample import DataError, EmptyAnswerError, ImageSource, Sample, SourceChangedError, TooLongError
 from saisa_jax.data.text.encoder import Encoder
+from saisa_jax.data.views import ImageLoader
 
 ENDLESS = 2**40  # rows
 
@@ -37,12 +38,11 @@ class Reader:
     """Makes rows of samples."""
 
     def __init__(self, config: Config, stage: str, tokenizer: PreTrainedTokenizerFast, *, training: bool) -> None:
-        vision, data = config.model.vision, config.data
         self.config, self.training = config, training
         self.encode = Encoder(config, stage, tokenizer)
         self.slot = config.trained_model(stage).image_slot
-        self.load = ImageLoader(vision.image_size, vision.image_mode, vision.image_mean)
-        self.reorders = not data.packing  # a planned row has room for its samples as they were counted
+        self.load = ImageLoader(config.model.vision)
+        self.reorders = not config.data.packing  # a planned row has room for its samples as they were counted
 
     def row(
         self, samples: Sequence[tuple[Any, np.random.Generator]], text_length: int, max_images: int, source: Any
@@ -89,12 +89,13 @@ class Reader:
         if data.blind:
             return Example(encoded, None), cut
         # Truncation may have left later images out.
-        images = [self._in_slot(image, sample.id) for image in sample.images[: len(encoded.image_positions)]]
+        kept = sample.images[: len(encoded.views)]
+        images = [view for image in kept for view in self._views(image, sample.id)]
         if self.training and data.augment:
             images = [augment(image, rng) for image in images]
         return Example(encoded, images), cut
 
-    def _in_slot(self, image: ImageSource, sample_id: str) -> np.ndarray:
+    def _views(self, image: ImageSource, sample_id: str) -> np.ndarray:
         return image if isinstance(image, np.ndarray) else self.load(image, sample_id)
 
 

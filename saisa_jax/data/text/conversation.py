@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,10 +38,10 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation, not padded: t text tokens and m images.
+    """One conversation, not padded: t text tokens and m image slots.
 
     `targets[i]` is the text token after `tokens[i]`, predicted with weight `loss_weights[i]` (0 or 1); the last one has
-    none (0, weight 0). Positions count every image as the `num_patches` visual tokens that it becomes.
+    none (0, weight 0). Positions count every view of an image as the `num_patches` visual tokens that it becomes.
     """
 
     sample_id: str
@@ -49,8 +49,9 @@ class Encoded:
     targets: Int32[np.ndarray, " t"]
     loss_weights: Float32[np.ndarray, " t"]
     positions: Int32[np.ndarray, " t"]
-    image_positions: Int32[np.ndarray, " m"]  # of an image's first visual token
+    image_positions: Int32[np.ndarray, " m"]  # of a view's first visual token
     length: int  # expanded: text and visual tokens
+    views: tuple[int, ...]  # of each image; m together
 
 
 def encode(
@@ -61,6 +62,7 @@ def encode(
     *,
     system_prompt: str | None = None,
     num_images: int | None = None,
+    views: Sequence[int] | None = None,
     sample_id: str = "",
 ) -> Encoded:
     """A conversation as tokens with labels.
@@ -73,9 +75,10 @@ def encode(
       turns: user and assistant in turn, the user first.
       template: one of `templates.TEMPLATES`, or its name; "tokenizer": the tokenizer's own chat template.
       tokenizer: a fast tokenizer.
-      num_patches: P, visual tokens of an image.
+      num_patches: P, visual tokens of an image slot.
       system_prompt: instead of the template's own; "" for none (a chat template may then write one of its own).
       num_images: images of the sample; None: as many as there are placeholders.
+      views: how many image slots each of these takes, one after the other (`data/views.py`); None: one.
       sample_id: for errors.
 
     Raises:
@@ -84,7 +87,7 @@ def encode(
     """
     template = find_template(template)
     turns = _checked_turns(turns, num_images, sample_id)
-    stream = _write(turns, template, tokenizer, num_patches, system_prompt, sample_id)
+    stream = _write(turns, template, tokenizer, num_patches, views, system_prompt, sample_id)
     encoded = stream.encoded(sample_id)
     if not encoded.loss_weights.any():
         raise DataError(
@@ -103,6 +106,7 @@ def encode_prompt(
     *,
     system_prompt: str | None = None,
     num_images: int | None = None,
+    views: Sequence[int] | None = None,
     sample_id: str = "",
 ) -> Encoded:
     """A conversation that ends with a user turn, as the tokens after which the assistant is to speak.
@@ -116,7 +120,7 @@ def encode_prompt(
     turns = _checked_turns(turns, num_images, sample_id)
     if turns[-1].role != USER:
         raise DataError("a prompt ends with a user turn, this one with the assistant's", sample_id)
-    stream = _write(turns, template, tokenizer, num_patches, system_prompt, sample_id)
+    stream = _write(turns, template, tokenizer, num_patches, views, system_prompt, sample_id)
     encoded = stream.encoded(sample_id)
     return replace(encoded, targets=np.zeros_like(encoded.targets), loss_weights=np.zeros_like(encoded.loss_weights))
 
@@ -145,6 +149,12 @@ def fitting_template(tokenizer: PreTrainedTokenizerFast) -> str:
     return OWN.name
 
 
+def told_views(encoded: Encoded) -> str:
+    """For messages, after the number of images: how many views they have, if these are more; else nothing."""
+    slots = len(encoded.image_positions)
+    return f" of {slots} views" if slots > len(encoded.views) else ""
+
+
 def check_length(encoded: Encoded, text_length: int, max_length: int | None = None) -> None:
     """Raises TooLongError if a conversation does not fit a row of `text_length` tokens, or `max_length` expanded."""
     tokens = len(encoded.tokens)
@@ -154,8 +164,8 @@ def check_length(encoded: Encoded, text_length: int, max_length: int | None = No
         )
     if max_length is not None and encoded.length > max_length:
         raise TooLongError(
-            f"{encoded.length} positions ({tokens} text tokens and {len(encoded.image_positions)} image(s)) exceed "
-            f"model.max_length={max_length}; raise it, or shorten the conversation",
+            f"{encoded.length} positions ({tokens} text tokens and {len(encoded.views)} image(s){told_views(encoded)}) "
+            f"exceed model.max_length={max_length}; raise it, or shorten the conversation",
             encoded.sample_id,
         )
 
@@ -163,8 +173,8 @@ def check_length(encoded: Encoded, text_length: int, max_length: int | None = No
 def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encoded, int]:
     """A conversation cut at its end to `text_length` text tokens and `max_length` positions, and how many were cut.
 
-    An image is kept whole, and only with text after it: one that does not fit, or that nothing follows any more, is
-    left out, and all after it. Fewer `image_positions` tell how many of the sample's images are left.
+    An image is kept whole, with all its views, and only with text after it: one that does not fit, or that nothing
+    follows any more, is left out, and all after it. Fewer `views` tell how many of the sample's images are left.
 
     Raises:
       DataError: nothing of what is left is supervised.
@@ -177,20 +187,23 @@ def truncate(encoded: Encoded, text_length: int, max_length: int) -> tuple[Encod
     targets[-1:], loss_weights[-1:] = 0, 0  # what it predicted is gone
     if not loss_weights.any():
         raise DataError(
-            f"nothing supervised is left of {tokens} text tokens and {len(encoded.image_positions)} image(s) when cut "
-            f"to text_length={text_length} and model.max_length={max_length}; raise the stage's text_length or "
-            "model.max_length, or set data.on_error=drop",
+            f"nothing supervised is left of {tokens} text tokens and {len(encoded.views)} image(s)"
+            f"{told_views(encoded)} when cut to text_length={text_length} and model.max_length={max_length}; raise the "
+            "stage's text_length or model.max_length, or set data.on_error=drop",
             encoded.sample_id,
         )
     positions = encoded.positions[:count]
+    image_positions = encoded.image_positions[encoded.image_positions < positions[-1]]
+    images = int(np.searchsorted(np.cumsum(encoded.views), len(image_positions), side="right"))
     return replace(
         encoded,
         tokens=encoded.tokens[:count],
         targets=targets,
         loss_weights=loss_weights,
         positions=positions,
-        image_positions=encoded.image_positions[encoded.image_positions < positions[-1]],
+        image_positions=image_positions,
         length=int(positions[-1]) + 1,
+        views=encoded.views[:images],
     ), tokens - count
 
 
@@ -248,10 +261,12 @@ class _Stream:
     """Tokens as they are written, one piece after the other."""
 
     num_patches: int
+    views_of_images: Iterator[int] | None  # None: one each
     tokens: list[int] = field(default_factory=list)
     supervised: list[bool] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     image_positions: list[int] = field(default_factory=list)
+    views: list[int] = field(default_factory=list)
     next_position: int = 0
     after: str = START  # what stands last: START, TEXT, CONTROL or PICTURE
 
@@ -267,8 +282,10 @@ class _Stream:
         self.next_position += len(ids)
 
     def add_image(self) -> None:
-        self.image_positions.append(self.next_position)
-        self.next_position += self.num_patches
+        views = 1 if self.views_of_images is None else next(self.views_of_images)
+        self.image_positions += [self.next_position + n * self.num_patches for n in range(views)]
+        self.views.append(views)
+        self.next_position += views * self.num_patches
         self.after = PICTURE
 
     def encoded(self, sample_id: str) -> Encoded:
@@ -280,6 +297,7 @@ class _Stream:
             positions=np.array(self.positions, np.int32),
             image_positions=np.array(self.image_positions, np.int32),
             length=self.next_position,
+            views=tuple(self.views),
         )
 
 
@@ -288,6 +306,7 @@ def _write(
     template: Template,
     tokenizer: PreTrainedTokenizerFast,
     num_patches: int,
+    views: Sequence[int] | None,
     system_prompt: str | None,
     sample_id: str,
 ) -> _Stream:
@@ -296,7 +315,7 @@ def _write(
     end = encoder.end(template)
     system = template.system if system_prompt is None else system_prompt
     frame = encoder.frame(template, (len(turns) + 1) // 2, bool(system))
-    stream = _Stream(num_patches)
+    stream = _Stream(num_patches, None if views is None else iter(views))
     if template.bos and encoder.bos is not None:
         stream.add([encoder.bos], kind=START)
     for number, turn in enumerate(turns):

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from saisa_jax.config import Config
 from saisa_jax.data.sample import DataError, Sample, Samples, Turn
-from saisa_jax.data.text.conversation import Encoded, check_length, encode, truncate
+from saisa_jax.data.text.conversation import Encoded, check_length, encode, told_views, truncate
+from saisa_jax.data.views import count_views
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Encoder:
         """The sample in full; with `rng`, independent turns in a random order, as many as `turns_per_sample`.
 
         Raises:
-          DataError: as `conversation.encode`.
+          DataError: as `conversation.encode`; under any resolution, an image whose size cannot be read.
         """
-        data, settings = self.config.data, self.config.stage(self.stage)
+        data, settings, vision = self.config.data, self.config.stage(self.stage), self.config.model.vision
         return encode(
             _chosen_turns(sample, data.turns_per_sample, rng),
             settings.template,
@@ -42,6 +43,7 @@ class Encoder:
             self.config.model.num_visual_tokens,
             system_prompt=data.system_prompt if sample.system is None else sample.system,
             num_images=len(sample.images),
+            views=[count_views(image, vision, sample.id) for image in sample.images],
             sample_id=sample.id,
         )
 
@@ -57,9 +59,10 @@ class Encoder:
             encoded, cut = truncate(encoded, settings.text_length, max_length)
         check_length(encoded, settings.text_length, max_length)
         if len(encoded.image_positions) > settings.max_images:
+            smaller = ", or choose smaller model.vision.image_grids" if self.config.model.vision.grids else ""
             raise DataError(
-                f"{len(encoded.image_positions)} images in a row of {settings.max_images} slots; raise "
-                f"{self.stage}.max_images",
+                f"{len(encoded.views)} images{told_views(encoded)} in a row of {settings.max_images} slots; raise "
+                f"{self.stage}.max_images{smaller}",
                 sample.id,
             )
         return encoded, cut

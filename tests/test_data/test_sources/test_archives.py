@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saisa_jax.data.images import ImageLoader, load_image, read_image
+from saisa_jax.config import VisionConfig
+from saisa_jax.data.images import load_image, read_image
 from saisa_jax.data.sample import DataError, StoredImage
 from saisa_jax.data.sources.archives import open_images
+from saisa_jax.data.views import ImageLoader
 
 
 def _png(shade: int) -> bytes:
@@ -72,7 +74,7 @@ def test_every_file_is_found_and_read(place) -> None:
             assert read_image(store.find(name, "s")) == data
             assert read_image(store.find(f"./{name}", "s")) == data
     assert np.asarray(load_image(images.find("a/7.png", "s")))[0, 0].tolist() == [7, 0, 0]
-    load = ImageLoader(4, "resize", (0.5, 0.5, 0.5))
+    load = ImageLoader(VisionConfig(image_size=4, patch_size=1, image_mode="resize"))
     assert load(images.find("a/7.png", "s")) is load(images.find("a/7.png", "s"))  # kept by its place
 
 
