@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saisa_jax.batch import Batch
 from saisa_jax.bench.sizes import Size, features_of, make_config, rows_of
@@ -131,6 +132,9 @@ def figure(points: Sequence[Point], busy: bool) -> Figure:
             axes.axhline(values[0], color=COLORS[at], linewidth=0.7, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks([64, 256, 1024, 4096], ["64", "256", "1,024", "4,096"])
         axes.set_xlabel("visual tokens (dotted: the text alone)")
         axes.set_ylabel(label)

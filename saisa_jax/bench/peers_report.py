@@ -181,7 +181,7 @@ def record(found: Sequence[Found], machines: dict[str, Machine], versions: dict[
 
 @drawn
 def figure(found: Sequence[Found], busy: bool) -> Figure:
-    """Milliseconds of every program, a panel for each measure of a case; processor time as a thin mark."""
+    """Milliseconds of every program, a panel for each measure of a case; a line spans the middle half of the rounds."""
     columns = min(4, len(found))
     lines = -(-len(found) // columns)
     drawn = Figure(figsize=(3.3 * columns, 2.9 * lines), layout="constrained")
@@ -195,12 +195,12 @@ def figure(found: Sequence[Found], busy: bool) -> Figure:
             axes.barh(at, 1e3 * timed.median, color=color, alpha=alpha, height=0.68)
             low, high = (1e3 * value for value in middle(timed.seconds))
             axes.plot([low, high], [at, at], color="#222222", linewidth=1.1)
-            axes.text(1e3 * timed.median, at, f" {1e3 * timed.median:,.0f}", va="center", fontsize=8)
+            axes.text(high, at, f" {1e3 * timed.median:,.0f}", va="center", fontsize=8)
         axes.set_yticks(np.arange(len(names)), [f"{NAMES[a]}, {p}" for a, p in map(name_of, names)], fontsize=7.5)
         axes.invert_yaxis()
         axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)
         size, rows, dtype = one.case
-        axes.set_title(f"{one.measure}, {size}, {rows} row(s), {dtype}", fontsize=9)
+        axes.set_title(f"{one.measure}\n{size}, {rows} row(s), {dtype}", fontsize=9)
         axes.set_xlabel("ms" + (", while the machine was busy" if busy else ""))
     return drawn

@@ -45,11 +45,15 @@ CHAT = {
     "qwen": "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    # Without thinking: an empty thought before the last answer alone, and in the prompt for it where one asks so.
+    "qwen3": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
     "llama_3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
 }
-ENDS = dict.fromkeys(CHAT, "</s>") | {"qwen": "<|im_end|>", "llama_3": "<|eot_id|>"}
+ENDS = dict.fromkeys(CHAT, "</s>") | {"qwen": "<|im_end|>", "qwen3": "<|im_end|>", "llama_3": "<|eot_id|>"}
 
 
 @pytest.fixture(params=["bytes", "SentencePiece"])
@@ -72,7 +76,8 @@ def test_tokens_are_those_of_the_chat_template(tokenizer, name: str, system: str
         encoded = encode(turns, "tokenizer", tokenizer, P, system_prompt=system)
         assert encoded.tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)
         prompt = encode_prompt(turns[:-1], "tokenizer", tokenizer, P, system_prompt=system)
-        text = tokenizer.apply_chat_template(messages(turns[:-1], system), tokenize=False, add_generation_prompt=True)
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        text = tokenizer.apply_chat_template(messages(turns[:-1], system), **options)
         assert prompt.tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)
         if name != "mistral_v3" or not system:
             assert encoded.tokens[: len(prompt.tokens)].tolist() == prompt.tokens.tolist()
@@ -114,6 +119,7 @@ def test_system_prompts_and_turns_cannot_forge_control_tokens() -> None:
         ("llama_2", "tokenizer"),
         ("deepseek", "tokenizer"),
         ("qwen", "chatml"),
+        ("qwen3", "tokenizer"),
         ("llama_3", "llama_3_instruct"),
         ("vicuna", "vicuna_v1"),
     ],
