@@ -21,6 +21,7 @@ HELP = {
     "validation": "of each kind, for curves while training",
     "test": "questions of the benchmark",
     "image_size": "pixels of a side",
+    "concepts": "things at most, those with a photograph first; 0: all",
     "seed": "of the choice of everything",
 }
 

@@ -80,6 +80,19 @@ def test_no_drawing_of_the_test_is_in_training(drawn: Path) -> None:
     assert all(words[part] <= words["train"] for part in PARTS if part != "concept")
 
 
+def test_fewer_concepts_are_those_with_a_photograph_first(drawn: Path) -> None:
+    def names(most: int) -> dict[str, set[str]]:
+        pools = make_pools(read_concepts(drawn), 0, most)
+        return {part: {concept.name for concept in pool.concepts} for part, pool in pools.items()}
+
+    every, few = names(0), names(30)
+    assert len(few["train"] | few["concept"]) == 30 and few["train"] | few["concept"] < every["train"] | every["concept"]
+    photographed = {c.name for c in read_concepts(drawn) if "photograph" in c.drawings}
+    assert photographed <= few["train"] | few["concept"] and few["photograph"] == photographed & few["train"]
+    with pytest.raises(DataError, match="--concepts=20 is too few"):
+        Sizes(concepts=20)
+
+
 def test_a_held_out_concept_is_never_named_in_training(drawn: Path, made: Path) -> None:
     held = [concept.name for concept in make_pools(read_concepts(drawn), 0)["concept"].concepts]
     assert len(held) == COUNT // 10

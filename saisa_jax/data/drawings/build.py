@@ -57,6 +57,7 @@ class Sizes:
       captions, train, validation: samples (pictures) of stage 1, of stage 2, and of each one's held-out set.
       test: questions.
       image_size: pixels of a side.
+      concepts: things at most, those with a photograph first; 0: all. Fewer are shown more often, and learned sooner.
       seed: of the choice of everything.
       photographs: whether the test has some.
     """
@@ -66,6 +67,7 @@ class Sizes:
     validation: int = 256
     test: int = 2000
     image_size: int = 112
+    concepts: int = 0
     seed: int = 0
     photographs: bool = True
 
@@ -73,6 +75,11 @@ class Sizes:
         for name in ("captions", "train", "validation", "test"):
             if getattr(self, name) < 1:
                 raise DataError(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.concepts and self.concepts < 3 * HELD_OUT_CONCEPTS:
+            raise DataError(
+                f"--concepts={self.concepts} is too few, since one of {HELD_OUT_CONCEPTS} is held out: at least "
+                f"{3 * HELD_OUT_CONCEPTS}, or 0 for all"
+            )
         if self.image_size < 32:
             raise DataError(f"--image_size={self.image_size} is too small to draw nine things in: at least 32")
 
@@ -99,7 +106,7 @@ def build(root: Path, output: Path, sizes: Sizes) -> dict[str, Any]:
             raise DataError(f"{output} holds a set of {other}, not of {settings}: name another --output, or delete it")
         return there
     concepts = read_concepts(root, sizes.photographs)
-    pools = make_pools(concepts, sizes.seed)
+    pools = make_pools(concepts, sizes.seed, sizes.concepts)
     unfinished = output.with_name(f"{output.name}.unfinished")
     if unfinished.exists():
         shutil.rmtree(unfinished)
@@ -138,13 +145,22 @@ def read_set(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / SET} is not JSON: {error}") from error
 
 
-def make_pools(concepts: Sequence[Concept], seed: int) -> dict[str, Pool]:
-    """Which drawings are for training (`train`), and which for each part of the test; no two pools share a drawing."""
+def make_pools(concepts: Sequence[Concept], seed: int, most: int = 0) -> dict[str, Pool]:
+    """Which drawings are for training (`train`), and which for each part of the test; no two pools share a drawing.
+
+    Args:
+      concepts: all that there are.
+      seed: of the choice.
+      most: concepts at most, those with a photograph first; 0: all.
+    """
 
     def place(text: str) -> str:
         return hashlib.sha256(f"{seed}/{text}".encode()).hexdigest()
 
     ordered = sorted(concepts, key=lambda concept: place(concept.name))
+    if most:
+        chosen = sorted(ordered, key=lambda concept: PHOTOGRAPH not in concept.drawings)[:most]
+        ordered = [concept for concept in ordered if concept in chosen]
     held, known = ordered[::HELD_OUT_CONCEPTS], [c for n, c in enumerate(ordered) if n % HELD_OUT_CONCEPTS]
     kept = {concept.name: min(ARTISTS, key=lambda a, c=concept: place(f"{c.name}/{a}")) for concept in known}
     kept = {name: artist for n, (name, artist) in enumerate(kept.items()) if n % HELD_OUT_DRAWINGS == 0}
