@@ -142,7 +142,7 @@ def test_what_does_not_fit_a_row_is_an_error(tokenizer) -> None:
         pack_rows([[Example(one, [picture])]], 5, 1, 4)
     with pytest.raises(DataError, match=r"sample 'row/1': 2 images in a row of 1 slots; raise max_images"):
         pack_rows([[Example(two, [picture, picture])]], 20, 1, 4)
-    with pytest.raises(DataError, match=r"sample 'row/0': 2 images for 1 placeholder"):
+    with pytest.raises(DataError, match=r"sample 'row/0': 2 images for 1 image slot"):
         pack_rows([[Example(one, [picture, picture])]], 20, 2, 4)
     with pytest.raises(DataError, match=r"sample 'row/0': an image of \(4, 4, 3\) .*expected \(8, 8, 3\)"):
         pack_rows([[Example(one, [picture])]], 20, 2, 8)

@@ -84,7 +84,7 @@ def conversation(texts: list[str], numbers: list[int]) -> Conversation:
 
 def question(model: VisionLanguageModel, texts: list[str], numbers: list[int], **more: Any) -> Question:
     asked = conversation(texts, numbers)
-    images = [EncodedImage.of(model.loader(picture, "")) for picture in asked.images]
+    images = [EncodedImage.of_views(model.loader(picture, "")) for picture in asked.images]
     return Question(model.request(asked.turns, images), NEW, **more)
 
 

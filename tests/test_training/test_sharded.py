@@ -29,9 +29,10 @@ ALIGNMENTS = ("saisa", "naavit", "llava", "flamingo")
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 OFTEN = (
     *(("saisa", mesh) for mesh in MESHES),
-    *((name, (2, 2, 2)) for name in ("naavit", "llava", "casa", *PROJECTORS)),
+    *((name, (2, 2, 2)) for name in ("naavit", "llava", "casa")),
 )
 SELDOM = [(alignment, mesh) for alignment in ALIGNMENTS for mesh in MESHES if (alignment, mesh) not in OFTEN]
+SELDOM += [(projector, (2, 2, 2)) for projector in PROJECTORS]
 
 
 def model_of(alignment: str) -> ModelConfig:
