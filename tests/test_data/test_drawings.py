@@ -86,9 +86,10 @@ def test_fewer_concepts_are_those_with_a_photograph_first(drawn: Path) -> None:
         return {part: {concept.name for concept in pool.concepts} for part, pool in pools.items()}
 
     every, few = names(0), names(30)
-    assert len(few["train"] | few["concept"]) == 30 and few["train"] | few["concept"] < every["train"] | every["concept"]
+    taken = few["train"] | few["concept"]
+    assert len(taken) == 30 and taken < every["train"] | every["concept"]
     photographed = {c.name for c in read_concepts(drawn) if "photograph" in c.drawings}
-    assert photographed <= few["train"] | few["concept"] and few["photograph"] == photographed & few["train"]
+    assert photographed <= taken and few["photograph"] == photographed & few["train"]
     with pytest.raises(DataError, match="--concepts=20 is too few"):
         Sizes(concepts=20)
 
