@@ -54,11 +54,20 @@ SIZES = {
 }
 
 
+def of_alignment(alignment: str, layers: int) -> dict[str, Any]:
+    """The fields of `ModelConfig` in which alignments differ, of a decoder of so many layers."""
+    return {
+        "alignment": alignment,
+        "projector": ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared"),
+        "flamingo": FlamingoConfig(min(4, layers)) if alignment == "flamingo" else FlamingoConfig(),
+    }
+
+
 def make_config(size: Size, alignment: str, rows: int, dtype: str, attention: str = "auto") -> Config:
     """A model of that size, and stage 2 of so many rows: everything but the vision encoder trains."""
     side = round(size.visual**0.5)
     model = ModelConfig(
-        alignment=alignment,
+        **of_alignment(alignment, size.decoder["num_layers"]),
         **{
             **size.decoder,
             "max_length": max(2048, size.text + size.images * size.visual + 64),
@@ -75,8 +84,6 @@ def make_config(size: Size, alignment: str, rows: int, dtype: str, attention: st
             mlp_dim=8,
             select_layer=-1,
         ),
-        projector=ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared"),
-        flamingo=FlamingoConfig(min(4, size.decoder["num_layers"])) if alignment == "flamingo" else FlamingoConfig(),
     )
     stage = StageConfig(sharing=model.projector.sharing, batch_size=rows, text_length=size.text, max_images=size.images)
     return Config(

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from saisa_jax import flops, parallel
 from saisa_jax.batch import Batch
+from saisa_jax.bench.sizes import of_alignment
 from saisa_jax.bench.times import Timed, in_turns, middle, ratios
 from saisa_jax.chips import peak_flops
-from saisa_jax.config import ALIGNMENTS, Config, FlamingoConfig, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
+from saisa_jax.config import ALIGNMENTS, Config, ModelConfig, StageConfig, VisionConfig
 from saisa_jax.models.saisa import init_params
 from saisa_jax.report.runs import NAMES
 from saisa_jax.testing.batches import make_batch, random_layout
@@ -35,7 +36,7 @@ def make_config(alignment: str, options: argparse.Namespace) -> Config:
     """A model of the given size; its encoder is a quarter as wide as the decoder, as CLIP is to a Llama of 7B."""
     width = options.embed // 4
     model = ModelConfig(
-        alignment=alignment,
+        **of_alignment(alignment, options.layers),
         vocab_size=options.vocab,
         embed_dim=options.embed,
         num_layers=options.layers,
@@ -54,8 +55,6 @@ def make_config(alignment: str, options: argparse.Namespace) -> Config:
             num_heads=max(1, width // 64),
             mlp_dim=4 * width,
         ),
-        projector=ProjectorConfig(sharing="per_layer" if alignment == "saisa" else "shared"),
-        flamingo=FlamingoConfig(min(4, options.layers)) if alignment == "flamingo" else FlamingoConfig(),
     )
     stage = StageConfig(
         sharing=model.projector.sharing,

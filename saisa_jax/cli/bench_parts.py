@@ -9,11 +9,9 @@ from saisa_jax.bench import parts
 from saisa_jax.bench.peers_report import describe
 from saisa_jax.bench.sizes import SIZES
 from saisa_jax.bench.times import measure_machine, why_busy
-from saisa_jax.cli.lists import choices, output_folder, wide_console
+from saisa_jax.cli.lists import DTYPES, choices, output_folder, wide_console
 from saisa_jax.cli.parser import Parser
 from saisa_jax.config import ALIGNMENTS, ConfigError
-
-DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: Sequence[str]) -> int:

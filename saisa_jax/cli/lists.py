@@ -10,6 +10,8 @@ from rich.console import Console
 from saisa_jax.config import ConfigError
 from saisa_jax.errors import did_you_mean
 
+DTYPES = ("float32", "bfloat16")  # that benches measure
+
 
 def choices(flag: str, text: str, known: Collection[str]) -> list[str]:
     """A flag's list of names, `a,b`.

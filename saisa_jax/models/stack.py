@@ -106,6 +106,8 @@ class LayerStack:
         of_text, past_mask = self._places(stream, past, asking)
         reading = Reading(source, 0 if visual is None else source.places.positions.shape[1], past_mask, capture, impl)
 
+        past_kv = (past.k, past.v) if past is not None else None
+        of_layers = past_kv, unseen, rotated_layers(c, range(c.num_layers))
         x, state = stream.x, None if visual is None else source.state
         states, outs = [(x[None], None if state is None else state[None])], []
         for group in layer_groups(c, visual is not None):
@@ -116,11 +118,9 @@ class LayerStack:
                 places = rotation(both.positions, c), make_mask(both, both, c.sliding_window)
                 x, state = jnp.concatenate([cast(Any, state), x], axis=1), None
             of_visual = source.inputs(group) if group.reads_keys else None
-            rotates = rotated_layers(c, range(c.num_layers))
-            of_layers = ((past.k, past.v) if past is not None else None, unseen, rotates)
-            of_layers = take_layers(of_layers, group.start, group.stop)
+            of_group = take_layers(of_layers, group.start, group.stop)
             body = functools.partial(self._layer, reading, group.role, *places)
-            (x, state), out = self._scan(body, (x, state), (self.layers_of(group), of_visual, *of_layers))
+            (x, state), out = self._scan(body, (x, state), (self.layers_of(group), of_visual, *of_group))
             if together:
                 state, x = x[:, : reading.tokens], x[:, reading.tokens :]
             states.append(out.pop("hidden", None))

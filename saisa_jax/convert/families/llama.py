@@ -23,6 +23,17 @@ ROPE_SCALINGS: dict[str, tuple[str, dict[str, tuple[str, type]]]] = {
     "llama3": ("llama3", _LLAMA3),
 }
 
+_LLAMA_3_2: Mapping[str, Any] = {
+    "vocab_size": 128256,
+    "num_kv_heads": 8,
+    "mlp_dim": 8192,
+    "rope_theta": 5e5,
+    "rope_scaling": RopeScalingConfig("llama3", factor=32.0),
+    "norm_eps": 1e-5,
+    "max_length": 131072,
+    "tie_embeddings": True,
+}
+
 
 class Llama(DecoderFamily):
     """None of EXTRAS; what inherits from it names those that its decoders have."""
@@ -88,34 +99,8 @@ class Llama(DecoderFamily):
             "norm_eps": 1e-5,
             "max_length": 8192,
         },
-        "llama3.2-1b": {
-            "vocab_size": 128256,
-            "embed_dim": 2048,
-            "num_layers": 16,
-            "num_heads": 32,
-            "num_kv_heads": 8,
-            "head_dim": 64,
-            "mlp_dim": 8192,
-            "rope_theta": 5e5,
-            "rope_scaling": RopeScalingConfig("llama3", factor=32.0),
-            "norm_eps": 1e-5,
-            "max_length": 131072,
-            "tie_embeddings": True,
-        },
-        "llama3.2-3b": {
-            "vocab_size": 128256,
-            "embed_dim": 3072,
-            "num_layers": 28,
-            "num_heads": 24,
-            "num_kv_heads": 8,
-            "head_dim": 128,
-            "mlp_dim": 8192,
-            "rope_theta": 5e5,
-            "rope_scaling": RopeScalingConfig("llama3", factor=32.0),
-            "norm_eps": 1e-5,
-            "max_length": 131072,
-            "tie_embeddings": True,
-        },
+        "llama3.2-1b": {**_LLAMA_3_2, "embed_dim": 2048, "num_layers": 16, "num_heads": 32, "head_dim": 64},
+        "llama3.2-3b": {**_LLAMA_3_2, "embed_dim": 3072, "num_layers": 28, "num_heads": 24, "head_dim": 128},
         "smollm2-135m": {
             "vocab_size": 49152,
             "embed_dim": 576,

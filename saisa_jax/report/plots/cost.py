@@ -72,10 +72,7 @@ def accuracy_against_prefill(title: str, runs: Sequence[Run], convention: str) -
                 color="#666666",
                 fontsize=8.5,
             )
-    axes.set_xlim(0, max(*costs.values(), *spent) / unit * 1.12)
-    axes.set_xlabel(f"prefill {prefix}FLOPs per question")
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
+    return _finished(figure, axes, max(*costs.values(), *spent) / unit, f"prefill {prefix}FLOPs per question")
 
 
 @drawn
@@ -85,10 +82,7 @@ def accuracy_against_training(title: str, runs: Sequence[Run]) -> Figure:
     most = max(run.train_flops or 0.0 for run in runs)
     unit, prefix = units.thousands(most)
     _place(axes, runs, lambda run: (run.train_flops or 0.0) / unit)
-    axes.set_xlim(0, most / unit * 1.12)
-    axes.set_xlabel(f"training {prefix}FLOPs")
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
+    return _finished(figure, axes, most / unit, f"training {prefix}FLOPs")
 
 
 @drawn
@@ -101,8 +95,14 @@ def accuracy_against_seconds(title: str, runs: Sequence[Run]) -> Figure:
         record: Any = run.evaluation
         low, _, high = quartiles[run.label]
         axes.plot([low, high], [record["accuracy"]] * 2, color=color(run.number), linewidth=2, alpha=0.55)
-    axes.set_xlim(0, max(high for _, _, high in quartiles.values()) * 1.12)
-    axes.set_xlabel("ms until the answer to a first question begins")
+    slowest = max(high for _, _, high in quartiles.values())
+    return _finished(figure, axes, slowest, "ms until the answer to a first question begins")
+
+
+def _finished(figure: Figure, axes: Axes, most: float, label: str) -> Figure:
+    """The figure with its axis of costs, from 0 to a little more than the largest, and its legend."""
+    axes.set_xlim(0, most * 1.12)
+    axes.set_xlabel(label)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
