@@ -81,13 +81,13 @@ def get_config(argument: str = "saisa") -> ConfigDict:
             features=data == "features",
         ),
         # Stage 1: captions teach one projector for all layers. Rows of four pictures are those that cost least a sample
-        # in both stages (`python -m saisa_jax rows`).
+        # in both stages (`python -m saisa_jax rows`); one row a step, as steps are what so few samples lack.
         pretrain=StageConfig(
             sources=(source("captions"),),
             validation=(source("captions_validation"),),
             template="plain",
             sharing="shared",
-            batch_size=4,
+            batch_size=1,
             text_length=64,
             max_images=4,
             optimizer=adam,
@@ -99,10 +99,10 @@ def get_config(argument: str = "saisa") -> ConfigDict:
             validation=(source("validation"),),
             template="chatml",
             sharing=model.projector.sharing,
-            batch_size=4,
+            batch_size=1,
             text_length=128,
             max_images=4,
-            optimizer=dataclasses.replace(adam, lr=3e-4),
+            optimizer=dataclasses.replace(adam, lr=2e-4),
             groups=((VISION_PATTERN, FROZEN), (r".*", GroupConfig())),
         ),
         training=TrainingConfig(

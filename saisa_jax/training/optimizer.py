@@ -87,7 +87,7 @@ class Optimizer(NamedTuple):
     """An optax optimizer that also gives the rate of its next update."""
 
     init: Callable[[Params], Any]
-    update: Callable[..., tuple[Params, Any]]
+    update: Callable[..., tuple[Params, Any]]  # (gradients, optimizer state, trainable, norm=of all gradients)
     learning_rate: Callable[[Any], Any]  # (optimizer state) -> rate; updates that were skipped do not count
 
 
@@ -103,12 +103,22 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, trainable: Params, s
     transforms: dict[Any, Any] = {str(row): of_group(groups[row][1]) for row in sorted(set(rows.values()))}
     schedule = make_schedule(config, steps)
     chain = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        _clip_by_global_norm(config.clip_norm),
         _adam(config),
         optax.multi_transform(transforms, labels),
         optax.scale_by_learning_rate(schedule),
     )
     return Optimizer(chain.init, chain.update, lambda state: jnp.asarray(schedule(state[-1].count)))
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """optax's clipping, for a caller that has measured the norm: no second pass over all gradients."""
+
+    def update(updates: Params, state: Any, params: Any = None, **measured: Any) -> tuple[Params, Any]:
+        factor = jnp.minimum(1.0, max_norm / measured["norm"])  # a norm of 0 has the factor 1
+        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

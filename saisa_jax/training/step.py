@@ -58,15 +58,17 @@ def make_train_step(
         weight = parts.pop("tokens")
         divisor = jnp.maximum(weight, 1.0)
         loss = total / divisor
-        gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) / divisor, gradients)
-        norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-
+        norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32)) / divisor
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
-            (optax.apply_updates(state.trainable, updates), opt_state),
-            (state.trainable, state.opt_state),
+
+        # A branch, not a choice between old and new numbers: those would be in memory at the same time.
+        def updated(trainable: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
+            means = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) * (1.0 / divisor), gradients)
+            updates, opt_state = optimizer.update(means, opt_state, trainable, norm=norm)
+            return optax.apply_updates(trainable, updates), opt_state
+
+        trainable, opt_state = jax.lax.cond(
+            good, updated, lambda *kept: kept[:2], state.trainable, state.opt_state, gradients
         )
         legal, visited = shares(config, batch, teacher)
         metrics = {

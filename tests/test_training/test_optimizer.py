@@ -57,7 +57,7 @@ def test_a_step_of_adamw_is_the_one_of_the_books():
               (".*", GroupConfig()))  # fmt: skip
     adamw = optimizer.make_optimizer(config, groups, PARAMS, 10)
     gradients = optimizer.unflatten({path: jnp.full(2, 3.0) for path in optimizer.flatten(PARAMS)})
-    updates, _ = adamw.update(gradients, adamw.init(PARAMS), PARAMS)
+    updates, _ = adamw.update(gradients, adamw.init(PARAMS), PARAMS, norm=1.0)
     got = {path: float(leaf[0]) for path, leaf in optimizer.flatten(updates).items()}
     adam = 1.0  # the first step of Adam is sign(gradient)
     assert got["visual_proj/fc1/kernel"] == pytest.approx(-0.1 * (adam + 0.5), rel=1e-5)
@@ -70,8 +70,9 @@ def test_clipping_is_over_all_that_trains():
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_fraction=0.0, clip_norm=1.0, b1=0.0, b2=0.0, eps=1.0)
     adamw = optimizer.make_optimizer(config, ((".*", GroupConfig()),), PARAMS, 10)
     gradients = optimizer.unflatten({path: jnp.full(2, 4.0) for path in optimizer.flatten(PARAMS)})
-    updates, _ = adamw.update(gradients, adamw.init(PARAMS), PARAMS)
-    clipped = 4.0 / (4.0 * np.sqrt(10))
+    norm = 4.0 * np.sqrt(10)
+    updates, _ = adamw.update(gradients, adamw.init(PARAMS), PARAMS, norm=norm)
+    clipped = 4.0 / norm
     assert float(updates["layers"]["input_norm"]["scale"][0]) == pytest.approx(-clipped / (clipped + 1.0), rel=1e-5)
 
 
