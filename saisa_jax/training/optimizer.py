@@ -116,7 +116,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
 
     def update(updates: Params, state: Any, params: Any = None, **measured: Any) -> tuple[Params, Any]:
         factor = jnp.minimum(1.0, max_norm / measured["norm"])  # a norm of 0 has the factor 1
-        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), updates), state
+        return optax.tree.scale(factor, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

@@ -63,7 +63,7 @@ def make_train_step(
 
         # A branch, not a choice between old and new numbers: those would be in memory at the same time.
         def updated(trainable: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
-            means = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) * (1.0 / divisor), gradients)
+            means = optax.tree.scale(1.0 / divisor, optax.tree.cast(gradients, jnp.float32))
             updates, opt_state = optimizer.update(means, opt_state, trainable, norm=norm)
             return optax.apply_updates(trainable, updates), opt_state
 
