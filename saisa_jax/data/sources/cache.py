@@ -11,14 +11,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from saisa_jax.compilation import cache_root
+
 _SHARE = 0.8  # of the free disk, where no bound is given
 _lock = threading.Lock()
 _copying: dict[Path, int] = {}  # bytes of the copies that threads of this process make now
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/saisa_jax`, or `~/.cache/saisa_jax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saisa_jax"
 
 
 def write_copy(source: Any, target: Path) -> None:
@@ -70,7 +67,7 @@ def room_for_copies(bound: int | None, suffix: str) -> int:
     """Bytes that this host's copies of a kind may take: the bound, or a share of what the disk could hold of them."""
     if bound is not None:
         return bound
-    folder = cache_folder()
+    folder = cache_root()
     folder.mkdir(parents=True, exist_ok=True)
     return int(_SHARE * (shutil.disk_usage(folder).free + sum(size for _, size, _ in _copies(suffix))))
 
@@ -107,7 +104,7 @@ def make_room(target: Path, size: int, bound: int | None, suffix: str, keep: Col
 def _copies(suffix: str) -> list[tuple[int, int, Path]]:
     """When each copy was last opened, its bytes, and its path."""
     found = []
-    for path in cache_folder().glob(f"*/*{suffix}"):
+    for path in cache_root().glob(f"*/*{suffix}"):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             seen = path.stat()
             found.append((seen.st_mtime_ns, seen.st_size, path))

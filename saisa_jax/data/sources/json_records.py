@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from saisa_jax.compilation import cache_root
 from saisa_jax.data.sample import DataError, SourceChangedError
-from saisa_jax.data.sources.cache import cache_folder, write_copy
+from saisa_jax.data.sources.cache import write_copy
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BOM = "\ufeff".encode().decode("latin-1")
@@ -120,7 +121,7 @@ def _unpacked(path: str) -> str:
         return path
     stat = os.stat(path)
     key = hashlib.sha256(f"{os.path.realpath(path)}\n{stat.st_mtime_ns}\n{stat.st_size}".encode()).hexdigest()[:16]
-    copy = cache_folder() / key / Path(path).stem
+    copy = cache_root() / key / Path(path).stem
     if not copy.exists():
         try:
             with gzip.open(path) if packed == ".gz" else _open_zst(path) as stream:

@@ -36,11 +36,12 @@ from etils import epath
 from jaxtyping import Int64, Integer
 
 from saisa_jax import buckets
+from saisa_jax.compilation import cache_root
 from saisa_jax.config import SourceConfig
 from saisa_jax.data.features import FeatureSpec
 from saisa_jax.data.sample import DataError, Sample, SourceChangedError, Turn
 from saisa_jax.data.sources import SOURCES
-from saisa_jax.data.sources.cache import cache_folder, copy_once, is_copy, make_room, room_for_copies
+from saisa_jax.data.sources.cache import copy_once, is_copy, make_room, room_for_copies
 from saisa_jax.data.sources.record_files import records_digest
 
 FORMAT = 2  # of records and index; raised when older programs could not read them. In the first, index.json had counts
@@ -258,7 +259,7 @@ class ShardedSamples:
         if size > bound:
             raise DataError(
                 f"{self.directory}: the shards of one block of the order have {size:,} bytes, and their copies in "
-                f"{cache_folder()} room for {bound:,} (--config.data.cache_bytes): raise it, or lower "
+                f"{cache_root()} room for {bound:,} (--config.data.cache_bytes): raise it, or lower "
                 "--config.data.shuffle_block_size"
             )
         self._room, self._keep = room, frozenset(self._copy_of(shards[number]) for number in kept)
@@ -283,7 +284,7 @@ class ShardedSamples:
                     logging.warning("%s was not copied: %s", self.directory / self.contents.shards[number].name, error)
 
     def _copy_of(self, shard: Shard) -> Path:
-        return cache_folder() / self.contents.version / shard.name
+        return cache_root() / self.contents.version / shard.name
 
     def _local(self, shard: Shard, ahead: bool = False) -> str | None:
         """The path of a shard on this machine: itself, or its copy in the cache, made now if it is not there.
