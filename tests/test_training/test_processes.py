@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from etils import epath
 from PIL import Image
 
 from saisa_jax import parallel
-from saisa_jax.checkpoints import load_model
+from saisa_jax.checkpoints import load_model, save_model
 from saisa_jax.config import Config, ConfigError, DistributedConfig, MeshConfig, from_config_dict
+from saisa_jax.data.text.tokenizer import load_tokenizer
 from saisa_jax.evaluation import command
+from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.benchmarks import write_hub
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.runs import free_port
@@ -49,15 +52,20 @@ FLAGS = (
 )
 
 
-def start(workdir: Path, count: int, devices: int, mesh: str, *flags: str) -> list[subprocess.Popen]:
+TINY = str(ROOT / "saisa_jax/testing/configs.py")
+
+
+def start(
+    workdir: Path, count: int, devices: int, mesh: str, *flags: str, recipe: str = TINY
+) -> list[subprocess.Popen]:
     """`count` processes of `devices` simulated devices each; `mesh` is data x fsdp x tensor."""
     port = free_port()
     compiles = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiles}"}
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True))
     common = [
-        *(sys.executable, ROOT / "train.py", f"--config={ROOT / 'saisa_jax/testing/configs.py'}"),
-        *(f"--workdir={workdir}", *FLAGS, *flags),
+        *(sys.executable, ROOT / "train.py", f"--config={recipe}"),
+        *(f"--workdir={workdir}", *(FLAGS if recipe == TINY else ()), *flags),
         *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
         f"--config.distributed.coordinator=127.0.0.1:{port}",
     ]
@@ -306,3 +314,25 @@ def test_gpus_that_slurm_would_leave_idle_are_an_error() -> None:
     processes._check_slurm({"SLURM_NTASKS_PER_NODE": "1"})
     with pytest.raises(ConfigError, match=r"8 GPUs and 1 tasks: set --ntasks-per-node=8; or, .* name HOST:PORT"):
         processes._check_slurm({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"})
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_projectors_fitted_by_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """And so is the student that they start: each process reads a part of the rows, and the sums are those of all."""
+    llava = tiny_config("llava")
+    teacher = tmp_path / "teacher"
+    tree = init_params(llava.model, jax.random.key(5))
+    save_model(epath.Path(teacher), tree, llava, load_tokenizer("easy_vqa"), {"stage": "finetune"})
+    recipe = f"{ROOT / 'configs/distill_from_llava.py'}:{teacher}"
+    flags = ["--config.finetune.steps=2", "--config.finetune.optimizer.eps=1e-3", "--config.training.eval_every=0"]
+    trained, fits = {}, {}
+    for count, devices in ((1, 4), (2, 2)):
+        workdir = tmp_path / f"by-{count}"
+        codes, said = ends(workdir, start(workdir, count, devices, "2x2x1", *flags, recipe=recipe))
+        assert codes == [0] * count, said[0][-3000:]
+        trained[count] = flatten(load_model(str(workdir / "finetune/model"))[0])
+        fits[count] = re.findall(r"^(?:fitted to \d+|layer \d.*)", said[0], re.MULTILINE)
+    for path, leaf in trained[1].items():
+        np.testing.assert_allclose(trained[2][path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
+    assert fits[1] == fits[2] and len(fits[1]) == 1 + llava.model.num_layers
