@@ -66,7 +66,7 @@ def get_config(argument: str = "saisa") -> ConfigDict:
         return SourceConfig("llava", str(where / "drawings" / f"{name}.json"), images=str(where / "drawings/images"))
 
     model = start_model(where / "start", VARIANTS[variant])
-    adam = OptimizerConfig(lr=1e-3, schedule="cosine", warmup_fraction=0.05, b2=0.99)
+    adam = OptimizerConfig(lr=3e-3, schedule="cosine", warmup_fraction=0.05, b2=0.99)
     config = Config(
         name=f"proof-{variant}",
         # In stage 1 nothing of a blind model would learn: its projector is never read.
