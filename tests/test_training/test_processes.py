@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -46,17 +47,15 @@ def settings() -> Config:
     return dataclasses.replace(config, stages=("pretrain",), pretrain=pretrain, training=training)
 
 
-FLAGS = (
+TINY = (
+    f"--config={ROOT / 'saisa_jax/testing/configs.py'}",
     *("--config.stages=pretrain", f"--config.pretrain.steps={STEPS}", "--config.pretrain.optimizer.eps=1e-3"),
     *(f"--config.training.eval_every={STEPS}", "--config.training.eval_samples=0"),
 )
 
 
-TINY = str(ROOT / "saisa_jax/testing/configs.py")
-
-
 def start(
-    workdir: Path, count: int, devices: int, mesh: str, *flags: str, recipe: str = TINY
+    workdir: Path, count: int, devices: int, mesh: str, *flags: str, recipe: Sequence[str] = TINY
 ) -> list[subprocess.Popen]:
     """`count` processes of `devices` simulated devices each; `mesh` is data x fsdp x tensor."""
     port = free_port()
@@ -64,8 +63,7 @@ def start(
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiles}"}
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True))
     common = [
-        *(sys.executable, ROOT / "train.py", f"--config={recipe}"),
-        *(f"--workdir={workdir}", *(FLAGS if recipe == TINY else ()), *flags),
+        *(sys.executable, ROOT / "train.py", f"--workdir={workdir}", *recipe, *flags),
         *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
         f"--config.distributed.coordinator=127.0.0.1:{port}",
     ]
@@ -324,12 +322,12 @@ def test_projectors_fitted_by_two_processes_are_those_of_one(tmp_path: Path) -> 
     teacher = tmp_path / "teacher"
     tree = init_params(llava.model, jax.random.key(5))
     save_model(epath.Path(teacher), tree, llava, load_tokenizer("easy_vqa"), {"stage": "finetune"})
-    recipe = f"{ROOT / 'configs/distill_from_llava.py'}:{teacher}"
-    flags = ["--config.finetune.steps=2", "--config.finetune.optimizer.eps=1e-3", "--config.training.eval_every=0"]
+    recipe = [f"--config={ROOT / 'configs/distill_from_llava.py'}:{teacher}", "--config.finetune.steps=2"]
+    recipe += ["--config.finetune.optimizer.eps=1e-3", "--config.training.eval_every=0"]
     trained, fits = {}, {}
     for count, devices in ((1, 4), (2, 2)):
         workdir = tmp_path / f"by-{count}"
-        codes, said = ends(workdir, start(workdir, count, devices, "2x2x1", *flags, recipe=recipe))
+        codes, said = ends(workdir, start(workdir, count, devices, "2x2x1", recipe=recipe))
         assert codes == [0] * count, said[0][-3000:]
         trained[count] = flatten(load_model(str(workdir / "finetune/model"))[0])
         fits[count] = re.findall(r"^(?:fitted to \d+|layer \d.*)", said[0], re.MULTILINE)
