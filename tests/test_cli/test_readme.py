@@ -90,17 +90,13 @@ def on_tiny(text: str, directory: Path) -> str:
 
 
 def run(command: str, directory: Path) -> str:
-    """Runs a command on the tiny configuration, with `directory` for `runs`; returns what it printed.
-
-    Programs are kept from one command to the next, as they are for users.
-    """
+    """Runs a command on the tiny configuration, with `directory` for `runs`; returns what it printed."""
     words = shlex.split(on_tiny(command, directory))
     assert words[0] == "python"
-    kept = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled")}
     done = subprocess.run(
         [sys.executable, *words[1:]],
         cwd=ROOT,
-        env=environment() | kept,
+        env=environment(),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -153,7 +153,7 @@ def test_every_failure_is_a_data_error(tmp_path, pictures, count) -> None:
     config, tokenizer = tiny_config(), load_tokenizer("easy_vqa")
     encoder = Encoder(config, "finetune", tokenizer)
     load = ImageLoader(VisionConfig(image_size=16), cache_bytes=0)
-    threads, outcome = threading.active_count(), Counter[str]()
+    threads, outcome = set(threading.enumerate()), Counter[str]()  # some may be of earlier tests and end meanwhile
     for number in range(count):
         rng = np.random.default_rng(number)
         source = write(rng, tmp_path, pictures, number)
@@ -176,5 +176,5 @@ def test_every_failure_is_a_data_error(tmp_path, pictures, count) -> None:
                 outcome["sample refused"] += 1
     assert outcome["used"] > count / 2 and outcome["sample refused"] > count / 5
     assert outcome["file or archive refused"] > count / 20
-    assert not multiprocessing.active_children() and threading.active_count() == threads
+    assert not multiprocessing.active_children() and set(threading.enumerate()) <= threads
     print(dict(outcome))

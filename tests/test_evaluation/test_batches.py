@@ -149,8 +149,7 @@ def test_the_mesh_of_a_flag(text: str, meant: MeshConfig | str) -> None:
 
 def eval_py(count: int, model: Path, output: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
     """So many processes of one device each, which evaluate a model together; they write OUTPUT-NUMBER.log."""
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
     command = [sys.executable, "eval.py", f"--checkpoint={model}", "--tasks=easy_vqa", f"--output={output}", *flags]
     command += ["--batch_size=8"]
     port, started = free_port(), []
@@ -158,7 +157,7 @@ def eval_py(count: int, model: Path, output: Path, *flags: str) -> list[subproce
         join = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
         with Path(f"{output}-{number}.log").open("w") as log:
             one = [*command, *(join if count > 1 else ())]
-            started.append(subprocess.Popen(one, env=environment, cwd=ROOT, stdout=log, stderr=log))
+            started.append(subprocess.Popen(one, env=os.environ | devices, cwd=ROOT, stdout=log, stderr=log))
     return started
 
 
