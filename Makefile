@@ -58,10 +58,8 @@ demo: $(VENV)/installed  ## train, evaluate and report SAISA on easy-VQA: the ma
 	$(call run,runs/demo,configs/demo.py)
 	$(BIN)/python -m saisa_jax report --workdir=runs/demo
 
-# Variants of configs/demo.py, and VARIANT-seedN. A longer stage 2 than the demo's, so that none is read in the middle of
-# the sudden drop that the yes/no questions bring.
+# Variants of configs/demo.py, and VARIANT-seedN.
 FAMILY := runs/family
-FAMILY_STEPS := 1400
 FAMILY_FLAGS :=
 COMPARED := saisa naavit llava blind saisa-seed1
 VARIANTS := saisa shared low_rank resampler vica naavit llava flamingo casa blind
@@ -70,7 +68,7 @@ empty :=
 listed = $(subst $(empty) ,$(comma),$(strip $(1)))
 
 $(FAMILY)/%/evaluation/easy_vqa.json: | $(VENV)/installed
-	$(call run,$(FAMILY)/$*,configs/demo.py:$(firstword $(subst -seed, ,$*)) --config.finetune.steps=$(FAMILY_STEPS) \
+	$(call run,$(FAMILY)/$*,configs/demo.py:$(firstword $(subst -seed, ,$*)) \
 	  --config.seed=$(or $(word 2,$(subst -seed, ,$*)),0) $(FAMILY_FLAGS))
 
 # $(call report,runs)

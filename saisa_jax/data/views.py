@@ -141,6 +141,6 @@ class ImageLoader:
 
 
 def _key(source: ImageSource | Image.Image) -> str | None:
-    if isinstance(source, StoredImage):
-        return source.name
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return source.name if isinstance(source, StoredImage) else None

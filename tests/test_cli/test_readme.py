@@ -82,8 +82,8 @@ def on_tiny(text: str, directory: Path) -> str:
     """The README's words with the tiny configuration, and with `directory` for `runs` and its picture."""
     text = (
         text.replace("configs/demo.py", TINY)
-        .replace("@1100", "@3")
-        .replace("checkpoints/1100", "checkpoints/3")
+        .replace("@1500", "@3")
+        .replace("checkpoints/1500", "checkpoints/3")
         .replace("picture.png", f"{directory}/picture.png")
     )
     return text.replace("runs/", f"{directory}/").replace("weights/", f"{directory}/weights/")

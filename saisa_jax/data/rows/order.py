@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -65,12 +66,14 @@ class Order:
         numbers = np.concatenate([*taken, np.zeros(0, np.int64)])
         return numbers[np.random.default_rng([self.seed, *self.seeds(epoch, block)]).permutation(len(numbers))]
 
+    @cached_property
+    def _per_epoch(self) -> list[Fraction]:
+        """Samples that an epoch takes of each source."""
+        return [Fraction(str(weight)) * size for size, weight in zip(self.sizes, self.weights, strict=True)]
+
     def _shares(self, epoch: int, block: int | None) -> list[tuple[int, int]]:
         """Where an epoch, or a block of it, starts and stops in the endless sequence of passes through each source."""
-        shares = []
-        for size, weight in zip(self.sizes, self.weights, strict=True):
-            per_epoch = Fraction(str(weight)) * size
-            shares.append((int(per_epoch * epoch), int(per_epoch * (epoch + 1))))
+        shares = [(int(per_epoch * epoch), int(per_epoch * (epoch + 1))) for per_epoch in self._per_epoch]
         if block is None:
             return shares
         part = lambda start, stop, number: start + (stop - start) * number // self.blocks(epoch)  # noqa: E731

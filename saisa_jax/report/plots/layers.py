@@ -30,7 +30,7 @@ def layer_use(title: str, divergence: np.ndarray, attention: np.ndarray, chosen:
     above.bar(numbers, divergence, color=colors, width=0.7)
     above.set_ylabel("divergence without\nthe picture, nats a token")
     above.legend(handles=[Patch(color=COLORS[1], label="proposed for model.visual_layers")], loc="upper right")
-    below.plot(numbers, attention, color=COLORS[0], marker="o", markersize=3.5, linewidth=1.2)
+    below.plot(numbers, attention, color=COLORS[0], marker="o", markersize=3.5, linewidth=1.2, clip_on=False)
     below.set_ylim(bottom=0)
     below.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     below.set_ylabel("attention\non the picture")
