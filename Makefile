@@ -54,7 +54,7 @@ $(BIN)/python eval.py --workdir=$(1)
 endef
 
 .PHONY: demo demo-compare demo-family
-demo: $(VENV)/installed  ## train, evaluate and report SAISA on easy-VQA: the main job, in 8 to 13 minutes
+demo: $(VENV)/installed  ## train, evaluate and report SAISA on easy-VQA: the main job, in about ten minutes
 	$(call run,runs/demo,configs/demo.py)
 	$(BIN)/python -m saisa_jax report --workdir=runs/demo
 
