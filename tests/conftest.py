@@ -26,12 +26,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {QUICK_C
 # Compiled programs are kept while the tests run, for all processes of this run and those that they start: many tests
 # compile the same. Neither reads nor fills the user's cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers get what their parent has set
-    PROGRAMS = tempfile.mkdtemp(prefix="saisa-jax-tests-")
-    atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+    programs = tempfile.mkdtemp(prefix="saisa-jax-tests-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 # A shell gives its background jobs an ignored Ctrl-C; the tests of being stopped want the usual one.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -113,10 +113,10 @@ def test_what_is_not_served() -> None:
         buckets.place("az://container/x")
 
 
-def start(workdir: str, cache: Path, log: Path, *flags: str) -> subprocess.Popen[bytes]:
+def start(workdir: str, log: Path, *flags: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "train.py", f"--workdir={workdir}", PACKED, *flags]
     with log.open("wb") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdout=file, stderr=file)
+        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
 
 
 def until(process: subprocess.Popen[bytes], path: Path, log: Path, seconds: float = 240) -> None:
@@ -158,9 +158,9 @@ def test_a_whole_life(bucket, tmp_path, capsys) -> None:
             "--config.pretrain.steps=4", "--config.training.checkpoint_every=2", "--config.training.keep_checkpoints=1",
         )  # fmt: skip
 
-    cache, log = tmp_path / "xla", tmp_path / "log"
-    whole = start(str(tmp_path / "whole"), cache, tmp_path / "whole.log", *flags(str(tmp_path / "shards")))
-    run, ours = folder / "run", ("gs://bucket/run", cache, log, *flags("gs://bucket/shards"))
+    log = tmp_path / "log"
+    whole = start(str(tmp_path / "whole"), tmp_path / "whole.log", *flags(str(tmp_path / "shards")))
+    run, ours = folder / "run", ("gs://bucket/run", log, *flags("gs://bucket/shards"))
     process = start(*ours)
     until(process, run / "pretrain" / "checkpoints" / "2" / "commit_success.txt", log)
     process.kill()

@@ -21,15 +21,12 @@ PACKED = "saisa_jax/testing/configs.py:packed"
 _CLOCK = re.compile(r"second|mfu|bytes|wait|goodput|lost")  # names of what no two runs have in common
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Of a process on so many simulated devices, which keeps its compiled programs in `cache`."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """This process's, for one on so many simulated devices."""
     others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     return os.environ | {
         "XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
@@ -45,12 +42,11 @@ class Trial:
 
     Args:
       workdir: of the run; what the processes print goes into files beside it.
-      cache: where compiled programs are kept from one start to the next.
       flags: of `train.py`, besides --workdir.
     """
 
-    def __init__(self, workdir: Path, cache: Path, *flags: str):
-        self.workdir, self._cache, self._flags = workdir, cache, flags or (f"--config={PACKED}",)
+    def __init__(self, workdir: Path, *flags: str):
+        self.workdir, self._flags = workdir, flags or (f"--config={PACKED}",)
         self.starts = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
@@ -70,7 +66,7 @@ class Trial:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment(self._cache, devices),
+                env=environment(devices),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

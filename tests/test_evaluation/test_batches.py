@@ -28,7 +28,7 @@ from saisa_jax.inference.batches import Prompt, plan_batches, schedule, simulate
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.configs import tiny_config
 from saisa_jax.testing.programs import compilations
-from saisa_jax.testing.runs import free_port
+from saisa_jax.testing.runs import environment, free_port
 
 ROOT = Path(__file__).parents[2]
 LONG = ("--limit=1500", "--max_new_tokens=48")  # so that there is time to stop it
@@ -149,7 +149,6 @@ def test_the_mesh_of_a_flag(text: str, meant: MeshConfig | str) -> None:
 
 def eval_py(count: int, model: Path, output: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
     """So many processes of one device each, which evaluate a model together; they write OUTPUT-NUMBER.log."""
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
     command = [sys.executable, "eval.py", f"--checkpoint={model}", "--tasks=easy_vqa", f"--output={output}", *flags]
     command += ["--batch_size=8"]
     port, started = free_port(), []
@@ -157,7 +156,7 @@ def eval_py(count: int, model: Path, output: Path, *flags: str) -> list[subproce
         join = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
         with Path(f"{output}-{number}.log").open("w") as log:
             one = [*command, *(join if count > 1 else ())]
-            started.append(subprocess.Popen(one, env=os.environ | devices, cwd=ROOT, stdout=log, stderr=log))
+            started.append(subprocess.Popen(one, env=environment(), cwd=ROOT, stdout=log, stderr=log))
     return started
 
 

@@ -21,17 +21,16 @@ from saisa_jax.testing.runs import PACKED, ROOT, Outcome, Trial, environment, ki
 
 
 class Undisturbed(NamedTuple):
-    """A run that nobody stopped, and the programs that it compiled."""
+    """A run that nobody stopped."""
 
     workdir: Path
-    cache: Path
     outcome: dict[str, Outcome]
 
 
 def undisturbed_run(directory: Path, *flags: str) -> Undisturbed:
-    trial = Trial(directory / "run", directory / "cache", *flags)
+    trial = Trial(directory / "run", *flags)
     assert trial.run() == 0, trial.output
-    return Undisturbed(trial.workdir, directory / "cache", outcome(trial.workdir))
+    return Undisturbed(trial.workdir, outcome(trial.workdir))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_ten_kills_leave_no_trace(undisturbed, tmp_path, seed):
     rng, phases, runs, started = np.random.default_rng(seed), [], 0, time.monotonic()
     while len(phases) < 10:
         runs += 1
-        trial = Trial(tmp_path / f"run{runs}", undisturbed.cache)
+        trial = Trial(tmp_path / f"run{runs}")
         trial.start()
         while kill_somewhere(trial, rng, 12.0):
             phases.append(trial.phase())
@@ -88,7 +87,7 @@ def test_a_run_that_meets_everything(tmp_path):
     """One stage, to save time: killed, with a flipped checkpoint, on a full disk, stopped, killed at its end."""
     flags = (f"--config={PACKED}", "--config.stages=finetune")
     undisturbed = undisturbed_run(tmp_path, *flags)
-    trial = Trial(tmp_path / "stopped", undisturbed.cache, *flags)
+    trial = Trial(tmp_path / "stopped", *flags)
     trial.start()
     assert trial.until(lambda: len(trial.committed("finetune")) == 2 and trial.saving()), trial.output
     trial.kill()  # in the middle of a save
@@ -120,7 +119,7 @@ def test_a_run_that_meets_everything(tmp_path):
 @pytest.fixture(scope="module")
 def halfway(undisturbed, tmp_path_factory) -> Path:
     """A run that Ctrl-C has stopped in its second stage; copy it before you touch it."""
-    trial = Trial(tmp_path_factory.mktemp("halfway") / "run", undisturbed.cache)
+    trial = Trial(tmp_path_factory.mktemp("halfway") / "run")
     trial.start()
     assert trial.until(lambda: len(trial.committed("finetune")) == 2), trial.output
     assert trial.kill(signal.SIGINT) == 128 + signal.SIGINT
@@ -131,7 +130,7 @@ def halfway(undisturbed, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(halfway, undisturbed, tmp_path) -> Trial:
-    return Trial(shutil.copytree(halfway, tmp_path / "run"), undisturbed.cache)
+    return Trial(shutil.copytree(halfway, tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -201,7 +200,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_costs_what_was_not_saved(undisturbed, small_disk):
-    trial = Trial(small_disk, undisturbed.cache)
+    trial = Trial(small_disk)
     trial.start()
     assert trial.until(lambda: len(trial.committed("finetune")) == 2), trial.output
     trial.kill()
@@ -248,6 +247,6 @@ def evaluation(undisturbed: Undisturbed, output: Path) -> subprocess.Popen[str]:
     """`eval.py` on the undisturbed run's model, four questions at a time."""
     flags = [f"--workdir={undisturbed.workdir}", f"--output={output}", "--limit=400", "--batch_size=4"]
     return subprocess.Popen(
-        [sys.executable, "eval.py", *flags], cwd=ROOT, env=environment(undisturbed.cache), text=True,
+        [sys.executable, "eval.py", *flags], cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from saisa_jax.evaluation import command
 from saisa_jax.models.saisa import init_params
 from saisa_jax.testing.benchmarks import write_hub
 from saisa_jax.testing.configs import tiny_config
-from saisa_jax.testing.runs import free_port
+from saisa_jax.testing.runs import environment, free_port
 from saisa_jax.training import loop, processes
 from saisa_jax.training.optimizer import flatten
 
@@ -59,8 +58,6 @@ def start(
 ) -> list[subprocess.Popen]:
     """`count` processes of `devices` simulated devices each; `mesh` is data x fsdp x tensor."""
     port = free_port()
-    compiles = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiles}"}
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True))
     common = [
         *(sys.executable, ROOT / "train.py", f"--workdir={workdir}", *recipe, *flags),
@@ -72,7 +69,9 @@ def start(
         one = [f"--config.distributed.num_processes={count}", f"--config.distributed.process_id={process}"]
         log = workdir.parent / f"{workdir.name}-{process}.log"
         with log.open("w") as file:
-            started.append(subprocess.Popen([*common, *one], env=environment, cwd=ROOT, stdout=file, stderr=file))
+            started.append(
+                subprocess.Popen([*common, *one], env=environment(devices), cwd=ROOT, stdout=file, stderr=file)
+            )
     return started
 
 

@@ -68,7 +68,7 @@ class Order:
 
     @cached_property
     def _per_epoch(self) -> list[Fraction]:
-        """Samples that an epoch takes of each source."""
+        """Samples of each source in an epoch, whole or not; reckoned once, as every row asks for its block's size."""
         return [Fraction(str(weight)) * size for size, weight in zip(self.sizes, self.weights, strict=True)]
 
     def _shares(self, epoch: int, block: int | None) -> list[tuple[int, int]]:
